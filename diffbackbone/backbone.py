@@ -1,0 +1,367 @@
+"""The backbone: images in, a list of feature maps out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffbackbone.checkpoint import KeyReport, load_checkpoint
+from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
+from diffbackbone.feedback import Feedback
+from diffbackbone.unet import UNet, UNetConfig, resize
+
+MIN_SIZE = 32
+"""Smallest height and width of an image, in pixels."""
+
+
+class DiffusionBackbone(nn.Module):
+    """Features of a diffusion U-Net as a pyramid of maps: f(x_0, t, b), Section 2.1.
+
+    An image is noised to timestep t (Eq. 2), the U-Net runs until the last tap, and the taps are
+    projected by 1x1 convolutions and resized bilinearly (Section 7.3). With ``feedback`` the
+    U-Net runs twice (DifFeed, Section 3.3). Images may have any height and width from 32 px: they
+    are padded inside by reflection, and the maps are cropped back.
+
+    Args:
+        unet: A preset's name, a configuration (or a dict of its fields), or a built U-Net.
+        checkpoint: Path or URL of guided-diffusion weights; None leaves the U-Net as it is and
+            warns that its weights are random.
+        timestep: t, 0-based index into the schedule.
+        blocks: Tapped blocks, 1-based, one for each map; a block may be named more than once.
+        feedback: None for a single pass; ``"all"``, ``"bottleneck"``, ``"windowed"``,
+            ``"multi-scale"`` or a map {source block: target block} for DifFeed.
+        out_channels: Channels of every map, through a 1x1 convolution; None keeps the taps'.
+        out_strides: Stride of each map, powers of two; None keeps the taps'.
+        noise: ``"random"`` draws fresh noise in each call, ``"fixed"`` takes noise that depends on
+            ``seed`` and a pixel's coordinates alone, so that the same image gives the same maps in
+            any run, batch and padding; ``"none"`` scales x_0 and adds nothing.
+        freeze: Keep the U-Net as it is: evaluation mode and no gradient for its weights, also
+            under ``train()``. Projections and feedback layers are trained nevertheless.
+        seed: Seed of the fixed noise.
+        class_label: Label given to a class-conditional U-Net. None runs it without: the label
+            embedding is then left out.
+        first_pass_grad: DifFeed: let gradients through the first pass too (the paper does not).
+        activation_checkpointing: Recompute the U-Net's blocks in the backward pass: less memory,
+            more time.
+        schedule: Noise schedule; None takes the one the weights were trained with.
+
+    Attributes:
+        channels: Channels of each map.
+        strides: Stride of each map.
+        size_divisibility: Multiple that images are padded to, inside.
+
+    Raises:
+        ValueError: A block, timestep, stride or policy is out of range; the message says what is
+            allowed.
+        FileNotFoundError: No such checkpoint.
+        CheckpointError: The checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        unet: str | UNetConfig | Mapping[str, Any] | UNet = "gd256_uncond",
+        checkpoint: str | os.PathLike[str] | None = None,
+        timestep: int = 90,
+        blocks: Sequence[int] | int = (33, 30, 27, 24),
+        feedback: str | Mapping[int, int] | None = None,
+        out_channels: int | None = 1024,
+        out_strides: Sequence[int] | None = (4, 8, 16, 32),
+        noise: str = "fixed",
+        freeze: bool = False,
+        *,
+        seed: int = 0,
+        class_label: int | None = None,
+        first_pass_grad: bool = False,
+        activation_checkpointing: bool = False,
+        schedule: NoiseSchedule | None = None,
+    ) -> None:
+        super().__init__()
+        config = _resolve_config(unet)
+        if class_label is None and config.num_classes is not None:
+            if isinstance(unet, UNet):
+                raise ValueError(
+                    f"the U-Net has a label embedding ({config.num_classes} classes): give "
+                    "class_label, or build it from config.replace(num_classes=None)"
+                )
+            config = config.replace(num_classes=None)
+        self.class_label = _check_label(class_label, config)
+        self.blocks = config.check_blocks((blocks,) if isinstance(blocks, int) else blocks)
+        self.schedule = schedule or NoiseSchedule(config.noise_schedule)
+        self.timestep = self.schedule.check_timestep(timestep)
+        if noise not in NOISE_POLICIES:
+            raise ValueError(f"noise must be one of {', '.join(NOISE_POLICIES)}, got {noise!r}")
+        self.noise = noise
+        self.seed = seed
+        self.frozen = freeze
+
+        taps = [config.blocks[b] for b in self.blocks]
+        self.strides = _check_strides(out_strides, taps)
+        self.resizes = out_strides is not None
+        if out_channels is not None and (not isinstance(out_channels, int) or out_channels < 1):
+            raise ValueError(f"out_channels must be a positive integer or None, got {out_channels}")
+        self.channels = tuple(out_channels or tap.channels for tap in taps)
+
+        self.feedback = None
+        last = max(self.blocks)
+        if feedback is not None:
+            self.feedback = Feedback(config, feedback, first_pass_grad)
+            self.feedback.check_taps(self.blocks)
+            last = max(last, self.feedback.last_source)
+        if isinstance(unet, UNet):
+            if unet.last_block < last:
+                raise ValueError(f"block {last} is needed, but the U-Net ends at {unet.last_block}")
+            self.unet = unet
+            unet.activation_checkpointing |= activation_checkpointing
+        else:
+            self.unet = UNet(config, last, activation_checkpointing)
+        self.proj = None
+        if out_channels is not None:
+            self.proj = nn.ModuleList(nn.Conv2d(tap.channels, out_channels, 1) for tap in taps)
+        deepest = max(config.blocks[b].stride for b in range(1, last + 1))
+        self.size_divisibility = math.lcm(deepest, *self.strides)
+        self._freeze_unused()
+
+        if checkpoint is not None:
+            self.load(checkpoint)
+        elif not isinstance(unet, UNet):
+            self._warn_random()
+
+    def _freeze_unused(self) -> None:
+        """Turn gradients off for the U-Net where it is frozen, else for what none reaches."""
+        self.unet.requires_grad_(not self.frozen)
+        if self.frozen:
+            self.unet.eval()
+            return
+        last = max(self.blocks)
+        if self.feedback is not None and self.feedback.first_pass_grad:
+            last = max(last, self.feedback.last_source)
+        for index in range(last + 1, self.unet.last_block + 1):
+            self.unet.module(index).requires_grad_(False)
+        if hasattr(self.unet, "out"):
+            self.unet.out.requires_grad_(False)
+
+    def _warn_random(self) -> None:
+        """Say that nothing was loaded."""
+        warnings.warn(
+            "DiffusionBackbone: no checkpoint was given, so the U-Net's weights are RANDOM and its "
+            "features mean nothing yet. Give checkpoint= (a path or URL of guided-diffusion "
+            "weights), unless you train from scratch or load a state dict next.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def load(self, checkpoint: str | os.PathLike[str]) -> KeyReport:
+        """Load guided-diffusion weights into the U-Net; see :func:`load_checkpoint`."""
+        return load_checkpoint(self.unet, checkpoint)
+
+    def train(self, mode: bool = True) -> DiffusionBackbone:
+        """Set training mode; a frozen U-Net stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.unet.eval()
+        return self
+
+    def forward(self, images: Tensor, y: Tensor | None = None) -> list[Tensor]:
+        """Feature maps of a batch of images.
+
+        Args:
+            images: (N, 3, H, W) RGB in [-1, 1]; H and W at least 32, any multiple.
+            y: Class labels (N,) for a class-conditional U-Net, in place of ``class_label``.
+
+        Returns:
+            One map (N, C_i, ceil(H / s_i), ceil(W / s_i)) for each tapped block, in the order of
+            ``blocks``.
+
+        Raises:
+            ValueError: The images are of another shape, type or range, or hold NaN.
+        """
+        features = self._run(images, self.timestep, self.blocks, y)
+        height, width = images.shape[-2:]
+        maps = []
+        for i, (block, stride) in enumerate(zip(self.blocks, self.strides)):
+            x = features[block]
+            size = None
+            if self.resizes:
+                tap_stride = self.unet.blocks[block].stride
+                size = (x.shape[-2] * tap_stride // stride, x.shape[-1] * tap_stride // stride)
+                if stride > tap_stride:  # shrink first, the projection is cheaper then
+                    x, size = resize(x, size), None
+            if self.proj is not None:
+                x = self.proj[i](x)
+            if size is not None:
+                x = resize(x, size)
+            maps.append(_crop(x, height, width, stride))
+        return maps
+
+    def forward_taps(
+        self,
+        images: Tensor,
+        timesteps: Iterable[int] | None = None,
+        blocks: Iterable[int] | None = None,
+        y: Tensor | None = None,
+    ) -> dict[tuple[int, int], Tensor]:
+        """Raw taps at several timesteps and blocks, neither projected nor resized.
+
+        Args:
+            images: See :meth:`forward`.
+            timesteps: 0-based timesteps; None takes the backbone's.
+            blocks: 1-based blocks, none after the last one built; None takes the backbone's.
+            y: See :meth:`forward`.
+
+        Returns:
+            ``{(t, b): (N, C_b, ceil(H / stride_b), ceil(W / stride_b))}``. With feedback these are
+            outputs of the second pass.
+
+        Raises:
+            ValueError: See :meth:`forward`; or a timestep or block is out of range.
+        """
+        chosen = self.blocks if blocks is None else self.unet.config.check_blocks(blocks)
+        if max(chosen) > self.unet.last_block:
+            raise ValueError(
+                f"blocks {list(chosen)}: this U-Net was built up to block {self.unet.last_block}"
+            )
+        steps = [self.timestep] if timesteps is None else list(timesteps)
+        for t in steps:
+            self.schedule.check_timestep(t)
+        height, width = images.shape[-2:]
+        return {
+            (t, b): _crop(x, height, width, self.unet.blocks[b].stride)
+            for t in steps
+            for b, x in self._run(images, t, chosen, y).items()
+        }
+
+    def _run(
+        self, images: Tensor, t: int, blocks: Sequence[int], y: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Noise padded images and run the U-Net once, or twice with feedback."""
+        if not torch.compiler.is_compiling():
+            check_images(images)
+        if y is None and self.class_label is not None:
+            y = torch.full((images.shape[0],), self.class_label, device=images.device)
+        x_start = pad_to_multiple(images, self.size_divisibility)
+        noise = None
+        if self.noise == "random":
+            noise = torch.randn_like(x_start)
+        elif self.noise == "fixed":
+            noise = coordinate_noise(*x_start.shape[1:], seed=self.seed, device=x_start.device)
+        x_t = self.schedule.add_noise(x_start, t, noise)
+        if self.feedback is not None:
+            return self.feedback(self.unet, x_t, t, blocks, y)
+        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+            return self.unet.forward_features(x_t, t, blocks, y)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return (
+            f"timestep={self.timestep}, blocks={self.blocks}, channels={self.channels}, "
+            f"strides={self.strides}, noise={self.noise!r}, frozen={self.frozen}"
+        )
+
+
+def _resolve_config(unet: str | UNetConfig | Mapping[str, Any] | UNet) -> UNetConfig:
+    if isinstance(unet, UNet):
+        return unet.config
+    if isinstance(unet, UNetConfig):
+        return unet
+    if isinstance(unet, str):
+        return UNetConfig.from_preset(unet)
+    if isinstance(unet, Mapping):
+        fields = dict(unet)
+        preset = fields.pop("preset", None)
+        try:
+            base = UNetConfig() if preset is None else UNetConfig.from_preset(preset)
+            return base.replace(**fields)
+        except TypeError as error:
+            allowed = ", ".join(["preset", *UNetConfig.__dataclass_fields__])
+            raise ValueError(f"unet: {error}; the fields are {allowed}") from error
+    raise ValueError(
+        "unet must be a preset's name, a UNetConfig, a dict of its fields or a UNet, got "
+        f"{type(unet).__name__}"
+    )
+
+
+def _check_label(label: int | None, config: UNetConfig) -> int | None:
+    if label is None:
+        return None
+    if config.num_classes is None:
+        raise ValueError(f"class_label={label} was given, but the U-Net is not class-conditional")
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < config.num_classes:
+        raise ValueError(f"class_label must be 0 to {config.num_classes - 1}, got {label!r}")
+    return label
+
+
+def _check_strides(out_strides: Sequence[int] | None, taps: Sequence[Any]) -> tuple[int, ...]:
+    if out_strides is None:
+        return tuple(tap.stride for tap in taps)
+    strides = tuple(out_strides)
+    if len(strides) != len(taps):
+        raise ValueError(
+            f"out_strides {strides} has {len(strides)} entries for {len(taps)} blocks "
+            f"{tuple(tap.index for tap in taps)}; give one stride for each block"
+        )
+    for stride in strides:
+        if isinstance(stride, bool) or not isinstance(stride, int) or stride not in _STRIDES:
+            raise ValueError(f"out_strides must be powers of two from {_STRIDES}, got {strides}")
+    return strides
+
+
+_STRIDES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def check_images(images: Tensor) -> None:
+    """Validate a batch of images.
+
+    Raises:
+        ValueError: Not (N, 3, H, W) floating-point images of at least 32 px in [-1, 1], or NaN.
+    """
+    what = "images must be a floating-point tensor (N, 3, H, W), RGB in [-1, 1]"
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        given = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{what}, got {given}")
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
+        raise ValueError(f"{what}, got shape {tuple(images.shape)}")
+    if min(images.shape[-2:]) < MIN_SIZE:
+        raise ValueError(
+            f"images must be at least {MIN_SIZE} x {MIN_SIZE} px, got {tuple(images.shape[-2:])}"
+        )
+    low, high = (float(bound) for bound in torch.aminmax(images.detach()))
+    if math.isnan(low) or math.isnan(high):
+        raise ValueError(f"{what}; there are NaN values in the batch")
+    if low < -1.01 or high > 1.01:
+        raise ValueError(
+            f"{what}; the values given reach from {low:.4g} to {high:.4g}. Images of 0..255 are "
+            "brought there by mean 127.5 and std 127.5"
+        )
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Pad at the right and bottom by reflection to multiples of ``multiple``.
+
+    Args:
+        images: (N, C, H, W), of any size.
+        multiple: Positive.
+
+    Returns:
+        (N, C, H', W'); the same tensor where nothing is to be padded.
+    """
+    for dim in (-2, -1):
+        size = images.shape[dim]
+        padded = math.ceil(size / multiple) * multiple
+        if padded != size:
+            period = max(2 * (size - 1), 1)
+            index = torch.arange(padded, device=images.device) % period
+            index = torch.where(index < size, index, period - index)
+            images = images.index_select(dim, index)
+    return images
+
+
+def _crop(x: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """Cut the map of a padded image back to ceil(H / stride) x ceil(W / stride)."""
+    return x[..., : math.ceil(height / stride), : math.ceil(width / stride)]

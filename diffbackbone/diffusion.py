@@ -1,0 +1,127 @@
+"""The forward (noising) process: schedules, Eq. 2 of the paper, and where the noise comes from."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NOISE_POLICIES = ("random", "fixed", "none")
+
+
+class NoiseSchedule:
+    """Variance schedule of a diffusion model.
+
+    Args:
+        name: ``"linear"`` (Ho et al., 2020) or ``"cosine"`` (Nichol and Dhariwal, 2021).
+        num_timesteps: Number of timesteps T.
+
+    Attributes:
+        alphas_cumprod: (T,) float64, the product of 1 - beta up to and including timestep t.
+
+    Raises:
+        ValueError: Unknown schedule, or ``num_timesteps`` is not positive.
+    """
+
+    def __init__(self, name: str = "linear", num_timesteps: int = 1000) -> None:
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be positive, got {num_timesteps}")
+        if name == "linear":
+            scale = 1000 / num_timesteps
+            betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
+        elif name == "cosine":
+            steps = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+            alpha_bar = np.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+        else:
+            raise ValueError(f"unknown noise schedule {name!r}; choose 'linear' or 'cosine'")
+        self.name = name
+        self.num_timesteps = num_timesteps
+        self.alphas_cumprod = torch.from_numpy(np.cumprod(1.0 - betas))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, num_timesteps={self.num_timesteps})"
+
+    def check_timestep(self, t: int) -> int:
+        """Validate a timestep.
+
+        Raises:
+            ValueError: Not an integer from 0 to T - 1.
+        """
+        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.num_timesteps:
+            raise ValueError(
+                f"timestep must be an integer from 0 to {self.num_timesteps - 1} (0-based index "
+                f"into the schedule), got {t!r}"
+            )
+        return t
+
+    def add_noise(self, x_start: Tensor, t: int | Tensor, noise: Tensor | None) -> Tensor:
+        """Noise images to timestep t (Eq. 2): sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
+
+        Args:
+            x_start: Images x_0 (N, C, H, W) in [-1, 1].
+            t: 0-based timestep, one for the batch or (N,).
+            noise: Standard normal noise that broadcasts to ``x_start``; None leaves the noise out.
+
+        Returns:
+            x_t, of the shape and type of ``x_start``.
+
+        Raises:
+            ValueError: A timestep is out of range.
+        """
+        if isinstance(t, Tensor):
+            if t.numel() == 0 or t.min() < 0 or t.max() >= self.num_timesteps:
+                raise ValueError(
+                    f"timesteps must lie in 0..{self.num_timesteps - 1}, got {t.tolist()}"
+                )
+            alpha_bar = self.alphas_cumprod.to(t.device)[t.reshape(-1)][:, None, None, None]
+            signal = alpha_bar.sqrt().float().to(x_start.device)
+            sigma = (1 - alpha_bar).sqrt().float().to(x_start.device)
+        else:
+            alpha_bar = float(self.alphas_cumprod[self.check_timestep(t)])
+            signal, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        x_t = signal * x_start.float()
+        if noise is not None:
+            x_t = x_t + sigma * noise.float()
+        return x_t.to(x_start.dtype)
+
+
+def coordinate_noise(
+    channels: int, height: int, width: int, seed: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """Standard normal noise whose value at a pixel depends on (seed, channel, y, x) alone.
+
+    A larger field holds a smaller one as its top left corner, so padding an image or putting it
+    into another batch changes nothing. A hash of the coordinates gives two uniform numbers, from
+    which Box and Muller's transform makes a normal one; no generator's state is read or changed.
+
+    Args:
+        channels: Channels.
+        height: Rows.
+        width: Columns.
+        seed: Another seed gives another field.
+        device: Where to compute.
+
+    Returns:
+        Noise (channels, height, width), float32.
+    """
+    c, y, x = torch.meshgrid(
+        torch.arange(channels, device=device),
+        torch.arange(height, device=device),
+        torch.arange(width, device=device),
+        indexing="ij",
+    )
+    key = _hash(_hash(_hash(c + 0x9E3779B9 + (seed & 0xFFFFFFFF)) ^ y) ^ x)
+    uniform = (key.double() + 0.5) / 2**32  # in (0, 1), never 0
+    angle = (_hash(key ^ 0x5851F42D).double() + 0.5) * (2 * math.pi / 2**32)
+    return (torch.sqrt(-2 * torch.log(uniform)) * torch.cos(angle)).float()
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Mix 32-bit integers held in int64: no product reaches 2^63, so it is the same everywhere."""
+    x = x & 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

@@ -1,0 +1,174 @@
+"""DifFeed: two passes through the U-Net with learned feedback between them (Section 3.3).
+
+The first pass collects decoder features without gradient. Each source block has a 1x1 convolution,
+batch norm and ReLU of its own. The second pass sees the same x_t and adds the feedback to the
+output of encoder blocks; it starts from what the first pass has already computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from diffbackbone.unet import UNet, UNetConfig
+
+STRATEGIES = ("all", "bottleneck", "windowed", "multi-scale")
+_WINDOW = 5
+
+
+def feedback_map(config: UNetConfig, strategy: str | Mapping[int, int]) -> dict[int, int]:
+    """Source block → target block, both 1-based, of a feedback strategy (Section 4.1.1, Table 4).
+
+    * ``all``: every decoder block b into its mirror, encoder block 38 - b.
+    * ``bottleneck``: the decoder blocks that mirror the first residual block of each encoder
+      level: 21, 24, 27, 30, 33, 36 in the 256-px models.
+    * ``windowed``: the first five decoder blocks into their mirrors.
+    * ``multi-scale``: the first five decoder blocks, all into the mirror of the fifth (block 14).
+
+    Args:
+        config: Architecture; the numbers above are for the 37 blocks of the 256-px models.
+        strategy: A name, or a map of one's own.
+
+    Raises:
+        ValueError: Unknown name, a number out of range, a target outside the encoder, or a source
+            that does not come after its target.
+    """
+    encoder = config.num_encoder_blocks
+    decoder = range(encoder + 2, config.num_blocks + 1)
+    if isinstance(strategy, Mapping):
+        mapping = {_integer(source): _integer(target) for source, target in strategy.items()}
+    elif strategy == "all":
+        mapping = {source: config.mirror(source) for source in decoder}
+    elif strategy == "bottleneck":
+        firsts = range(2, encoder + 1, config.num_res_blocks + 1)
+        mapping = {config.mirror(target): target for target in reversed(firsts)}
+    elif strategy in ("windowed", "multi-scale"):
+        if encoder < _WINDOW:
+            raise ValueError(f"feedback {strategy!r} needs {_WINDOW} decoder blocks, got {encoder}")
+        window = decoder[:_WINDOW]
+        shared = config.mirror(window[-1]) if strategy == "multi-scale" else None
+        mapping = {source: shared or config.mirror(source) for source in window}
+    else:
+        raise ValueError(
+            f"unknown feedback {strategy!r}; choose from {', '.join(STRATEGIES)}, or give a map "
+            "{source block: target block}"
+        )
+    config.check_blocks(mapping, "feedback sources")
+    for source, target in mapping.items():
+        if isinstance(target, bool) or target not in range(1, encoder + 1) or source <= target:
+            raise ValueError(
+                f"feedback {source} → {target}: the target must be an encoder block (1 to "
+                f"{encoder}) that comes before its source"
+            )
+    return dict(sorted(mapping.items()))
+
+
+def _integer(number: int | str) -> int:
+    """Config files may carry the keys of a map as strings."""
+    return int(number) if isinstance(number, str) and number.isdigit() else number
+
+
+class Feedback(nn.ModuleDict):
+    """The feedback network, and the two passes that use it.
+
+    Its layers are named after their source block: ``<b>.0`` is the 1x1 convolution (no bias),
+    ``<b>.1`` the batch norm. Table 4 gives their parameters for the 256-px model: all 7.6M,
+    bottleneck 2.8M, windowed and multi-scale 5.2M.
+
+    Args:
+        config: Architecture of the U-Net.
+        strategy: See :func:`feedback_map`.
+        first_pass_grad: Let gradients through the first pass too (the paper does not).
+
+    Attributes:
+        mapping: Source block → target block, 1-based.
+
+    Raises:
+        ValueError: See :func:`feedback_map`.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        strategy: str | Mapping[int, int] = "bottleneck",
+        first_pass_grad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mapping = feedback_map(config, strategy)
+        self.first_pass_grad = first_pass_grad
+        for source, target in self.mapping.items():
+            channels = config.blocks[target].channels
+            self[str(source)] = nn.Sequential(
+                nn.Conv2d(config.blocks[source].channels, channels, 1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+            )
+
+    @property
+    def first_target(self) -> int:
+        """The first block that gets feedback; what stands before it runs only once."""
+        return min(self.mapping.values())
+
+    @property
+    def last_source(self) -> int:
+        """The block that the first pass ends with."""
+        return max(self.mapping)
+
+    def check_taps(self, blocks: Collection[int]) -> None:
+        """Make sure that all feedback can reach the last tap.
+
+        Raises:
+            ValueError: A target comes after the last tap, so its layers would never be trained.
+        """
+        late = sorted({target for target in self.mapping.values() if target > max(blocks)})
+        if late:
+            raise ValueError(
+                f"feedback into blocks {late} can't reach the taps {sorted(blocks)}; at least one "
+                f"tap must be block {late[-1]} or later"
+            )
+
+    def forward(
+        self,
+        unet: UNet,
+        x_t: Tensor,
+        t: Tensor | int | float,
+        blocks: Collection[int],
+        y: Tensor | None = None,
+    ) -> dict[int, Tensor]:
+        """Outputs of any blocks in the second pass.
+
+        Args:
+            unet: The U-Net, run twice on the same input.
+            x_t: Noised images (N, C, H, W); H and W multiples of the deepest stride.
+            t: Timesteps (N,) or (1,), 0-based, or one number.
+            blocks: Block numbers (1-based).
+            y: Class labels (N,), for a class-conditional model.
+
+        Returns:
+            ``{b: (N, C_b, H/stride_b, W/stride_b)}`` in the order asked for.
+
+        Raises:
+            ValueError: See :meth:`check_taps` and :meth:`UNet.forward_features`.
+        """
+        wanted = unet.config.check_blocks(blocks)
+        self.check_taps(wanted)
+        end, start = max(wanted), self.first_target
+        # Both passes share the blocks up to the first target, whose own output is not yet changed.
+        state = unet.start(x_t, t, max(end, self.last_source), y)
+        outputs = unet.traverse(state, start, [b for b in wanted if b < start])
+        first = unet.fork(state, self.last_source, detach=not self.first_pass_grad)
+        with torch.set_grad_enabled(self.first_pass_grad and torch.is_grad_enabled()):
+            features = unet.traverse(first, self.last_source, self.mapping)
+        del first
+        maps: dict[int, list[Tensor]] = {}
+        for source, target in self.mapping.items():
+            maps.setdefault(target, []).append(self[str(source)](features.pop(source)))
+        second = unet.fork(state, end)
+        del state
+        second.inject(maps.pop(start))
+        if start in wanted:
+            outputs[start] = second.h
+        outputs.update(unet.traverse(second, end, wanted, maps))
+        return {index: outputs[index] for index in wanted}

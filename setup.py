@@ -1,0 +1,41 @@
+"""Packaging of diffbackbone; the tested versions are listed in README.md."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+MMSEG = [
+    "mmengine>=0.10.7,<0.11",
+    "mmcv-lite>=2.1.0,<2.2",  # a compiled mmcv 2.1 serves as well, and wins where it is installed
+    "mmsegmentation>=1.2.2,<1.3",
+    "ftfy",  # mmsegmentation imports ftfy and regex without declaring them
+    "regex",
+    "setuptools<82",  # mmengine and mmcv import pkg_resources
+    "torchvision",
+]
+SAMPLE = ["scikit-learn", "pillow", "opencv-python", "tqdm"]
+
+setup(
+    name="diffbackbone",
+    version="0.1.0",
+    description="Text-free diffusion U-Nets as backbones for Detectron2 and MMSegmentation",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.9,<3.14",
+    packages=find_packages(include=["diffbackbone", "diffbackbone.*"]),
+    package_data={"diffbackbone": ["py.typed"]},
+    install_requires=["torch>=2.6", "numpy", "safetensors"],
+    extras_require={
+        "mmseg": MMSEG,
+        "sample": SAMPLE,
+        "dev": [*SAMPLE, "pytest", "ruff"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
