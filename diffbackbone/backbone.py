@@ -19,6 +19,11 @@ from diffbackbone.unet import UNet, UNetConfig, resize
 
 MIN_SIZE = 32
 """Smallest height and width of an image, in pixels."""
+RANDOM_WEIGHTS = (
+    "DiffusionBackbone: no checkpoint was given, so the U-Net's weights are RANDOM and its "
+    "features mean nothing yet. Give a path or URL of guided-diffusion weights, unless you "
+    "train from scratch or load a whole model's weights next."
+)
 
 
 class DiffusionBackbone(nn.Module):
@@ -149,17 +154,11 @@ class DiffusionBackbone(nn.Module):
 
     def _warn_random(self) -> None:
         """Say that nothing was loaded."""
-        warnings.warn(
-            "DiffusionBackbone: no checkpoint was given, so the U-Net's weights are RANDOM and its "
-            "features mean nothing yet. Give checkpoint= (a path or URL of guided-diffusion "
-            "weights), unless you train from scratch or load a state dict next.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
 
-    def load(self, checkpoint: str | os.PathLike[str]) -> KeyReport:
+    def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
         """Load guided-diffusion weights into the U-Net; see :func:`load_checkpoint`."""
-        return load_checkpoint(self.unet, checkpoint)
+        return load_checkpoint(self.unet, checkpoint, prefix)
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
         """Set training mode; a frozen U-Net stays in evaluation mode."""

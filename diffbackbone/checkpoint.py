@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from diffbackbone.unet import PRESETS, UNet, UNetConfig, read_architecture
 
@@ -255,16 +255,25 @@ def _where_to_get(config: UNetConfig | None) -> str:
 
 
 def _download(url: str) -> Path:
-    """Fetch a file into torch.hub's cache, with a progress bar; it arrives whole or not at all."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    path = cache / Path(url.split("?")[0]).name
-    if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
+    """Fetch a file into torch.hub's cache, with a progress bar; it arrives whole or not at all.
+
+    Of several processes on a machine the first one downloads, the others wait.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.split("?")[0]).name
+    several = distributed.is_available() and distributed.is_initialized()
+    first = not several or int(os.environ.get("LOCAL_RANK", distributed.get_rank())) == 0
+    if first and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         logger.info("downloading %s to %s", url, path)
         try:
             torch.hub.download_url_to_file(url, str(path), progress=True)
         except OSError as error:
-            raise CheckpointError(f"{url} could not be downloaded: {error}") from error
+            raise CheckpointError(
+                f"{url} could not be downloaded ({error}); fetch it by other means and give the "
+                "local path"
+            ) from error
+    if several:
+        distributed.barrier()
     return path
 
 

@@ -75,7 +75,8 @@ class Feedback(nn.ModuleDict):
 
     Its layers are named after their source block: ``<b>.0`` is the 1x1 convolution (no bias),
     ``<b>.1`` the batch norm. Table 4 gives their parameters for the 256-px model: all 7.6M,
-    bottleneck 2.8M, windowed and multi-scale 5.2M.
+    bottleneck 2.8M, windowed and multi-scale 5.2M (the convolutions' 5,242,880; batch norm brings
+    it to 5,253,120).
 
     Args:
         config: Architecture of the U-Net.

@@ -275,7 +275,7 @@ PRESETS: dict[str, UNetConfig] = {
     "lsun_horse": _GD256.replace(dropout=0.1),
     "tiny": UNetConfig(
         model_channels=32,
-        channel_mult=(1, 1, 2, 2, 3, 3),
+        channel_mult=(1, 1, 2, 2, 2, 3),
         num_head_channels=32,
         image_size=64,
     ),

@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Python packages go into a virtual environment of the project's own, VENV.
+
+PYTHON ?= python3
+VENV ?= .venv
+# A Detectron2 wheel to test against, built by Detectron2's own install guide; without one the
+# tests that need Detectron2 skip.
+DETECTRON2_WHEEL ?= $(lastword $(sort $(wildcard $(HOME)/wheels/detectron2-*.whl)))
+
+PIP = $(VENV)/bin/pip install --disable-pip-version-check --quiet
+RUN = $(VENV)/bin/python
+DEMO = work_dirs/demo
+# the versions that everything was tested with
+TESTED = torch==2.11.0 torchvision==0.26.0 mmengine==0.10.7 mmcv-lite==2.1.0 \
+	mmsegmentation==1.2.2 "setuptools<82"
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed
+	$(RUN) tools/make_sample_data.py --out data/sample
+	$(RUN) tools/mmseg_train.py upernet_difffeed_sample.py --work-dir $(DEMO)
+	$(RUN) tools/mmseg_visualize.py upernet_difffeed_sample.py \
+		"$$(cat $(DEMO)/last_checkpoint)" --out $(DEMO)/predictions.png
+
+test: $(VENV)/.installed-detectron2
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): some 5 GB, a few minutes"
+	$(PIP) $(TESTED)
+	$(PIP) -e ".[mmseg,dev]"
+	@touch $@
+
+$(VENV)/.installed-detectron2: $(VENV)/.installed $(DETECTRON2_WHEEL)
+	$(if $(DETECTRON2_WHEEL),$(PIP) "$(DETECTRON2_WHEEL)" "setuptools<82",@echo \
+		"no Detectron2 wheel: the tests that need Detectron2 will skip")
+	@touch $@
+
+clean:
+	rm -rf work_dirs data/sample

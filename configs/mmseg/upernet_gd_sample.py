@@ -1,0 +1,30 @@
+# UperNet on a small U-Net, trained from random weights on the sample data: minutes on a CPU.
+# The U-Net has the blocks of the 256-px model, so everything carries over to it.
+_base_ = ["./_base_/upernet_gd.py", "./_base_/sample_data.py", "./_base_/schedule_16k.py"]
+
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=(64, 64)),
+    backbone=dict(
+        unet="tiny",
+        init_cfg=None,
+        out_channels=64,
+        activation_checkpointing=False,
+    ),
+    decode_head=dict(in_channels=[64, 64, 64, 64], channels=64, num_classes=11, norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=64, channels=64, num_classes=11, norm_cfg=norm_cfg),
+    test_cfg=dict(_delete_=True, mode="whole"),
+)
+
+max_iters = 800
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=50, end=max_iters),
+]
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 2)
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(interval=max_iters // 2),
+)
+randomness = dict(seed=0)

@@ -1,0 +1,3 @@
+_base_ = ["./_base_/upernet_gd.py", "./_base_/ade20k.py", "./_base_/schedule_160k.py"]
+
+model = dict(backbone=dict(blocks=[24, 24, 24, 24]))

@@ -1,0 +1,292 @@
+"""The few repairs that let stock MMEngine, mmcv-lite and MMSegmentation run on today's torch.
+
+:func:`check_mmseg_stack` says in one error what is missing or too new, and
+:func:`apply_mmengine_repairs` applies what is left to repair. Each repair looks first whether it
+is needed, changes as little as it can, and does nothing the second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import logging
+import pickle
+import re
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+INSTALL_COMMAND = "pip install 'diffbackbone[mmseg]'"
+
+# module, the distributions that may provide it, and the half-open range of versions that serve
+_VERSIONS = (
+    ("mmengine", ("mmengine",), (0, 10), (1, 0)),
+    ("mmcv", ("mmcv", "mmcv-lite", "mmcv-full"), (2, 0), (2, 2)),
+    ("mmseg", ("mmsegmentation",), (1, 0), (2, 0)),
+)
+# imported by mmseg, which does not declare them
+_UNDECLARED = ("ftfy", "regex")
+
+
+def check_mmseg_stack() -> None:
+    """Check that what MMSegmentation needs is installed, without importing any of it.
+
+    Raises:
+        ImportError: Names everything that is missing or has the wrong version, and the command
+            that installs it.
+    """
+    problems = []
+    if sys.version_info >= (3, 14):
+        problems.append(
+            f"Python {sys.version_info[0]}.{sys.version_info[1]} is running, and MMEngine uses "
+            "pkgutil.find_loader, which Python 3.14 removed: take Python 3.9 to 3.13"
+        )
+    for module, distributions, lowest, limit in _VERSIONS:
+        if not _is_installed(module):
+            problems.append(f"{module} is not installed")
+            continue
+        for name, version in _installed_versions(distributions):
+            if not lowest <= _major_minor(version) < limit:
+                wanted = f">={lowest[0]}.{lowest[1]},<{limit[0]}.{limit[1]}"
+                command = f"pip install '{name}{wanted}'"
+                if module == "mmcv":  # several distributions, one folder
+                    command = f"pip uninstall -y {name} && pip install 'mmcv-lite{wanted}'"
+                problems.append(f"{name} {version} is installed, {wanted} is needed: {command}")
+    problems += [
+        f"{module} is not installed; mmseg imports it without declaring it"
+        for module in _UNDECLARED
+        if not _is_installed(module)
+    ]
+    if not _is_installed("pkg_resources"):
+        found = dict(_installed_versions(("setuptools",))).get("setuptools")
+        found = f"setuptools {found} has none" if found else "setuptools is not installed"
+        problems.append(
+            "pkg_resources, which MMEngine imports and setuptools 82 dropped, is missing "
+            f"({found}): pip install 'setuptools<82'"
+        )
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise ImportError(
+            f"MMSegmentation cannot run in this environment:{lines}\n"
+            f"The tested versions come with: {INSTALL_COMMAND}"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # already imported, by something that left no __spec__
+        return True
+
+
+def _installed_versions(distributions: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
+
+
+def _major_minor(version: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+
+
+def apply_mmengine_repairs() -> tuple[str, ...]:
+    """Apply the repairs that this environment needs and has not had yet.
+
+    Returns:
+        The names of the repairs that this call applied, in the order of :data:`REPAIRS`.
+    """
+    applied = tuple(name for name, repair in REPAIRS.items() if repair())
+    for name in applied:
+        logger.info("repair %s: %s", name, (REPAIRS[name].__doc__ or "").partition("\n")[0])
+    return applied
+
+
+# --------------------------------------------------------------------------------------------------
+# mmcv_ops
+
+
+def repair_mmcv_ops() -> bool:
+    """Let ``mmcv.ops`` be imported where mmcv has no compiled operators (mmcv-lite).
+
+    mmseg imports operators at the top of modules that most models never call. The stand-in has
+    every public name, each a class that raises an ImportError when it is called. ``mmcv._ext``
+    stays missing, so MMEngine still knows that there are no operators.
+
+    Returns:
+        Whether the stand-in was needed.
+    """
+    if "mmcv.ops" in sys.modules or not _is_installed("mmcv"):
+        return False
+    import mmcv
+
+    if importlib.machinery.PathFinder.find_spec("mmcv._ext", list(mmcv.__path__)) is not None:
+        return False
+    mmcv.ops = sys.modules["mmcv.ops"] = _stand_in_module("mmcv.ops")
+    return True
+
+
+def _stand_in_module(module_name: str) -> types.ModuleType:
+    module = types.ModuleType(module_name, "Stand-in for operators that are not compiled.")
+    module.__spec__ = importlib.machinery.ModuleSpec(module_name, loader=None)
+
+    def make_op(name: str) -> type:
+        # __path__, __file__ and other names that Python and its tools ask modules for
+        if name.startswith("_"):
+            raise AttributeError(f"module {module_name!r} has no attribute {name!r}")
+
+        def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+            raise ImportError(
+                f"{module_name}.{name} is a compiled operator, and the installed mmcv has none "
+                "(mmcv-lite, or an mmcv built without them). Where a model needs it, replace "
+                "mmcv-lite with mmcv 2.1 built with its operators: "
+                "pip uninstall mmcv-lite && pip install mmcv==2.1.0"
+            )
+
+        op = type(name, (), {"__module__": module_name, "__new__": refuse})
+        setattr(module, name, op)  # the same class the next time
+        return op
+
+    module.__getattr__ = make_op
+    return module
+
+
+# --------------------------------------------------------------------------------------------------
+# resume_safe_globals
+
+
+def repair_resume_safe_globals() -> bool:
+    """Let ``torch.load`` read MMEngine's training checkpoints with ``weights_only=True``.
+
+    Since torch 2.6 that is the default, and refuses what MMEngine stores beside the weights: the
+    history of the logged scalars (``HistoryBuffer`` over numpy arrays) and numpy scores. Only
+    those classes are allowed. The buffers also carry their own statistics methods, pickled as
+    calls of ``getattr``; such a call is answered by :func:`_history_buffer_method`, which knows
+    those methods and nothing else.
+
+    Returns:
+        Whether anything was not allowed yet.
+    """
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+
+    reconstruct = np.empty(0).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    needed: set[Any] = {
+        HistoryBuffer,
+        (_history_buffer_method, "builtins.getattr"),
+        np.ndarray,
+        np.dtype,
+        *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+    }
+    for core in ("numpy._core", "numpy.core"):  # as numpy 2 and numpy 1 write it
+        needed.add((reconstruct, f"{core}.multiarray._reconstruct"))
+        needed.add((scalar, f"{core}.multiarray.scalar"))
+    missing = needed.difference(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals(list(missing))
+    return bool(missing)
+
+
+def _history_buffer_method(owner: Any, name: Any) -> Callable[..., Any]:
+    from mmengine.logging import HistoryBuffer
+
+    allowed = ("min", "max", "mean", "current")
+    if owner is not HistoryBuffer or name not in allowed:
+        raise pickle.UnpicklingError(
+            f"the checkpoint asks for attribute {name!r} of {owner!r}; only {', '.join(allowed)} "
+            "of mmengine's HistoryBuffer are allowed"
+        )
+    return getattr(HistoryBuffer, name)
+
+
+# --------------------------------------------------------------------------------------------------
+# cpu_distributed
+
+
+def repair_cpu_distributed() -> bool:
+    """Let MMEngine's launchers start several CPU processes on a machine without accelerator.
+
+    MMEngine selects a CUDA device and the backend of the config (``nccl``) whatever the machine
+    has, and hands a device index to DistributedDataParallel, which refuses it for CPU modules.
+    Here the process group is ``gloo``, there are no device indices, and synchronized batch norm,
+    for which torch has no CPU kernel, computes with each process's own statistics.
+
+    Returns:
+        Whether this machine has no accelerator and MMEngine was not repaired before.
+    """
+    from mmengine.device import get_device
+    from mmengine.dist import utils as dist_utils
+    from mmengine.model import MMDistributedDataParallel
+
+    if get_device() != "cpu" or _is_patched(MMDistributedDataParallel.__init__):
+        return False
+    for launcher in ("pytorch", "slurm", "mpi"):
+        name = f"_init_dist_{launcher}"
+        setattr(dist_utils, name, _init_dist_on_cpu(getattr(dist_utils, name)))
+    MMDistributedDataParallel.__init__ = _init_ddp_on_cpu(MMDistributedDataParallel.__init__)
+    return True
+
+
+def _is_patched(function: Callable[..., Any]) -> bool:
+    return getattr(function, "__module__", None) == __name__
+
+
+def _patch(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Take over name and docstring of ``original``, but not its module (see `_is_patched`)."""
+    return functools.wraps(original, assigned=("__name__", "__qualname__", "__doc__"))
+
+
+def _init_dist_on_cpu(original: Callable[..., None]) -> Callable[..., None]:
+    @_patch(original)
+    def init_dist(backend: str, *args: Any, **kwargs: Any) -> None:
+        with _no_cuda_device():
+            original("gloo" if backend == "nccl" else backend, *args, **kwargs)
+
+    return init_dist
+
+
+@contextlib.contextmanager
+def _no_cuda_device() -> Iterator[None]:
+    set_device = torch.cuda.set_device
+    torch.cuda.set_device = lambda device: None
+    try:
+        yield
+    finally:
+        torch.cuda.set_device = set_device
+
+
+def _init_ddp_on_cpu(original: Callable[..., None]) -> Callable[..., None]:
+    @_patch(original)
+    def init(self: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        from mmengine.logging import print_log
+        from mmengine.model import revert_sync_batchnorm
+
+        if any(isinstance(m, torch.nn.SyncBatchNorm) for m in module.modules()):
+            print_log(  # on the first rank, and only once: MMEngine drops repeated warnings
+                "SyncBN has no CPU kernel: in this distributed run without GPU, each process "
+                "normalizes its training batches with its own statistics. Results will differ "
+                "from a GPU run.",
+                logger="current",
+                level=logging.WARNING,
+            )
+            # what MMEngine itself does when it trains in one process
+            module = revert_sync_batchnorm(module)
+        kwargs.update(device_ids=None, output_device=None)
+        original(self, module, *args, **kwargs)
+
+    return init
+
+
+REPAIRS: dict[str, Callable[[], bool]] = {
+    "mmcv_ops": repair_mmcv_ops,
+    "resume_safe_globals": repair_resume_safe_globals,
+    "cpu_distributed": repair_cpu_distributed,
+}

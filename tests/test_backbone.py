@@ -1,0 +1,338 @@
+"""The backbone's contract: shapes, sizes, determinism, freezing, gradients, clear errors."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import golden
+import pytest
+import torch
+
+from diffbackbone import DiffusionBackbone, UNet, UNetConfig
+from diffbackbone.backbone import pad_to_multiple
+from diffbackbone.diffusion import coordinate_noise
+
+SMALL = golden.CONFIGS["narrow256"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*weights are RANDOM")
+
+
+def build(**kwargs) -> DiffusionBackbone:
+    kwargs.setdefault("out_channels", 48)
+    return golden.fill(DiffusionBackbone(kwargs.pop("unet", SMALL), **kwargs))
+
+
+def images(n=1, height=64, width=96) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(height * width)
+    smooth = torch.rand(n, 3, 8, 8, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear").clamp(-1, 1)
+
+
+SIZES = [(32, 32), (32, 201), (33, 47), (64, 96), (100, 75), (65, 128)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("feedback", [None, "bottleneck"])
+def test_any_size_gives_the_promised_maps(size, feedback):
+    backbone = build(feedback=feedback)
+    with torch.no_grad():
+        maps = backbone(images(2, *size))
+    assert backbone.channels == (48,) * 4
+    assert backbone.strides == (4, 8, 16, 32)
+    for x, channels, stride in zip(maps, backbone.channels, backbone.strides):
+        assert x.shape == (2, channels, math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_raw_taps_keep_channels_and_strides(size):
+    backbone = build(out_channels=None, out_strides=None, blocks=(33, 19, 1))
+    table = UNetConfig.from_preset("gd256_uncond").blocks
+    assert backbone.strides == tuple(table[b].stride for b in (33, 19, 1))
+    with torch.no_grad():
+        maps = backbone(images(1, *size))
+        taps = backbone.forward_taps(images(1, *size), timesteps=(90, 300), blocks=(19, 33, 5))
+    for x, stride, channels in zip(maps, backbone.strides, backbone.channels):
+        assert x.shape[1:] == (channels, math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+    assert list(taps) == [(t, b) for t in (90, 300) for b in (19, 33, 5)]
+    assert torch.equal(taps[90, 33], maps[0])
+    assert not torch.allclose(taps[300, 33], maps[0])
+
+
+def test_512_model_has_stride_64():
+    config = UNetConfig.from_preset("gd512").replace(model_channels=64, num_head_channels=32)
+    backbone = DiffusionBackbone(config, blocks=(25,), out_strides=None, out_channels=None)
+    assert backbone.size_divisibility == 64
+    with torch.no_grad():
+        (x,) = backbone(images(1, 40, 70))
+    assert x.shape[-2:] == (
+        math.ceil(40 / backbone.strides[0]),
+        math.ceil(70 / backbone.strides[0]),
+    )
+
+
+def test_padding_reflects_and_cropping_undoes_it():
+    x = torch.arange(5.0).expand(1, 1, 3, 5)
+    padded = pad_to_multiple(x, 8)
+    assert padded.shape == (1, 1, 8, 8)
+    assert padded[0, 0, 0].tolist() == [0, 1, 2, 3, 4, 3, 2, 1]
+    assert torch.equal(padded[..., :3, :5], x)
+    assert pad_to_multiple(padded, 8) is padded
+
+    backbone = build(noise="none")
+    small = images(1, 50, 90)
+    with torch.no_grad():
+        direct = backbone(pad_to_multiple(small, 32))
+        cropped = backbone(small)
+    for whole, x in zip(direct, cropped):
+        assert torch.equal(whole[..., : x.shape[-2], : x.shape[-1]], x)
+
+
+def test_padding_bleeds_little():
+    """The maps of a part of an image stay close to those of the whole, inside the part."""
+    backbone = build(out_channels=None, out_strides=None, blocks=(33, 24))
+    whole = images(1, 128, 128)
+    part = whole[..., :100, :100]
+    grey = torch.nn.functional.pad(part, (0, 28, 0, 28))  # how frameworks pad a batch
+
+    def error(canvas) -> list[float]:
+        with torch.no_grad():
+            pairs = list(zip(backbone(canvas), backbone(whole), (2, 16)))
+        inside = [(x[..., : 64 // s, : 64 // s], y[..., : 64 // s, : 64 // s]) for x, y, s in pairs]
+        return [float((x - y).norm() / (y - y.mean()).norm()) for x, y in inside]
+
+    ours = error(part)
+    assert max(ours) < 0.4, ours
+    assert sum(ours) < sum(error(grey))  # reflection disturbs less than a grey border
+
+
+def test_fixed_noise_gives_the_same_maps_wherever_the_image_stands():
+    backbone = build()
+    batch = images(3, 70, 90)
+    with torch.no_grad():
+        together = backbone(batch)
+        torch.manual_seed(1)
+        again = backbone(batch)
+        alone = [backbone(batch[i : i + 1]) for i in range(3)]
+        turned = backbone(batch.flip(0))
+    for i, x in enumerate(together):
+        assert torch.equal(x, again[i])
+        scale = x.abs().max()
+        assert (torch.cat([maps[i] for maps in alone]) - x).abs().max() < 1e-5 * scale
+        assert (turned[i].flip(0) - x).abs().max() < 1e-5 * scale
+
+
+def test_fixed_noise_at_a_pixel_does_not_depend_on_the_padding(monkeypatch):
+    backbone = build()
+    seen = []
+    start = UNet.start
+
+    def spy(self, x_t, *args):
+        seen.append(x_t)
+        return start(self, x_t, *args)
+
+    monkeypatch.setattr(UNet, "start", spy)
+    image = images(1, 40, 50)
+    with torch.no_grad():
+        backbone(image)
+        backbone(torch.nn.functional.pad(image, (0, 60, 0, 90)))
+    assert seen[0].shape != seen[1].shape
+    assert torch.equal(seen[0][..., :40, :50], seen[1][..., :40, :50])
+    clean = backbone.schedule.add_noise(image, 90, None)
+    sigma = (1 - float(backbone.schedule.alphas_cumprod[90])) ** 0.5
+    noise = (seen[0][..., :40, :50] - clean) / sigma
+    assert torch.allclose(noise[0], coordinate_noise(3, 40, 50), atol=1e-5)
+
+
+def test_noise_policies():
+    image = images()
+    with torch.no_grad():
+        fixed, other = build(), build(seed=1)
+        assert not torch.allclose(fixed(image)[0], other(image)[0])
+        fresh = build(noise="random")
+        assert not torch.allclose(fresh(image)[0], fresh(image)[0])
+        torch.manual_seed(0)
+        first = fresh(image)[0]
+        torch.manual_seed(0)
+        assert torch.equal(first, fresh(image)[0])
+        none = build(noise="none")
+        assert torch.equal(none(image)[0], none(image)[0])
+        assert not torch.allclose(none(image)[0], fixed(image)[0])
+
+
+def test_one_block_can_feed_every_map():
+    backbone = build(blocks=(24, 24, 24, 24))
+    assert backbone.unet.last_block == 24
+    with torch.no_grad():
+        maps = backbone(images())
+    assert [x.shape[-1] for x in maps] == [24, 12, 6, 3]
+
+
+def test_projection_and_resizing_commute():
+    """The cheaper order is taken; it must equal projecting first, then resizing."""
+    backbone = build(blocks=(33, 24), out_strides=(8, 4))
+    image = images()
+    with torch.no_grad():
+        taps = backbone.forward_taps(image)
+        for i, (b, size) in enumerate(((33, (8, 12)), (24, (16, 24)))):
+            expected = torch.nn.functional.interpolate(
+                backbone.proj[i](taps[90, b]), size=size, mode="bilinear"
+            )
+            assert torch.allclose(backbone(image)[i], expected, rtol=1e-4, atol=1e-5)
+
+
+FEEDBACKS = [None, "all", "bottleneck", "windowed", "multi-scale", {33: 4, 20: 16}]
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("blocks", [(24,), (30, 27, 24, 21), (19, 33)])
+def test_fine_tuning_leaves_no_parameter_without_a_gradient(feedback, blocks):
+    backbone = build(feedback=feedback, blocks=blocks, out_strides=None).train()
+    sum(x.square().mean() for x in backbone(images(2))).backward()
+    unused = [n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused
+    trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
+    reached = {f"unet.{backbone.unet.blocks[b].name}." for b in range(1, max(blocks) + 1)}
+    assert all(any(name.startswith(prefix) for name in trained) for prefix in reached)
+
+
+def test_first_pass_grad_trains_what_only_the_first_pass_reaches():
+    backbone = build(feedback={33: 4}, blocks=(24,), out_strides=None, first_pass_grad=True).train()
+    sum(x.square().mean() for x in backbone(images(2))).backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+    assert backbone.unet.last_block == 33
+
+
+@pytest.mark.parametrize("feedback", [None, "bottleneck"])
+def test_frozen_stays_frozen(feedback):
+    backbone = build(unet=SMALL.replace(dropout=0.5), feedback=feedback, freeze=True)
+    before = {name: value.clone() for name, value in backbone.unet.state_dict().items()}
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        backbone.train()
+        assert not backbone.unet.training
+        assert backbone.proj.training
+        optimizer.zero_grad()
+        sum(x.square().mean() for x in backbone(images(2))).backward()
+        optimizer.step()
+    assert all(torch.equal(before[name], x) for name, x in backbone.unet.state_dict().items())
+    assert all(p.grad is None for p in backbone.unet.parameters())
+    moved = {name for name, p in backbone.named_parameters() if p.grad is not None}
+    assert {name.split(".")[0] for name in moved} == (
+        {"proj", "feedback"} if feedback else {"proj"}
+    )
+    assert not any(p in optimizer.state for p in backbone.unet.parameters())
+
+
+def test_frozen_single_pass_keeps_no_graph():
+    backbone = build(freeze=True, out_channels=None, out_strides=None).train()
+    assert not any(x.requires_grad for x in backbone(images()))
+
+
+def test_class_conditional_models_work_with_and_without_a_label():
+    config = golden.CONFIGS["classic64"]
+    kwargs = dict(blocks=(18,), out_strides=None, out_channels=None)
+    without = DiffusionBackbone(config, **kwargs)
+    assert not hasattr(without.unet, "label_emb")
+    fixed = golden.fill(DiffusionBackbone(config, class_label=3, **kwargs))
+    image = images(2)
+    with torch.no_grad():
+        assert not torch.allclose(
+            golden.fill(without)(image)[0], fixed(image)[0]
+        )  # the label counts
+        assert torch.equal(fixed(image)[0], fixed(image, torch.tensor([3, 3]))[0])
+        assert not torch.allclose(fixed(image)[0], fixed(image, torch.tensor([4, 4]))[0])
+    sum(x.square().mean() for x in fixed.train()(image)).backward()
+    assert all(p.grad is not None for p in fixed.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="class_label must be 0 to 9, got 10"):
+        DiffusionBackbone(config, class_label=10, **kwargs)
+    with pytest.raises(ValueError, match="not class-conditional"):
+        DiffusionBackbone(SMALL, class_label=1)
+    with pytest.raises(ValueError, match="has a label embedding"):
+        DiffusionBackbone(UNet(config), **kwargs)
+
+
+def test_cosine_models_are_noised_by_their_own_schedule():
+    assert DiffusionBackbone(golden.CONFIGS["classic64"], blocks=18, out_strides=(4,)).schedule.name
+    config = golden.CONFIGS["classic64"].replace(noise_schedule="cosine")
+    assert DiffusionBackbone(config, blocks=18, out_strides=(4,)).schedule.name == "cosine"
+
+
+def test_a_built_u_net_is_taken_as_it_is():
+    unet = golden.fill(UNet(SMALL))
+    backbone = DiffusionBackbone(unet, out_channels=None)
+    assert backbone.unet is unet
+    trained = {n.split(".")[0] for n, p in unet.named_parameters() if p.requires_grad}
+    assert "out" not in trained
+    assert not any(p.requires_grad for p in unet.module(34).parameters())
+    with pytest.raises(ValueError, match="block 33 is needed, but the U-Net ends at 24"):
+        DiffusionBackbone(UNet(SMALL, 24))
+
+
+def test_size_of_the_whole_system():
+    """Table 8 and its neighbours, to the printed digit: GD 553M; DifFeed adds 2.8M to it."""
+    with torch.device("meta"):
+        plain = UNet(UNetConfig.from_preset("gd256_uncond"))
+        backbone = DiffusionBackbone("gd256_uncond", feedback="bottleneck", out_channels=None)
+    count = sum(p.numel() for p in plain.parameters())
+    assert count == 552_814_086
+    feedback = sum(p.numel() for p in backbone.feedback.parameters())
+    assert round((count + feedback) / 1e6, 1) == 555.6
+
+
+def test_random_weights_are_announced():
+    with pytest.warns(UserWarning, match="RANDOM"):
+        DiffusionBackbone(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"blocks": (38,)}, r"1 to 37 .* got \[38\]"),
+        ({"blocks": ()}, "block numbers from 1 to 37"),
+        ({"blocks": (24.0,)}, "block numbers"),
+        ({"timestep": 1000}, "0 to 999"),
+        ({"timestep": -1}, "0 to 999"),
+        ({"out_strides": (4, 8)}, r"has 2 entries for 4 blocks \(33, 30, 27, 24\)"),
+        ({"out_strides": (4, 8, 16, 30)}, "powers of two from"),
+        ({"out_channels": 0}, "positive integer or None, got 0"),
+        ({"noise": "frozen"}, "random, fixed, none, got 'frozen'"),
+        ({"feedback": "both"}, "choose from all, bottleneck"),
+        ({"feedback": "windowed", "blocks": (3,), "out_strides": (4,)}, "can't reach the taps"),
+        ({"unet": "gd255"}, "unknown preset 'gd255'"),
+        ({"unet": {"preset": "tiny", "width": 3}}, "the fields are preset, model_channels"),
+        ({"unet": 3}, "unet must be a preset's name"),
+    ],
+)
+def test_bad_settings(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionBackbone(kwargs.pop("unet", SMALL), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(3, 64, 64), r"got shape \(3, 64, 64\)"),
+        (torch.zeros(1, 1, 64, 64), r"got shape \(1, 1, 64, 64\)"),
+        (torch.zeros(0, 3, 64, 64), r"got shape \(0, 3, 64, 64\)"),
+        (torch.zeros(1, 3, 31, 64), r"at least 32 x 32 px, got \(31, 64\)"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "got torch.uint8"),
+        (torch.full((1, 3, 64, 64), 255.0), "reach from 255 to 255.*mean 127.5"),
+        (torch.full((1, 3, 64, 64), torch.nan), "NaN"),
+        (torch.full((1, 3, 64, 64), torch.inf), "reach from inf to inf"),
+        ([[1]], "got list"),
+    ],
+)
+def test_bad_images(bad, message):
+    with pytest.raises(ValueError, match=message):
+        build()(bad)
+
+
+def test_import_needs_no_framework():
+    code = (
+        "import sys, diffbackbone\n"
+        "bad = {'mmengine', 'mmcv', 'mmseg', 'detectron2', 'fvcore'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {bad}' if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

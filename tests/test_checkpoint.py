@@ -1,0 +1,228 @@
+"""Checkpoints: layouts that occur, safety, and one clear error for each way to be wrong."""
+
+from __future__ import annotations
+
+import http.server
+import pickle
+import threading
+
+import golden
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffbackbone import CheckpointError, UNet, UNetConfig, load_checkpoint
+from diffbackbone.checkpoint import RELEASED_CHECKPOINTS
+from diffbackbone.unet import PRESETS
+
+SMALL = UNetConfig(
+    model_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, attention_strides=(4,)
+).replace(num_head_channels=32)
+
+
+@pytest.fixture(scope="module")
+def state_dict() -> dict[str, torch.Tensor]:
+    return golden.fill(UNet(SMALL)).state_dict()
+
+
+def check(path, state_dict, **kwargs):
+    unet = UNet(SMALL)
+    report = load_checkpoint(unet, path, **kwargs)
+    for key, value in unet.state_dict().items():
+        assert torch.equal(value, state_dict[key].float()), key
+    assert set(report.loaded) == set(unet.state_dict())
+    return report
+
+
+def save(tmp_path, content, name="file.pt", **kwargs):
+    torch.save(content, tmp_path / name, **kwargs)
+    return tmp_path / name
+
+
+WRAPPINGS = {
+    "plain": lambda sd: sd,
+    "state_dict": lambda sd: {"state_dict": sd, "meta": {"iter": 3}},
+    "model": lambda sd: {"model": sd, "optimizer": {}},
+    "ema": lambda sd: {"model": {k: v * 0 for k, v in sd.items()}, "ema": sd},
+    "twice": lambda sd: {"state_dict": {"model": sd}},
+    "module": lambda sd: {"module." + k: v for k, v in sd.items()},
+    "backbone": lambda sd: {
+        "state_dict": {
+            **{"backbone.unet." + k: v for k, v in sd.items()},
+            "decode_head.conv_seg.weight": torch.zeros(1),
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrapped_and_prefixed(tmp_path, state_dict, wrapping):
+    report = check(save(tmp_path, WRAPPINGS[wrapping](state_dict)), state_dict)
+    if wrapping == "backbone":
+        assert report.prefix == "backbone.unet."
+        assert report.foreign == ("decode_head.conv_seg.weight",)
+
+
+def test_file_formats(tmp_path, state_dict):
+    check(str(save(tmp_path, state_dict, "file.pth")), state_dict)
+    check(save(tmp_path, state_dict, _use_new_zipfile_serialization=False), state_dict)
+    save_file(state_dict, tmp_path / "file.safetensors")
+    check(tmp_path / "file.safetensors", state_dict)
+    half = {k: v.half() for k, v in state_dict.items()}
+    check(save(tmp_path, half, "half.pt"), half)
+
+
+def test_url_is_downloaded_once(tmp_path, state_dict, monkeypatch):
+    save(tmp_path, state_dict, "weights.pt")
+    served = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args):
+            served.append(args)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/weights.pt"
+        check(url, state_dict)
+        count = len(served)
+        check(url, state_dict)
+        assert len(served) == count > 0
+        with pytest.raises(CheckpointError, match="could not be downloaded.*give the local path"):
+            load_checkpoint(UNet(SMALL), url.replace("weights", "missing"))
+        server.shutdown()
+
+
+def test_blocks_that_are_not_built_are_not_loaded(tmp_path, state_dict):
+    unet = UNet(SMALL, last_block=8)
+    report = load_checkpoint(unet, save(tmp_path, state_dict))
+    assert set(report.loaded) | set(report.unused) == set(state_dict)
+    assert "out.0.weight" in report.unused
+    again = save(tmp_path, unet.state_dict(), "partial.pt")  # as a training run would leave it
+    twin = UNet(SMALL, last_block=8)
+    load_checkpoint(twin, again)
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in unet.state_dict().items())
+    with pytest.raises(CheckpointError, match="missing: "):
+        load_checkpoint(UNet(SMALL), again)
+
+
+def test_label_embedding_is_left_out_without_labels(tmp_path):
+    config = SMALL.replace(num_classes=7)
+    path = save(tmp_path, golden.fill(UNet(config)).state_dict())
+    report = load_checkpoint(UNet(SMALL), path)
+    assert report.unused == ("label_emb.weight",)
+    assert not load_checkpoint(UNet(config), path).unused
+    with pytest.raises(CheckpointError, match="num_classes: the file has 7, this U-Net 8"):
+        load_checkpoint(UNet(SMALL.replace(num_classes=8)), path)
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch /tmp/diffbackbone-was-run",)
+
+
+def broken(state_dict):
+    def without(key):
+        return {k: v for k, v in state_dict.items() if k != key}
+
+    yield (
+        "another",
+        UNet(SMALL.replace(channel_mult=(1, 2, 2))).state_dict(),
+        (r"channel_mult: the file has \(1, 2, 2\), this U-Net \(1, 1, 2\)"),
+    )
+    yield "deeper", UNet(SMALL.replace(num_res_blocks=2)).state_dict(), "num_res_blocks: .* 2, .* 1"
+    yield (
+        "classifier",
+        {k: v for k, v in state_dict.items() if not k.startswith("output_blocks")},
+        "this is a classifier",
+    )
+    yield "missing", without("middle_block.1.norm.weight"), "missing: middle_block.1.norm.weight"
+    yield (
+        "extra",
+        {**state_dict, "middle_block.3.weight": torch.zeros(1)},
+        ("unexpected: middle_block.3.weight"),
+    )
+    yield (
+        "shape",
+        {**state_dict, "middle_block.1.norm.weight": torch.zeros(3)},
+        (r"shape of middle_block.1.norm.weight: \(3,\), expected \(64,\)"),
+    )
+    yield "type", {**state_dict, "out.0.weight": torch.zeros(32, dtype=torch.int8)}, "torch.int8"
+    yield "resnet", {"conv1.weight": torch.zeros(1)}, "no guided-diffusion U-Net.*conv1.weight"
+    yield "tensor", torch.zeros(3), "holds a Tensor, expected a state dict"
+    yield "empty", {}, "no guided-diffusion U-Net"
+    yield "two", {p + k: v for p in ("a.", "b.") for k, v in state_dict.items()}, r"\['a.', 'b.'\]"
+    yield "value", {**state_dict, "out.0.weight": 3}, "out.0.weight are no tensors"
+
+
+NAMES = ["another", "deeper", "classifier", "missing", "extra", "shape", "type"]
+NAMES += ["resnet", "tensor", "empty", "two", "value"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, state_dict, name):
+    content, message = {n: (c, m) for n, c, m in broken(state_dict)}[name]
+    unet = UNet(SMALL)
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(unet, save(tmp_path, content))
+    assert all(torch.equal(before[k], v) for k, v in unet.state_dict().items())
+
+
+def test_prefix_chooses_between_several(tmp_path, state_dict):
+    content = {"a." + k: v * 0 for k, v in state_dict.items()}
+    content.update({"b." + k: v for k, v in state_dict.items()})
+    check(save(tmp_path, content), state_dict, prefix="b.")
+    with pytest.raises(CheckpointError, match=r"prefixes \['a.', 'b.'\], not 'c.'"):
+        load_checkpoint(UNet(SMALL), tmp_path / "file.pt", prefix="c.")
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    import os
+
+    marker = "/tmp/diffbackbone-was-run"
+    if os.path.exists(marker):
+        os.remove(marker)
+    save(tmp_path, {"state_dict": {"time_embed.0.weight": Evil()}})
+    with open(tmp_path / "raw.pt", "wb") as file:
+        pickle.dump(Evil(), file)
+    for name in ("file.pt", "raw.pt"):
+        with pytest.raises(CheckpointError, match="holds more than weights|damaged"):
+            load_checkpoint(UNet(SMALL), tmp_path / name)
+    assert not os.path.exists(marker)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_truncated_files(tmp_path, state_dict, suffix, share):
+    path = tmp_path / f"file{suffix}"
+    save_file(state_dict, path) if suffix == ".safetensors" else torch.save(state_dict, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_checkpoint(UNet(SMALL), path)
+
+
+def test_absent_file_tells_where_to_get_it(tmp_path):
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_preset("gd256_uncond"), 24)
+    with pytest.raises(FileNotFoundError, match="256x256_diffusion_uncond.pt"):
+        load_checkpoint(unet, tmp_path / "gone.pt")
+    with pytest.raises(FileNotFoundError, match="OpenAI's files are at"):
+        load_checkpoint(UNet(SMALL), tmp_path / "gone.pt")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load_checkpoint(UNet(SMALL), tmp_path)
+    assert set(RELEASED_CHECKPOINTS) == set(PRESETS) - {"tiny"}
+
+
+def test_wrong_preset_is_named(tmp_path, state_dict):
+    with torch.device("meta"):
+        layout = UNet(UNetConfig.from_preset("tiny")).state_dict()
+    path = save(tmp_path, {k: torch.zeros(v.shape) for k, v in layout.items()})
+    with pytest.raises(CheckpointError, match="It looks like tiny"):
+        load_checkpoint(UNet(SMALL), path)

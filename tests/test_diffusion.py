@@ -1,0 +1,84 @@
+"""Schedules, Eq. 2 and the coordinate noise."""
+
+from __future__ import annotations
+
+import golden
+import numpy as np
+import pytest
+import torch
+
+from diffbackbone import NoiseSchedule
+from diffbackbone.diffusion import coordinate_noise
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_schedules_equal_the_reference(name):
+    schedule = NoiseSchedule(name)
+    with np.load(golden.FILE) as reference:
+        steps = [0, 1, 75, 90, 150, 300, 500, 999]
+        ours = schedule.alphas_cumprod[steps].numpy()
+        assert np.allclose(ours, reference[f"schedule/{name}/alphas_cumprod"], rtol=1e-9, atol=0)
+        x_start, noise = (
+            torch.from_numpy(golden.normal(key, (2, 3, 8, 8))) for key in ("x0", "eps")
+        )
+        x_t = schedule.add_noise(x_start, torch.tensor([90, 300]), noise)
+        assert golden.relative_error(x_t, reference, f"schedule/{name}/x_t") < 1e-6
+
+
+def test_number_and_tensor_timesteps_agree():
+    schedule = NoiseSchedule()
+    x, noise = torch.randn(2, 2, 3, 4, 4)
+    one = schedule.add_noise(x, 90, noise)
+    assert torch.allclose(one, schedule.add_noise(x, torch.tensor([90, 90]), noise))
+    assert torch.allclose(
+        schedule.add_noise(x, 90, None), x * schedule.alphas_cumprod[90].sqrt().float()
+    )
+    assert schedule.add_noise(x.half(), 90, noise).dtype == torch.float16
+
+
+def test_noise_is_standard_normal_and_uncorrelated():
+    noise = coordinate_noise(3, 256, 256)
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    assert abs((noise**4).mean() - 3) < 0.1
+    for shifted in (
+        noise.roll(1, 1),
+        noise.roll(1, 2),
+        noise.roll(1, 0),
+        noise.roll((1, 1), (1, 2)),
+    ):
+        assert abs((noise * shifted).mean()) < 0.01
+    spectrum = torch.fft.fft2(noise).abs().square().mean(0) / 256**2
+    assert spectrum.max() < 15  # a lattice would stand out by orders of magnitude; seen: under 7
+    quantiles = torch.quantile(noise[0], torch.tensor([0.025, 0.5, 0.975]))
+    assert torch.allclose(quantiles, torch.tensor([-1.96, 0.0, 1.96]), atol=0.03)
+
+
+def test_noise_depends_on_coordinates_alone():
+    small, large = coordinate_noise(3, 40, 50), coordinate_noise(3, 64, 96)
+    assert torch.equal(small, large[:, :40, :50])
+    assert not torch.equal(small, coordinate_noise(3, 40, 50, seed=1))
+    state = torch.get_rng_state()
+    coordinate_noise(3, 8, 8)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_noise_is_the_same_in_every_release():
+    """Trained weights rely on these values: they must never change."""
+    expected = [1.73824, 0.26334, -2.07876]
+    assert coordinate_noise(3, 2, 2)[:, 1, 1].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("t", [-1, 1000, 90.0, True, "90"])
+def test_timestep_out_of_range(t):
+    with pytest.raises(ValueError, match="from 0 to 999"):
+        NoiseSchedule().add_noise(torch.zeros(1, 3, 4, 4), t, None)
+
+
+def test_bad_schedules():
+    with pytest.raises(ValueError, match="unknown noise schedule 'sqrt'"):
+        NoiseSchedule("sqrt")
+    with pytest.raises(ValueError, match="positive, got 0"):
+        NoiseSchedule("linear", 0)
+    with pytest.raises(ValueError, match=r"0\.\.999, got \[5, 1000\]"):
+        NoiseSchedule().add_noise(torch.zeros(2, 3, 4, 4), torch.tensor([5, 1000]), None)

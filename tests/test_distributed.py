@@ -1,0 +1,86 @@
+"""Two processes on a batch of two each do what one process does on four (gloo, on a CPU)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+
+import golden
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from diffbackbone import DiffusionBackbone
+
+needs_gloo = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()),
+    reason="torch.distributed has no gloo backend",
+)
+
+
+def build(feedback: str | None) -> DiffusionBackbone:
+    warnings.simplefilter("ignore")
+    backbone = golden.fill(
+        DiffusionBackbone(
+            golden.CONFIGS["narrow256"],
+            feedback=feedback,
+            out_channels=32,
+            activation_checkpointing=True,
+        )
+    )
+    return hold_batch_norm(backbone.train())
+
+
+def hold_batch_norm(backbone: DiffusionBackbone) -> DiffusionBackbone:
+    """Statistics of half a batch differ from the whole's; gradients are compared with them held."""
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return backbone
+
+
+def batch() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1
+
+
+def gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    for _ in range(2):  # the second step meets the buckets that the first has built
+        model.zero_grad(set_to_none=True)
+        loss = sum(x.square().flatten(1).mean(1) for x in model(images)).mean()
+        loss.backward()
+    return {
+        name.removeprefix("module."): p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def work(rank: int, port: int, feedback: str | None, path: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = DistributedDataParallel(build(feedback), find_unused_parameters=False)
+    result = gradients(model, batch()[2 * rank : 2 * rank + 2])
+    if rank == 0:
+        torch.save(result, path)
+    distributed.destroy_process_group()
+
+
+@needs_gloo
+@pytest.mark.parametrize("feedback", [None, "bottleneck"])
+def test_gradients_equal_one_process_on_the_joint_batch(feedback, tmp_path):
+    path = str(tmp_path / "gradients.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(work, (port, feedback, path), nprocs=2)
+    ours = torch.load(path, weights_only=True)
+    expected = gradients(build(feedback), batch())
+    assert ours.keys() == expected.keys()
+    scale = max(grad.abs().max() for grad in expected.values())
+    assert scale > 0
+    for name, grad in expected.items():
+        assert (ours[name] - grad).abs().max() < 1e-5 * scale, name

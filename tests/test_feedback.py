@@ -1,0 +1,143 @@
+"""DifFeed: parity, strategies, what runs twice and what does not, gradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import golden
+import numpy as np
+import pytest
+import torch
+
+from diffbackbone import Feedback, UNet, UNetConfig
+from diffbackbone.feedback import STRATEGIES, feedback_map
+
+SMALL = golden.CONFIGS["narrow256"]
+REAL = UNetConfig.from_preset("gd256_uncond")
+
+
+@pytest.fixture(scope="module")
+def small() -> UNet:
+    return golden.fill(UNet(SMALL))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_second_pass_equals_the_authors_code(strategy, small):
+    feedback = golden.fill(Feedback(SMALL, strategy), "feedback.")
+    taps = (24,) if strategy == "multi-scale" else (24, 27, 30, 33)
+    with np.load(golden.FILE) as reference, torch.no_grad():
+        features = feedback(small, golden.image("narrow256"), golden.T, taps)
+        errors = {
+            b: golden.relative_error(x, reference, f"narrow256/{strategy}/b{b}")
+            for b, x in features.items()
+        }
+    assert list(features) == list(taps)
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize(
+    ("strategy", "millions", "mapping"),
+    [
+        ("all", 7.6, {b: 38 - b for b in range(20, 38)}),
+        ("bottleneck", 2.8, {21: 17, 24: 14, 27: 11, 30: 8, 33: 5, 36: 2}),
+        ("windowed", 5.2, dict(zip(range(20, 25), range(18, 13, -1)))),
+        ("multi-scale", 5.2, dict.fromkeys(range(20, 25), 14)),
+    ],
+)
+def test_strategies_and_parameters_of_table_4(strategy, millions, mapping):
+    feedback = Feedback(REAL, strategy)
+    assert feedback.mapping == mapping
+    convolutions = sum(layers[0].weight.numel() for layers in feedback.values())
+    assert f"{convolutions / 1e6:.1f}" == str(millions)
+    norms = 2 * sum(REAL.blocks[target].channels for target in mapping.values())
+    assert sum(p.numel() for p in feedback.parameters()) == convolutions + norms
+    assert {name.split(".")[0] for name in feedback.state_dict()} == set(map(str, mapping))
+
+
+def test_strategies_follow_the_architecture():
+    config = golden.CONFIGS["classic64"]  # 25 blocks, levels of 4
+    assert feedback_map(config, "bottleneck") == {16: 10, 20: 6, 24: 2}
+    assert feedback_map(config, "windowed") == {14: 12, 15: 11, 16: 10, 17: 9, 18: 8}
+    assert feedback_map(config, "multi-scale") == dict.fromkeys(range(14, 19), 8)
+    assert feedback_map(config, {"20": 3}) == {20: 3}  # JSON and YAML make strings of keys
+
+
+def two_full_passes(feedback, unet, x, t, taps):
+    """DifFeed written out plainly: both passes run from the first block."""
+    with torch.no_grad():
+        sources = unet.forward_features(x, t, list(feedback.mapping))
+    maps: dict[int, list] = {}
+    for source, target in feedback.mapping.items():
+        maps.setdefault(target, []).append(feedback[str(source)](sources[source]))
+    return unet.forward_features(x, t, taps, inject=maps)
+
+
+@pytest.mark.parametrize("mapping", [*STRATEGIES, {30: 4, 20: 12, 21: 12}, {19: 1}])
+def test_shared_start_changes_neither_values_nor_gradients(mapping):
+    taps = (2, 12, 24)
+    results = []
+    for run in (two_full_passes, lambda feedback, *args: feedback(*args)):
+        unet = golden.fill(UNet(SMALL, 37)).train()
+        feedback = golden.fill(Feedback(SMALL, mapping), "feedback.")
+        features = run(feedback, unet, golden.image("narrow256"), golden.T, taps)
+        sum(x.square().mean() for x in features.values()).backward()
+        gradients = {**dict(unet.named_parameters()), **dict(feedback.named_parameters())}
+        results.append((features, {name: p.grad for name, p in gradients.items()}))
+    (plain, expected), (ours, gradients) = results
+    for b in taps:
+        assert torch.allclose(ours[b], plain[b], rtol=1e-5, atol=1e-6), b
+    for name, grad in expected.items():
+        assert (grad is None) == (gradients[name] is None), name
+        if grad is not None:
+            scale = max(grad.abs().max().item(), 1e-8)
+            assert (grad - gradients[name]).abs().max() < 1e-4 * scale + 1e-9, name
+
+
+def runs(feedback: Feedback, unet: UNet, taps) -> Counter:
+    ran: Counter = Counter()
+    hooks = [
+        unet.module(b).register_forward_hook(lambda *_, b=b: ran.update([b])) for b in unet.blocks
+    ]
+    with torch.no_grad():
+        feedback(unet, golden.image("narrow256"), 90, taps)
+    for hook in hooks:
+        hook.remove()
+    return ran
+
+
+def test_nothing_runs_more_often_than_needed(small):
+    ran = runs(Feedback(SMALL, "windowed").eval(), small, (24,))
+    assert ran == {**dict.fromkeys(range(1, 15), 1), **dict.fromkeys(range(15, 25), 2)}
+    ran = runs(Feedback(SMALL, "bottleneck").eval(), small, (24,))
+    expected = {1: 1, 2: 1, **dict.fromkeys(range(3, 25), 2), **dict.fromkeys(range(25, 37), 1)}
+    assert ran == expected
+
+
+def test_first_pass_has_a_gradient_only_when_asked(small):
+    x = golden.image("narrow256")
+    for asked in (False, True):
+        feedback = golden.fill(Feedback(SMALL, {30: 14}, first_pass_grad=asked), "feedback.")
+        small.zero_grad()
+        feedback(small, x, 90, (24,))[24].sum().backward()
+        assert (small.module(28)[0].in_layers[2].weight.grad is not None) == asked
+        assert small.module(5)[0].in_layers[2].weight.grad is not None
+    small.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("botleneck", "unknown feedback 'botleneck'; choose from all, bottleneck"),
+        ({40: 3}, r"feedback sources .* 1 to 37 .* got \[40\]"),
+        ({24: 19}, r"24 → 19: the target must be an encoder block \(1 to 18\)"),
+        ({5: 9}, "5 → 9"),
+    ],
+)
+def test_bad_strategies(strategy, message):
+    with pytest.raises(ValueError, match=message):
+        Feedback(SMALL, strategy)
+
+
+def test_feedback_that_reaches_no_tap_is_refused(small):
+    with pytest.raises(ValueError, match=r"blocks \[14, 15, 16, 17, 18\] can't reach the taps"):
+        Feedback(SMALL, "windowed")(small, golden.image("narrow256"), 90, (12,))

@@ -1,0 +1,370 @@
+"""The MMSegmentation adapter: registries, weights, optimizer groups, configs, official scripts."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+
+pytest.importorskip("mmengine", reason="mmengine is not installed")
+pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import Registry, init_default_scope
+from mmengine.structures import PixelData
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from PIL import Image
+
+import diffbackbone.mmseg as adapter
+from diffbackbone import CheckpointError, UNet, UNetConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "mmseg"
+SMALL = dict(
+    model_channels=32,
+    channel_mult=(1, 1, 2),
+    num_res_blocks=1,
+    attention_strides=(4,),
+    num_head_channels=32,
+)
+BACKBONE = dict(
+    type="DiffusionBackbone", unet=SMALL, blocks=[12, 10], out_channels=32, out_strides=[4, 8]
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "small.pt"
+    torch.save(golden.fill(UNet(UNetConfig(**SMALL))).state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "registry", [MODELS, ROOT_MODELS, Registry("model", parent=ROOT_MODELS, scope="mmother")]
+)
+def test_every_registry_finds_the_backbone(registry):
+    backbone = registry.build(dict(BACKBONE))
+    assert isinstance(backbone, adapter.DiffusionBackbone)
+    assert [x.shape for x in backbone(torch.zeros(1, 3, 50, 70))] == [
+        (1, 32, 13, 18),
+        (1, 32, 7, 9),
+    ]
+
+
+@pytest.mark.parametrize("form", ["init_cfg", "list", "pretrained", "checkpoint"])
+def test_weights_in_the_usual_forms(checkpoint, form):
+    pretrained = dict(type="Pretrained", checkpoint=checkpoint)
+    extra = {
+        "init_cfg": dict(init_cfg=pretrained),
+        "list": dict(init_cfg=[dict(type="Constant", layer="Conv2d", val=7.0), pretrained]),
+        "pretrained": dict(pretrained=checkpoint),
+        "checkpoint": dict(checkpoint=checkpoint),
+    }[form]
+    backbone = MODELS.build({**BACKBONE, **extra})
+    first = backbone.unet.input_blocks[0][0].weight
+    expected = torch.load(checkpoint, weights_only=True)["input_blocks.0.0.weight"]
+    assert not torch.equal(first, expected)  # as everywhere in MMEngine, init_weights() loads
+    backbone.init_weights()
+    assert torch.equal(first, expected)
+    if form == "list":
+        assert (backbone.proj[0].weight == 7).all()
+    with torch.no_grad():
+        first.zero_()
+    backbone.init_weights()  # once is enough
+    assert (first == 0).all()
+
+
+def test_pretrained_of_the_segmentor_reaches_the_backbone(checkpoint):
+    cfg = shrunken("upernet_gd_sample")
+    cfg.model.pretrained = checkpoint
+    cfg.model.backbone.update(unet=SMALL, blocks=[12, 12, 10, 10])
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    expected = torch.load(checkpoint, weights_only=True)["input_blocks.0.0.weight"]
+    assert torch.equal(model.backbone.unet.input_blocks[0][0].weight, expected)
+
+
+def test_random_weights_are_announced_and_absent_ones_an_error(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(adapter, "print_log", lambda *args, **kwargs: logged.append((args, kwargs)))
+    MODELS.build(dict(BACKBONE)).init_weights()
+    ((message,), kwargs) = logged[-1]
+    assert "RANDOM" in message
+    assert kwargs["level"] == logging.WARNING
+    backbone = MODELS.build({**BACKBONE, "pretrained": str(tmp_path / "gone.pt")})
+    with pytest.raises(FileNotFoundError, match="OpenAI's files are at https"):
+        backbone.init_weights()
+    torch.save({"state_dict": {}}, tmp_path / "gone.pt")
+    with pytest.raises(CheckpointError, match="no guided-diffusion U-Net"):
+        backbone.init_weights()
+
+
+def shrunken(name: str) -> Config:
+    """A config with the U-Net made small, everything else as it stands."""
+    init_default_scope("mmseg")
+    cfg = Config.fromfile(str(CONFIGS / f"{name}.py"))
+    cfg.model.backbone.unet = dict(preset="tiny")
+    cfg.model.backbone.init_cfg = None
+    for key in ("decode_head", "auxiliary_head"):
+        cfg.model[key].channels = 32
+    return cfg
+
+
+def samples(sizes, classes=150):
+    result = []
+    for height, width in sizes:
+        labels = torch.randint(0, classes, (1, height, width))
+        sample = SegDataSample(gt_sem_seg=PixelData(data=labels))
+        shape = dict(img_shape=(height, width), ori_shape=(height, width), seg_map_path="a.png")
+        sample.set_metainfo({**shape, "reduce_zero_label": True})
+        result.append(sample)
+    return result
+
+
+GD = ["upernet_gd_t90_b24_ade20k", "upernet_gd_t90_b33-30-27-24_ade20k", "upernet_difffeed_ade20k"]
+
+
+@pytest.mark.parametrize("name", [*GD, "upernet_gd_sample", "upernet_difffeed_sample"])
+def test_configs_train_and_predict(name):
+    cfg = shrunken(name)
+    model = MODELS.build(cfg.model)
+    classes = cfg.model.decode_head.num_classes
+    model.data_preprocessor.size = (64, 64)
+    inputs = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
+    data = dict(inputs=inputs, data_samples=samples([(64, 64)] * 2, classes))
+    model.train()
+    loss, _ = model.parse_losses(model(**model.data_preprocessor(data, True), mode="loss"))
+    loss.backward()
+    assert torch.isfinite(loss)
+    build_optim_wrapper(model, cfg.optim_wrapper).step()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused
+    model.eval()
+    odd = dict(inputs=[inputs[0][:, :50, :61]], data_samples=samples([(50, 61)], classes))
+    with torch.no_grad():
+        (result,) = model.test_step(odd)
+    assert result.pred_sem_seg.data.shape == (1, 50, 61)
+
+
+def test_images_arrive_as_rgb_from_minus_one_to_one():
+    model = MODELS.build(shrunken("upernet_difffeed_ade20k").model)
+    bgr = torch.tensor([0, 127, 255], dtype=torch.uint8)[:, None, None].expand(3, 64, 64)
+    data = model.data_preprocessor(dict(inputs=[bgr], data_samples=samples([(64, 64)])), False)
+    expected = [1, -1 / 255, -1]
+    assert data["inputs"][0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", GD)
+def test_paper_settings(name):
+    cfg = Config.fromfile(str(CONFIGS / f"{name}.py"))
+    backbone = cfg.model.backbone
+    assert (backbone.unet, backbone.timestep) == ("gd256_uncond", 90)
+    assert backbone.blocks == ([24] * 4 if "b24" in name else [33, 30, 27, 24])
+    assert backbone.get("feedback") == ("bottleneck" if "difffeed" in name else None)
+    assert (backbone.out_channels, backbone.out_strides) == (1024, [4, 8, 16, 32])
+    assert cfg.model.decode_head.channels == 1024
+    assert cfg.model.test_cfg == dict(mode="slide", crop_size=(512, 512), stride=(341, 341))
+    assert cfg.optim_wrapper.optimizer.type == "AdamW"
+    assert cfg.optim_wrapper.optimizer.lr == 2e-5
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.train_cfg.max_iters == 16_000
+    assert cfg.param_scheduler[-1].end == 16_000
+    long = Config.fromfile(str(CONFIGS / f"{name}_160k.py"))
+    assert (long.train_cfg.max_iters, long.param_scheduler[-1].end) == (160_000, 160_000)
+    assert long.model == cfg.model
+
+
+OPTIMIZER = dict(type="AdamW", lr=1.0, weight_decay=0.5)
+
+
+def optimizer_settings(model, **paramwise_cfg):
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            type="OptimWrapper",
+            optimizer=dict(OPTIMIZER),
+            constructor="DiffusionOptimWrapperConstructor",
+            paramwise_cfg=paramwise_cfg,
+        ),
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = wrapper.optimizer.param_groups
+    settings = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(settings) == sum(len(g["params"]) for g in groups)
+    return settings, len(groups)
+
+
+class Segmentor(torch.nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.backbone = MODELS.build({**BACKBONE, **kwargs})
+        self.decode_head = torch.nn.Conv2d(32, 5, 1)
+
+
+def test_layer_decay_and_no_decay_rules():
+    model = Segmentor(feedback="bottleneck")
+    settings, groups = optimizer_settings(
+        model, layer_decay_rate=0.5, norm_decay_mult=0.0, bias_decay_mult=0.0
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(settings) == trained
+    last = 12
+    assert settings["decode_head.weight"] == (1, 0.5)
+    assert settings["decode_head.bias"] == (1, 0)
+    assert settings["backbone.proj.0.weight"] == (1, 0.5)
+    assert settings["backbone.feedback.8.1.weight"] == (1, 0)
+    assert settings["backbone.unet.input_blocks.0.0.weight"] == (0.5**last, 0.5)
+    assert settings["backbone.unet.input_blocks.1.0.in_layers.0.weight"] == (0.5 ** (last - 1), 0)
+    assert settings["backbone.unet.middle_block.0.in_layers.2.weight"] == (0.5 ** (last - 6), 0.5)
+    assert settings["backbone.unet.output_blocks.4.0.in_layers.2.weight"] == (0.5, 0.5)
+    assert settings["backbone.unet.time_embed.0.weight"] == (0.5 ** (last + 1), 0.5)
+    assert groups < 40  # not one for each parameter
+    plain, _ = optimizer_settings(model, custom_keys={"backbone.unet": dict(lr_mult=0.1)})
+    assert plain["backbone.unet.input_blocks.0.0.weight"] == (0.1, 0.5)
+    assert plain["decode_head.weight"] == (1, 0.5)
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\], got 1.5"):
+        optimizer_settings(model, layer_decay_rate=1.5)
+    with pytest.raises(ValueError, match="no DiffusionBackbone"):
+        optimizer_settings(torch.nn.Linear(1, 1), layer_decay_rate=0.5)
+
+
+def test_frozen_weights_are_no_business_of_the_optimizer():
+    settings, _ = optimizer_settings(Segmentor(freeze=True), norm_decay_mult=0.0)
+    assert not any("unet" in name for name in settings)
+    assert any("proj" in name for name in settings)
+
+
+class Runner:
+    def __init__(self, train=1, val=1, classes=3):
+        def loop(size):
+            dataset = type("Data", (list,), {"data_prefix": {"img_path": "there"}})(range(size))
+            return type("Loop", (), {"dataloader": type("Loader", (), {"dataset": dataset})})
+
+        self.train_loop, self.val_loop = loop(train), loop(val)
+        head = type("Head", (torch.nn.Module,), {"num_classes": classes})()
+        self.model = torch.nn.Module()
+        self.model.decode_head = head
+
+
+def test_empty_data_and_labels_out_of_range_stop_the_run():
+    hook = adapter.CheckInputsHook()
+    hook.before_train(Runner())
+    for name in ("train", "val"):
+        with pytest.raises(ValueError, match=f"the {name} dataset is empty.*there"):
+            hook.before_train(Runner(**{name: 0}))
+    good, bad = samples([(4, 4)] * 2, classes=3)
+    good.gt_sem_seg.data[0, 0] = 255
+    hook.before_train_iter(Runner(), 0, dict(data_samples=[good]))
+    bad.gt_sem_seg.data[0, 0] = 149
+    with pytest.raises(ValueError, match=r"label 149 in a.png: the head has 3 classes.*0 to 2"):
+        hook.before_train_iter(Runner(), 0, dict(data_samples=[good, bad]))
+
+
+# The official scripts on the sample config, with everything made small by --cfg-options.
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "sample"
+    command = ["tools/make_sample_data.py", "--out", str(root)]
+    counts = ["--train", "6", "--val", "3", "--unlabelled", "0"]
+    subprocess.run([sys.executable, *command, *counts], cwd=ROOT, check=True)
+    return root / "ADEChallengeData2016"
+
+
+def arguments(data: Path, work_dir: Path, iterations: int) -> list[str]:
+    options = {
+        **{f"{part}_dataloader.dataset.data_root": data for part in ("train", "val", "test")},
+        **{f"{part}_dataloader.num_workers": 0 for part in ("train", "val", "test")},
+        **{f"{part}_dataloader.persistent_workers": False for part in ("train", "val", "test")},
+        "train_dataloader.batch_size": 2,
+        "train_cfg.max_iters": iterations,
+        "train_cfg.val_interval": iterations,
+        "default_hooks.checkpoint.interval": 2,
+        "default_hooks.logger.interval": 1,
+        "model.backbone.activation_checkpointing": True,
+    }
+    listed = [f"{key}={value}" for key, value in options.items()]
+    return ["--work-dir", str(work_dir), "--cfg-options", *listed]
+
+
+CONFIG = str(CONFIGS / "upernet_difffeed_sample.py")
+
+
+def script(name: str) -> str:
+    import mmseg
+
+    return str(Path(mmseg.__file__).parent / ".mim" / "tools" / name)
+
+
+def run(*command: str) -> str:
+    result = subprocess.run(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
+
+
+def test_official_scripts_train_resume_after_sigkill_and_test(data, tmp_path):
+    command = [sys.executable, script("train.py"), CONFIG]
+    endless = subprocess.Popen(
+        [*command, *arguments(data, tmp_path, 10_000)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 180
+        while not (tmp_path / "last_checkpoint").exists() and time.monotonic() < deadline:
+            assert endless.poll() is None
+            time.sleep(0.2)
+    finally:
+        endless.send_signal(signal.SIGKILL)
+        endless.wait()
+    reached = int((tmp_path / "last_checkpoint").read_text().rsplit("_", 1)[1].split(".")[0])
+    output = run(*command, *arguments(data, tmp_path, reached + 2), "--resume")
+    assert f"resumed epoch: 0, iter: {reached}" in output
+    assert f"Iter(train) [{reached + 1}/{reached + 2}]" in output
+    assert f"Iter(train) [{reached}/" not in output
+    assert "mIoU" in output
+
+    weights = str(tmp_path / f"iter_{reached + 2}.pth")
+    ours = [sys.executable, "tools/mmseg_test.py", "upernet_difffeed_sample", weights]
+    scores = [
+        [
+            line
+            for line in run(*cmd, *arguments(data, tmp_path / "t", 2)).splitlines()
+            if "mIoU:" in line
+        ][-1]
+        for cmd in ([sys.executable, script("test.py"), CONFIG, weights], ours)
+    ]
+    score = [line.split("mIoU:")[1].split()[0] for line in scores]
+    assert score[0] == score[1]  # "fixed" noise: evaluation does not move from run to run
+
+    picture = tmp_path / "picture.png"
+    visualize = ["tools/mmseg_visualize.py", CONFIG, weights, "--out", str(picture)]
+    roots = [f"{p}_dataloader.dataset.data_root={data}" for p in ("train", "val", "test")]
+    run(sys.executable, *visualize, "--images", "3", "--cfg-options", *roots)
+    with Image.open(picture) as image:
+        assert image.width > 1000
+        assert len(set(image.convert("RGB").getdata())) > 500  # photographs, not a blank page
+
+
+def test_two_processes_train_through_the_tool(data, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    tool = ["tools/mmseg_train.py", "upernet_difffeed_sample", "--launcher", "pytorch"]
+    output = run(*launch, *tool, *arguments(data, tmp_path, 2))
+    assert MMDistributedDataParallel.__name__ in output or "Distributed training: True" in output
+    assert (tmp_path / "iter_2.pth").exists()
+    assert "mIoU" in output

@@ -1,0 +1,352 @@
+"""The U-Net: parity with guided-diffusion's values, the block table, taps, kernels, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import golden
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffbackbone import BlockInfo, UNet, UNetConfig
+from diffbackbone.unet import PRESETS, timestep_embedding
+
+TOLERANCE = 1e-5
+SMALL = golden.CONFIGS["narrow256"]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with np.load(golden.FILE) as data:
+        yield dict(data)
+
+
+@pytest.fixture(scope="module")
+def small() -> UNet:
+    return golden.fill(UNet(SMALL))
+
+
+@pytest.mark.parametrize("arch", golden.CONFIGS)
+def test_every_block_equals_the_authors_code(arch, reference):
+    config = golden.CONFIGS[arch]
+    unet = golden.fill(UNet(config))
+    y = golden.Y if config.num_classes else None
+    with torch.no_grad():
+        features = unet.forward_features(golden.image(arch), golden.T, config.blocks, y)
+        output = unet(golden.image(arch), golden.T, y)
+    assert list(features) == list(config.blocks)
+    errors = {b: golden.relative_error(x, reference, f"{arch}/b{b}") for b, x in features.items()}
+    assert max(errors.values()) < TOLERANCE, errors
+    assert golden.relative_error(output, reference, f"{arch}/eps") < TOLERANCE
+
+
+@pytest.mark.parametrize("arch", golden.CONFIGS)
+def test_table_of_blocks_tells_what_the_network_puts_out(arch):
+    config = golden.CONFIGS[arch]
+    unet = UNet(config)
+    y = golden.Y if config.num_classes else None
+    with torch.no_grad():
+        features = unet.forward_features(golden.image(arch), golden.T, config.blocks, y)
+    for b, x in features.items():
+        info = unet.blocks[b]
+        assert x.shape == (2, info.channels, 64 // info.stride, 64 // info.stride)
+
+
+def test_blocks_of_the_256_px_model():
+    blocks = UNetConfig.from_preset("gd256_uncond").blocks
+    sizes = [256 // info.stride for info in blocks.values()]
+    down = [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3 + [16] * 3
+    up = [16] * 3 + [32] * 3 + [64] * 3 + [128] * 3 + [256] * 4
+    assert sizes == down + [8] * 6 + up
+    channels = [info.channels for info in blocks.values()]
+    assert channels == [256] * 7 + [512] * 6 + [1024] * 12 + [512] * 6 + [256] * 6
+    assert blocks[24] == BlockInfo(index=24, channels=1024, stride=16)
+    assert (blocks[19].name, blocks[24].name) == ("middle_block", "output_blocks.4")
+
+
+PARAMETERS = {  # what guided-diffusion's own code builds from the flags in its README
+    "gd64": 295_904_454,
+    "gd128": 421_529_606,
+    "gd256": 553_838_086,
+    "gd256_uncond": 552_814_086,
+    "gd512": 558_997_638,
+    "lsun_bedroom": 552_814_086,
+    "lsun_cat": 552_814_086,
+    "lsun_horse": 552_814_086,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    config = UNetConfig.from_preset(name)
+    with torch.device("meta"):
+        unet = UNet(config)
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    assert count == PARAMETERS.get(name, count)
+    rest = {
+        field: getattr(config, field)
+        for field in ("num_head_channels", "num_heads", "use_new_attention_order", "dropout")
+    }
+    rest.update(image_size=config.image_size, noise_schedule=config.noise_schedule)
+    assert UNetConfig.from_state_dict(unet.state_dict(), **rest) == config
+
+
+def test_tiny_is_small_and_has_the_blocks_of_the_real_model():
+    tiny, real = UNetConfig.from_preset("tiny"), UNetConfig.from_preset("gd256_uncond")
+    assert [b.stride for b in tiny.blocks.values()] == [b.stride for b in real.blocks.values()]
+    count = sum(parameter.numel() for parameter in UNet(tiny).parameters())
+    assert 2 * count < 10e6  # bytes in half precision
+
+
+VARIANTS = [
+    dict(zip(("use_scale_shift_norm", "resblock_updown", "conv_resample"), flags))
+    for flags in itertools.product((True, False), repeat=3)
+]
+
+
+@pytest.mark.parametrize("levels", [(1,), (1, 2), (0.5, 1, 1.5)])
+@pytest.mark.parametrize("flags", VARIANTS)
+def test_architecture_is_read_off_the_shapes(flags, levels):
+    config = UNetConfig(
+        model_channels=64,
+        channel_mult=levels,
+        num_res_blocks=1,
+        attention_strides=(2 ** (len(levels) - 1),),
+        num_head_channels=32,
+        num_classes=5,
+        out_channels=3,
+        **flags,
+    )
+    with torch.device("meta"):
+        state_dict = UNet(config).state_dict()
+    found = UNetConfig.from_state_dict(state_dict, num_head_channels=32)
+    if len(levels) == 1:  # nothing to resample by
+        config = config.replace(resblock_updown=False, conv_resample=True)
+    elif config.resblock_updown:
+        config = config.replace(conv_resample=True)  # not used then
+    assert found == config
+    with torch.device("meta"):
+        assert UNet(found).state_dict().keys() == state_dict.keys()
+
+
+def test_taps_agree_with_one_another_and_stop_early(small):
+    x = golden.image("narrow256")
+    with torch.no_grad():
+        alone = small.forward_features(x, golden.T, (24,))[24]
+        both = small.forward_features(x, golden.T, (24, 5, 24))
+    assert list(both) == [24, 5]
+    assert torch.equal(both[24], alone)
+
+    ran = []
+    hooks = [
+        small.module(b).register_forward_hook(lambda *_, b=b: ran.append(b)) for b in small.blocks
+    ]
+    with torch.no_grad():
+        small.forward_features(x, golden.T, (20, 5))
+    for hook in hooks:
+        hook.remove()
+    assert ran == list(range(1, 21))
+
+
+def test_only_what_is_reached_is_built(small):
+    partial = UNet(SMALL, last_block=24)
+    assert len(partial.output_blocks) == 5
+    assert not hasattr(partial, "out")
+    partial.load_state_dict({k: small.state_dict()[k] for k in partial.state_dict()})
+    x = golden.image("narrow256")
+    with torch.no_grad():
+        ours = partial.eval().forward_features(x, 90, (24,))[24]
+        assert torch.equal(ours, small.forward_features(x, 90, (24,))[24])
+    with pytest.raises(ValueError, match="ends at block 24"):
+        partial.forward_features(x, 90, (25,))
+    with pytest.raises(ValueError, match="no output layer"):
+        partial(x, 90)
+
+
+def test_skips_that_nobody_reads_are_let_go(small):
+    x = golden.image("narrow256")
+    with torch.no_grad():
+        state = small.start(x, 90, last=24)
+        small.traverse(state, 18)
+        assert sorted(state.skips) == [14, 15, 16, 17, 18]
+        small.traverse(state, 24)
+        assert not state.skips
+
+
+def test_one_timestep_serves_the_whole_batch(small):
+    x = golden.image("narrow256")
+    with torch.no_grad():
+        one = small.forward_features(x, 90, (24,))[24]
+        each = small.forward_features(x, torch.tensor([90, 90]), (24,))[24]
+    assert torch.allclose(one, each, atol=1e-5)
+
+
+def test_injected_maps_are_carried_by_trunk_and_skip(small):
+    x = golden.image("narrow256")
+    bump = torch.ones(2, SMALL.blocks[14].channels, 2, 2)  # resized to 4 x 4
+    with torch.no_grad():
+        plain = small.forward_features(x, 90, (14, 19, 24))
+        fed = small.forward_features(x, 90, (14, 19, 24), inject={14: bump})
+    assert torch.allclose(fed[14], plain[14] + 1, atol=1e-6)
+    assert not torch.allclose(fed[19], plain[19], atol=1e-3)
+    state = small.start(x, 90, last=24)
+    small.traverse(state, 14, inject={14: [bump]})
+    assert torch.equal(state.skips[14], state.h)
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_attention_takes_a_memory_linear_kernel(new_order, channels_last):
+    config = SMALL.replace(use_new_attention_order=new_order, num_head_channels=32)
+    unet = UNet(config, last_block=22)
+    x = torch.randn(1, 3, 64, 64)
+    if channels_last:
+        unet, x = (
+            unet.to(memory_format=torch.channels_last),
+            x.contiguous(memory_format=torch.channels_last),
+        )
+    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(fast):  # raises where only the quadratic "math" kernel would do
+        unet.forward_features(x, 90, (22,))[22].sum().backward()
+    with torch.profiler.profile() as profile, torch.no_grad():
+        unet.forward_features(x, 90, (22,))
+    names = {event.key for event in profile.key_averages()}
+    assert any("flash_attention" in name for name in names), names
+    assert not any("attention_math" in name for name in names)
+
+
+def test_attention_does_take_the_math_kernel_when_layout_is_wrong():
+    """The check above can fail: a last dimension that is not contiguous is refused."""
+    q = torch.randn(1, 2, 32, 16).transpose(2, 3)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), pytest.raises(RuntimeError):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def test_channels_last_gives_the_same(small):
+    x = golden.image("narrow256")
+    with torch.no_grad():
+        expected = small.forward_features(x, 90, (24,))[24]
+        twin = golden.fill(UNet(SMALL)).to(memory_format=torch.channels_last)
+        ours = twin.forward_features(x, 90, (24,))[24]
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        unet = golden.fill(UNet(SMALL, 24, activation_checkpointing=checkpointing)).train()
+        unet.forward_features(golden.image("narrow256"), golden.T, (24,))[
+            24
+        ].square().mean().backward()
+        gradients.append({name: p.grad for name, p in unet.named_parameters()})
+    assert all(grad is not None for grad in gradients[1].values())
+    for name, grad in gradients[0].items():
+        assert torch.allclose(grad, gradients[1][name], rtol=1e-4, atol=1e-7), name
+
+
+def test_activation_checkpointing_keeps_less():
+    def kept(checkpointing: bool) -> int:
+        unet = UNet(SMALL, 24, activation_checkpointing=checkpointing).train()
+        saved: dict[int, int] = {}
+
+        def pack(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            unet.forward_features(torch.randn(1, 3, 128, 128), 90, (24,))
+        weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+        return sum(size for pointer, size in saved.items() if pointer not in weights)
+
+    assert kept(True) < 0.4 * kept(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_norms_in_float32(small, dtype, monkeypatch):
+    x = golden.image("narrow256")
+    seen = set()
+    group_norm = torch.nn.functional.group_norm
+
+    def spy(x, *args, **kwargs):
+        seen.add(x.dtype)
+        return group_norm(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "group_norm", spy)
+    with torch.no_grad():
+        expected = small.forward_features(x, 90, (24,))[24]
+        with torch.autocast("cpu", dtype):
+            ours = small.forward_features(x, 90, (24,))[24]
+    assert seen == {torch.float32}
+    assert ours.dtype == dtype
+    assert (ours.float() - expected).norm() / expected.norm() < 0.05
+
+
+def test_half_precision_weights(small):
+    unet = golden.fill(UNet(SMALL, 24)).bfloat16()
+    x = golden.image("narrow256")
+    with torch.no_grad():
+        ours = unet.forward_features(x, 90, (24,))[24]
+        expected = small.forward_features(x, 90, (24,))[24]
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - expected).norm() / expected.norm() < 0.05
+
+
+def test_traversal_compiles_as_one_graph():
+    """The graph is captured whole (fullgraph); code generation is left out to keep this quick."""
+    config = UNetConfig(
+        model_channels=32,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
+        attention_strides=(2,),
+        num_head_channels=16,
+    )
+    unet = golden.fill(UNet(config))
+    compiled = torch.compile(unet.forward_features, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 3, 32, 32)
+    taps = (3, config.num_blocks)
+    with torch.no_grad():
+        expected, ours = unet.forward_features(x, 90, taps), compiled(x, 90, taps)
+    for b in taps:
+        assert torch.allclose(ours[b], expected[b], rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_has_cosines_first():
+    embedding = timestep_embedding(torch.tensor([0.0, 1.0]), 4)
+    assert embedding.tolist()[0] == [1, 1, 0, 0]
+    assert embedding[1, 3] == pytest.approx(np.sin(0.01), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_channels": 40}, "multiple of 32"),
+        ({"model_channels": 0}, "model_channels must be a positive integer, got 0"),
+        ({"attention_strides": (64,)}, r"\[64\] don't occur; choose from \[1, 2, 4, 8, 16, 32\]"),
+        ({"num_head_channels": 48}, "num_head_channels=48 does not divide"),
+        ({"num_head_channels": None, "num_heads": 3}, "num_heads=3 does not divide"),
+        ({"noise_schedule": "sqrt"}, "'linear' or 'cosine', got 'sqrt'"),
+    ],
+)
+def test_bad_configurations(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(UNetConfig(), **changes)
+
+
+def test_bad_requests(small):
+    x = golden.image("narrow256")
+    with pytest.raises(ValueError, match=r"from 1 to 37 .* got \[38\]"):
+        small.forward_features(x, 90, (38,))
+    with pytest.raises(ValueError, match="from 1 to 37"):
+        small.forward_features(x, 90, (0,))
+    with pytest.raises(ValueError, match=r"multiples of 32, got \(60, 64\)"):
+        small.forward_features(x[..., :60, :], 90, (24,))
+    with pytest.raises(ValueError, match="not class-conditional"):
+        small(x, 90, golden.Y)
+    with pytest.raises(ValueError, match="labels y are needed"):
+        UNet(golden.CONFIGS["classic64"])(x, 90)
+    with pytest.raises(ValueError, match="unknown preset 'gd1024'; choose from gd64"):
+        UNetConfig.from_preset("gd1024")
