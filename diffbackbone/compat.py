@@ -167,32 +167,45 @@ def repair_resume_safe_globals() -> bool:
     """Let ``torch.load`` read MMEngine's training checkpoints with ``weights_only=True``.
 
     Since torch 2.6 that is the default, and refuses what MMEngine stores beside the weights: the
-    history of the logged scalars (``HistoryBuffer`` over numpy arrays) and numpy scores. Only
-    those classes are allowed. The buffers also carry their own statistics methods, pickled as
-    calls of ``getattr``; such a call is answered by :func:`_history_buffer_method`, which knows
-    those methods and nothing else.
+    history of the logged scalars (``HistoryBuffer`` over numpy arrays) and numpy scores.
 
     Returns:
         Whether anything was not allowed yet.
     """
+    missing = _checkpoint_globals().difference(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals(list(missing))
+    return bool(missing)
+
+
+@functools.cache
+def _checkpoint_globals() -> frozenset[Any]:
+    """What a training checkpoint asks for by name, with what answers to each name.
+
+    A few names stand for something harmless instead of the real thing. ``getattr`` is there for
+    the statistics methods that a ``HistoryBuffer`` carries, and finds nothing else. ``np.ndarray``
+    and ``np.dtype`` could make arrays of Python objects out of raw bytes; here, arrays start empty
+    and data types are numbers.
+    """
     import numpy as np
     from mmengine.logging import HistoryBuffer
 
-    reconstruct = np.empty(0).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
-    needed: set[Any] = {
-        HistoryBuffer,
-        (_history_buffer_method, "builtins.getattr"),
-        np.ndarray,
-        np.dtype,
-        *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+    uncallable_array = type("ndarray", (np.ndarray,), {"__new__": _refuse_array})
+    make_scalar = np.float64(0).__reduce__()[0]
+    names: dict[str, Any] = {
+        "mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer,
+        "builtins.getattr": _history_buffer_method,
+        "numpy.ndarray": uncallable_array,
+        "numpy.dtype": _number_dtype,
     }
     for core in ("numpy._core", "numpy.core"):  # as numpy 2 and numpy 1 write it
-        needed.add((reconstruct, f"{core}.multiarray._reconstruct"))
-        needed.add((scalar, f"{core}.multiarray.scalar"))
-    missing = needed.difference(torch.serialization.get_safe_globals())
-    torch.serialization.add_safe_globals(list(missing))
-    return bool(missing)
+        names[f"{core}.multiarray._reconstruct"] = _empty_array
+        names[f"{core}.multiarray.scalar"] = make_scalar
+    # Classes whose instances get their state from the file. A name in a file has a dot, so these
+    # names are in reach of none, and the classes can't be called.
+    codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
+    for kind in (np.ndarray, *(type(np.dtype(code)) for code in codes)):
+        names[kind.__name__] = kind
+    return frozenset((value, name) for name, value in names.items())
 
 
 def _history_buffer_method(owner: Any, name: Any) -> Callable[..., Any]:
@@ -205,6 +218,24 @@ def _history_buffer_method(owner: Any, name: Any) -> Callable[..., Any]:
             "of mmengine's HistoryBuffer are allowed"
         )
     return getattr(HistoryBuffer, name)
+
+
+def _number_dtype(code: Any, *_: Any) -> Any:
+    import numpy as np
+
+    if not isinstance(code, str) or np.dtype(code).kind not in "biufc":
+        raise pickle.UnpicklingError(f"the checkpoint asks for numpy's {code!r}, not for numbers")
+    return np.dtype(code, False, True)  # a copy, which may take a byte order
+
+
+def _empty_array(*_: Any) -> Any:
+    import numpy as np
+
+    return np.empty(0)
+
+
+def _refuse_array(*_: Any, **__: Any) -> Any:
+    raise pickle.UnpicklingError("the checkpoint calls numpy.ndarray, which is not allowed")
 
 
 # --------------------------------------------------------------------------------------------------

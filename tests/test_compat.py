@@ -165,16 +165,25 @@ def checkpoint(**more) -> io.BytesIO:
 
 @needs_mmengine
 def test_training_checkpoint_loads(no_safe_globals):
+    arrays = {"f": np.arange(3.0), "i": np.ones((2, 3), np.int16, order="F"), "b": np.array([True])}
+    swapped = np.arange(4, dtype=">i4")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(checkpoint(), weights_only=True)
     assert compat.repair_resume_safe_globals() is True
     assert compat.repair_resume_safe_globals() is False
 
-    loaded = torch.load(checkpoint(), weights_only=True)
+    loaded = torch.load(checkpoint(arrays=arrays, swapped=swapped), weights_only=True)
     history = loaded["message_hub"]["log_scalars"]["train/loss"]
     assert history.mean() == 2.5
     assert history.statistics("max") == 4.5
     assert loaded["message_hub"]["runtime_info"]["best_score"] == 12.5
+    assert type(loaded["message_hub"]["runtime_info"]["best_score"]) is np.float64
+    for name, array in {**loaded["arrays"], "swapped": loaded["swapped"]}.items():
+        saved = arrays.get(name, swapped)
+        assert type(array) is np.ndarray
+        assert array.dtype == saved.dtype.newbyteorder("=")  # numpy itself swaps the bytes
+        np.testing.assert_array_equal(array, saved)
+    assert np.dtype("int32").isnative
 
 
 @needs_mmengine
@@ -210,6 +219,12 @@ def test_malicious_checkpoint_is_still_refused(no_safe_globals, tmp_path):
         ),
         "an attribute of another class": Reduce(getattr, (np.ndarray, "mean")),
         "an attribute of an allowed object": Reduce(getattr, (np.dtype("float64"), "str")),
+        "an array of objects from bytes": Reduce(np.ndarray, ((1,), "O", b"12345678")),
+        "an array by its class": Reduce(np.ndarray, (3,)),
+        "the data type of objects": Reduce(np.dtype, ("O",)),
+        "a data type with fields": Reduce(np.dtype, ([("a", "O")],)),
+        "objects": np.array([None]),
+        "fields": np.zeros(1, "f8,i4"),
     }
     for name, attack in attacks.items():
         file = checkpoint(attack=attack)
