@@ -242,7 +242,7 @@ def test_scenes_larger_than_the_photos(pools):
 @pytest.mark.parametrize("grey", [0, 60, 128, 200, 255])
 def test_labels_follow_the_paint_and_the_paint_stands_out(pools, grey):
     pool = replace(pools["train"], photos=(np.full((300, 300, 3), grey, np.uint8),))
-    config = tool.SceneConfig(max_digits=1)
+    config = tool.SceneConfig(min_digits=1, max_digits=1)
     for index in range(10):
         scene = tool.make_scene(pool, config, 0, "train", index)
         difference = scene.image.astype(int) - grey
@@ -266,7 +266,7 @@ def test_backgrounds_keep_their_proportions(pools):
     ramps[..., 0] = np.arange(200)
     ramps[..., 1] = np.arange(60)[:, None]
     pool = replace(pools["train"], photos=(ramps,))
-    config = tool.SceneConfig(min_size=60, max_size=90, max_digits=1)
+    config = tool.SceneConfig(min_size=60, max_size=90, min_digits=1, max_digits=1)
     directions = set()
     for index in range(10):
         scene = tool.make_scene(pool, config, 0, "train", index)
@@ -473,7 +473,7 @@ def test_same_parameters_do_nothing(made, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"train": 15}, {"config": tool.SceneConfig(max_digits=2)}]
+    "changed", [{"seed": 1}, {"train": 15}, {"config": tool.SceneConfig(min_digits=1, max_digits=2)}]
 )
 def test_other_parameters_need_force(made, monkeypatch, changed):
     forbid_work(monkeypatch)

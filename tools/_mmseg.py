@@ -32,16 +32,7 @@ def run(script: str, dataloaders: Sequence[str]) -> None:
         SystemExit: With a message, where the environment, the config, the data or the checkpoint
             is missing; and wherever the script itself exits.
     """
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))  # last: folders of the checkout must not shadow a package
-    from diffbackbone import compat
-
-    try:
-        compat.check_mmseg_stack()
-    except ImportError as error:
-        raise SystemExit(f"error: {error}") from None
-    compat.apply_mmengine_repairs()
-
+    prepare()
     path = _script_path(script)
     # upstream's own parser: --help and wrong options end here, as they would there
     parse_args: Callable[[], Namespace] = runpy.run_path(path)["parse_args"]
@@ -53,6 +44,23 @@ def run(script: str, dataloaders: Sequence[str]) -> None:
         check_checkpoint(args.checkpoint)
     check_data(config, args.cfg_options, dataloaders)
     runpy.run_path(path, run_name="__main__")
+
+
+def prepare() -> None:
+    """Make `diffbackbone` importable from the checkout, and check and repair the environment.
+
+    Raises:
+        SystemExit: Says what is missing or too new.
+    """
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # last: folders of the checkout must not shadow a package
+    from diffbackbone import compat
+
+    try:
+        compat.check_mmseg_stack()
+    except ImportError as error:
+        raise SystemExit(f"error: {error}") from None
+    compat.apply_mmengine_repairs()
 
 
 def _script_path(script: str) -> str:

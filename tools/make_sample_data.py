@@ -81,6 +81,8 @@ class SceneConfig:
         max_digits: Most digits drawn for a scene.
         digit_size: Smallest and largest digit, as a share of the scene's short side.
         background_scale: Smallest and largest side of the photo crop, in sides of the scene.
+        background_brightness: The photo is dimmed to this share, so that light digits stand out
+            and a network trained from random weights finds them within minutes.
         ink: Ink of the enlarged scan (0 to 1) that is still clear, and that is already opaque.
         mask_threshold: Opacity above which a pixel belongs to the digit.
         rim_threshold: Opacity above which a pixel outside the digit is unlabelled.
@@ -92,10 +94,11 @@ class SceneConfig:
 
     min_size: int = 64
     max_size: int = 96
-    min_digits: int = 1
-    max_digits: int = 3
-    digit_size: tuple[float, float] = (0.3, 0.75)
+    min_digits: int = 3
+    max_digits: int = 7
+    digit_size: tuple[float, float] = (0.25, 0.5)
     background_scale: tuple[float, float] = (0.5, 1.5)
+    background_brightness: float = 0.7
     ink: tuple[float, float] = (0.15, 0.7)
     mask_threshold: float = 0.5
     rim_threshold: float = 0.2
@@ -119,6 +122,11 @@ class SceneConfig:
         )
         _require_range("digit_size", self.digit_size, 0.25, 0.8)
         _require_range("background_scale", self.background_scale, 0.1, 10.0)
+        _require(
+            0.0 < self.background_brightness <= 1.0,
+            "background_brightness must be above 0 and at most 1, but "
+            f"{self.background_brightness} was given",
+        )
         _require_range("ink", self.ink, 0.0, 1.0)
         _require(
             self.ink[0] < self.ink[1],
@@ -360,17 +368,17 @@ def _enlarge(scan: np.ndarray, size: int, ink: tuple[float, float]) -> np.ndarra
 
 
 def _pick_colour(rng: np.random.Generator, behind: np.ndarray, min_contrast: float) -> np.ndarray:
-    """Pick a colour of random hue that stands out from the pixels behind it.
+    """Pick a light colour of random hue that stands out from the pixels behind it.
 
     Saturation and value are drawn until the colour is far enough from most of the pixels; where
-    none is, the farthest one is taken, among them a pale and a dark one of that hue.
+    none is, the farthest one is taken, among them a pale one of that hue and white.
     """
     tries = 32
     hsv = np.empty((tries + 2, 1, 3), np.float32)
     hsv[..., 0] = rng.uniform(0.0, 360.0)
-    hsv[:tries, 0, 1] = rng.uniform(0.3, 1.0, tries)
-    hsv[:tries, 0, 2] = rng.uniform(0.1, 1.0, tries)
-    hsv[tries:, 0, 1:] = (0.25, 1.0), (0.9, 0.12)
+    hsv[:tries, 0, 1] = rng.uniform(0.05, 0.6, tries)
+    hsv[:tries, 0, 2] = rng.uniform(0.8, 1.0, tries)
+    hsv[tries:, 0, 1:] = (0.25, 1.0), (0.0, 1.0)
     colours = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     step = max(1, min(behind.shape[:2]) // 24)
     pixels = behind[::step, ::step].astype(np.float32) / 255.0
@@ -433,6 +441,7 @@ def make_scene(pool: Pool, config: SceneConfig, seed: int, split: str, index: in
     rng = np.random.default_rng(sequence)
     height, width = _draw_shape(rng, config)
     image = _draw_background(rng, config, pool, height, width).astype(np.float32)
+    image *= config.background_brightness
     opacity = np.zeros((height, width), np.float32)
     labels = np.full((height, width), BACKGROUND, np.uint8)
     taken = np.zeros((height, width), bool)
@@ -764,7 +773,7 @@ def _publish(built: Path, out: Path, aside: Path) -> None:
 def make_sample_data(
     out: str | os.PathLike[str],
     *,
-    train: int = 400,
+    train: int = 800,
     val: int = 60,
     unlabelled: int = 400,
     seed: int = 0,
@@ -828,14 +837,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("data/sample"), help="folder to make")
-    parser.add_argument("--train", type=int, default=400, help="training scenes")
+    parser.add_argument("--train", type=int, default=800, help="training scenes")
     parser.add_argument("--val", type=int, default=60, help="validation scenes")
     parser.add_argument("--unlabelled", type=int, default=400, help="scenes without labels")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything drawn")
     parser.add_argument("--min-size", type=int, default=64, help="smallest side of a scene")
     parser.add_argument("--max-size", type=int, default=96, help="largest side of a scene")
     parser.add_argument(
-        "--digits", type=int, nargs=2, default=(1, 3), metavar=("MIN", "MAX"), help="per scene"
+        "--digits", type=int, nargs=2, default=(3, 7), metavar=("MIN", "MAX"), help="per scene"
     )
     parser.add_argument("--force", action="store_true", help="replace other sample data")
     return parser.parse_args(argv)
