@@ -31,7 +31,7 @@ setup(
     extras_require={
         "mmseg": MMSEG,
         "sample": SAMPLE,
-        "dev": [*SAMPLE, "pytest", "ruff"],
+        "dev": [*SAMPLE, "pytest", "ruff==0.17.5"],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",
