@@ -74,9 +74,10 @@ class KeyReport:
     foreign: tuple[str, ...]
 
     def __str__(self) -> str:
+        prefix = f" (prefix {self.prefix!r})" if self.prefix else ""
         return (
-            f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.unused)} not needed by "
-            f"this U-Net, {len(self.foreign)} outside {self.prefix or 'it'!r}"
+            f"{self.source}{prefix}: {len(self.loaded)} tensors loaded, {len(self.unused)} not "
+            f"needed by this U-Net, {len(self.foreign)} of other modules"
         )
 
 
