@@ -25,7 +25,7 @@ model = dict(
     test_cfg=dict(_delete_=True, mode="whole"),
 )
 
-max_iters = 600
+max_iters = 400
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=30),
