@@ -243,9 +243,10 @@ def test_scenes_larger_than_the_photos(pools):
 def test_labels_follow_the_paint_and_the_paint_stands_out(pools, grey):
     pool = replace(pools["train"], photos=(np.full((300, 300, 3), grey, np.uint8),))
     config = tool.SceneConfig(min_digits=1, max_digits=1)
+    behind = round(grey * config.background_brightness)
     for index in range(10):
         scene = tool.make_scene(pool, config, 0, "train", index)
-        difference = scene.image.astype(int) - grey
+        difference = scene.image.astype(int) - behind
         channel = np.abs(difference).max(axis=(0, 1)).argmax()
         paint = np.abs(difference[..., channel])
         alpha = paint / paint.max()
@@ -255,7 +256,7 @@ def test_labels_follow_the_paint_and_the_paint_stands_out(pools, grey):
         rim = alpha[scene.labels == 0]
         assert 0.2 - slack < rim.min()
         assert rim.max() < 0.5 + slack
-        colours = np.stack([scene.image[np.unravel_index(paint.argmax(), paint.shape)], [grey] * 3])
+        colours = np.stack([scene.image[np.unravel_index(paint.argmax(), paint.shape)], [behind] * 3])
         lab = cv2.cvtColor(colours[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
         distance = np.linalg.norm((lab[0] - lab[1]) * (1, 0.25, 0.25))
         assert distance > config.min_contrast - 1

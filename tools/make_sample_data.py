@@ -98,7 +98,7 @@ class SceneConfig:
     max_digits: int = 7
     digit_size: tuple[float, float] = (0.25, 0.5)
     background_scale: tuple[float, float] = (0.5, 1.5)
-    background_brightness: float = 0.7
+    background_brightness: float = 0.6
     ink: tuple[float, float] = (0.15, 0.7)
     mask_threshold: float = 0.5
     rim_threshold: float = 0.2
