@@ -256,7 +256,8 @@ def test_labels_follow_the_paint_and_the_paint_stands_out(pools, grey):
         rim = alpha[scene.labels == 0]
         assert 0.2 - slack < rim.min()
         assert rim.max() < 0.5 + slack
-        colours = np.stack([scene.image[np.unravel_index(paint.argmax(), paint.shape)], [behind] * 3])
+        brightest = scene.image[np.unravel_index(paint.argmax(), paint.shape)]
+        colours = np.stack([brightest, [behind] * 3])
         lab = cv2.cvtColor(colours[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
         distance = np.linalg.norm((lab[0] - lab[1]) * (1, 0.25, 0.25))
         assert distance > config.min_contrast - 1
@@ -474,7 +475,8 @@ def test_same_parameters_do_nothing(made, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"train": 15}, {"config": tool.SceneConfig(min_digits=1, max_digits=2)}]
+    "changed",
+    [{"seed": 1}, {"train": 15}, {"config": tool.SceneConfig(min_digits=1, max_digits=2)}],
 )
 def test_other_parameters_need_force(made, monkeypatch, changed):
     forbid_work(monkeypatch)
