@@ -875,4 +875,4 @@ class UNet(nn.Module):
         state = self.start(x_t, t, self.config.num_blocks, y)
         self.traverse(state, self.config.num_blocks)
         norm, _, conv = self.out
-        return conv(_silu(norm(state.h).to(x_t.dtype)))
+        return conv(_silu(norm(state.h))).to(x_t.dtype)
