@@ -159,7 +159,7 @@ class Feedback(nn.ModuleDict):
         # Both passes share the blocks up to the first target, whose own output is not yet changed.
         state = unet.start(x_t, t, max(end, self.last_source), y)
         outputs = unet.traverse(state, start, [b for b in wanted if b < start])
-        first = unet.fork(state, self.last_source, detach=not self.first_pass_grad)
+        first = unet.fork(state, self.last_source)
         with torch.set_grad_enabled(self.first_pass_grad and torch.is_grad_enabled()):
             features = unet.traverse(first, self.last_source, self.mapping)
         del first

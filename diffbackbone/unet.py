@@ -797,24 +797,15 @@ class UNet(nn.Module):
                 outputs[index] = state.h
         return outputs
 
-    def fork(self, state: TraversalState, last: int, detach: bool = False) -> TraversalState:
+    def fork(self, state: TraversalState, last: int) -> TraversalState:
         """An independent copy of a state that goes no further than block ``last``.
 
         Args:
             state: Where the run stands.
             last: The last block that the copy will be asked for (1-based).
-            detach: Cut the copy from the autograd graph.
         """
-
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.detach() if detach else tensor
-
-        skips = {
-            index: copy(skip)
-            for index, skip in state.skips.items()
-            if self.config.mirror(index) <= last
-        }
-        return TraversalState(state.index, copy(state.h), copy(state.emb), last, skips)
+        skips = {i: skip for i, skip in state.skips.items() if self.config.mirror(i) <= last}
+        return TraversalState(state.index, state.h, state.emb, last, skips)
 
     def _run_block(self, index: int, h: Tensor, emb: Tensor) -> Tensor:
         block = self.module(index)
