@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffbackbone.checkpoint import KeyReport, load_checkpoint
+from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import Feedback
 from diffbackbone.unet import UNet, UNetConfig, resize
@@ -56,6 +57,9 @@ class DiffusionBackbone(nn.Module):
         activation_checkpointing: Recompute the U-Net's blocks in the backward pass: less memory,
             more time.
         schedule: Noise schedule; None takes the one the weights were trained with.
+        save_frozen: Whether ``state_dict()`` holds the weights of a frozen U-Net that came from
+            ``checkpoint``. Without them a training checkpoint is gigabytes smaller; it then holds
+            a digest, and loading it into a backbone with another U-Net is an error.
 
     Attributes:
         channels: Channels of each map.
@@ -86,6 +90,7 @@ class DiffusionBackbone(nn.Module):
         first_pass_grad: bool = False,
         activation_checkpointing: bool = False,
         schedule: NoiseSchedule | None = None,
+        save_frozen: bool = True,
     ) -> None:
         super().__init__()
         config = _resolve_config(unet)
@@ -105,6 +110,8 @@ class DiffusionBackbone(nn.Module):
         self.noise = noise
         self.seed = seed
         self.frozen = freeze
+        self.save_frozen = save_frozen
+        self._digest: Tensor | None = None  # of the weights that a file brought
 
         taps = [config.blocks[b] for b in self.blocks]
         self.strides = _check_strides(out_strides, taps)
@@ -158,7 +165,34 @@ class DiffusionBackbone(nn.Module):
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
         """Load guided-diffusion weights into the U-Net; see :func:`load_checkpoint`."""
-        return load_checkpoint(self.unet, checkpoint, prefix)
+        report = load_checkpoint(self.unet, checkpoint, prefix)
+        if self.frozen and not self.save_frozen:
+            self._digest = _weights_digest(self.unet)
+        return report
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """The weights; those of a frozen U-Net only as a digest if ``save_frozen`` is off."""
+        state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self._digest is not None:
+            for key in self.unet.state_dict(prefix=f"{prefix}unet."):
+                del state_dict[key]
+            state_dict[prefix + _DIGEST] = self._digest
+        return state_dict
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Let a frozen U-Net keep its weights where the state dict has only their digest."""
+        digest = state_dict.pop(prefix + _DIGEST, None)
+        if digest is not None:
+            if not torch.equal(digest.cpu(), _weights_digest(self.unet)):
+                raise CheckpointError(
+                    "these weights were trained on a frozen U-Net, whose own weights they don't "
+                    "include, and this backbone's U-Net has others: build it with the checkpoint "
+                    "and the blocks that it was trained with"
+                )
+            state_dict.update(self.unet.state_dict(prefix=f"{prefix}unet."))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
         """Set training mode; a frozen U-Net stays in evaluation mode."""
@@ -350,9 +384,23 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     Returns:
         (N, C, H', W'); the same tensor where nothing is to be padded.
     """
-    for dim in (-2, -1):
+    height, width = (math.ceil(size / multiple) * multiple for size in images.shape[-2:])
+    return pad_to_size(images, height, width)
+
+
+def pad_to_size(images: Tensor, height: int, width: int) -> Tensor:
+    """Pad at the right and bottom by reflection, as often as it takes.
+
+    Args:
+        images: (N, C, H, W), of any size.
+        height: At least H.
+        width: At least W.
+
+    Returns:
+        (N, C, height, width); the same tensor where nothing is to be padded.
+    """
+    for dim, padded in ((-2, height), (-1, width)):
         size = images.shape[dim]
-        padded = math.ceil(size / multiple) * multiple
         if padded != size:
             period = max(2 * (size - 1), 1)
             index = torch.arange(padded, device=images.device) % period
@@ -364,3 +412,48 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 def _crop(x: Tensor, height: int, width: int, stride: int) -> Tensor:
     """Cut the map of a padded image back to ceil(H / stride) x ceil(W / stride)."""
     return x[..., : math.ceil(height / stride), : math.ceil(width / stride)]
+
+
+_DIGEST = "frozen_unet_digest"
+
+
+@torch.no_grad()
+def _weights_digest(unet: nn.Module, samples: int = 64) -> Tensor:
+    """SHA-256 over names, shapes and some values of every tensor: (32,) uint8, on the CPU."""
+    digest = hashlib.sha256()
+    picked = []
+    for name, value in unet.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        picked.append(value.reshape(-1)[:: max(1, value.numel() // samples)][:samples].float())
+    digest.update(torch.cat(picked).cpu().numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def layer_scales(model: nn.Module, rate: float) -> dict[int, float]:
+    """Learning-rate factors of layer-wise decay for the U-Nets in a model.
+
+    Args:
+        model: Any module with one or more :class:`DiffusionBackbone` inside.
+        rate: In (0, 1]. The factor of U-Net block b is ``rate ** (last - b + 1)``, that of the
+            time embedding ``rate ** (last + 1)``, where ``last`` is the last tapped block.
+
+    Returns:
+        ``{id(parameter): factor}`` for the parameters of the U-Nets; all others keep their rate.
+
+    Raises:
+        ValueError: The rate is out of range, or there is no backbone in the model.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"the layer decay rate must lie in (0, 1], got {rate}")
+    backbones = [m for m in model.modules() if isinstance(m, DiffusionBackbone)]
+    if not backbones and rate < 1:
+        raise ValueError(f"layer decay rate {rate}: there is no DiffusionBackbone in the model")
+    scales = {}
+    for backbone in backbones:
+        unet, last = backbone.unet, max(backbone.blocks)
+        for parameter in unet.parameters():  # time and label embedding; blocks are set below
+            scales[id(parameter)] = rate ** (last + 1)
+        for index in range(1, unet.last_block + 1):
+            for parameter in unet.module(index).parameters():
+                scales[id(parameter)] = rate ** max(last - index + 1, 0)
+    return scales

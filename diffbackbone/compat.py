@@ -1,8 +1,9 @@
-"""The few repairs that let stock MMEngine, mmcv-lite and MMSegmentation run on today's torch.
+"""The few repairs that let stock MMEngine, MMSegmentation and Detectron2 run on today's torch.
 
-:func:`check_mmseg_stack` says in one error what is missing or too new, and
-:func:`apply_mmengine_repairs` applies what is left to repair. Each repair looks first whether it
-is needed, changes as little as it can, and does nothing the second time.
+:func:`check_mmseg_stack` and :func:`check_detectron2_stack` say in one error what is missing or
+too new; :func:`apply_mmengine_repairs` and :func:`apply_detectron2_repairs` apply what is left to
+repair. Each repair looks first whether it is needed, changes as little as it can, and does nothing
+the second time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 INSTALL_COMMAND = "pip install 'diffbackbone[mmseg]'"
+DETECTRON2_GUIDE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
 # module, the distributions that may provide it, and the half-open range of versions that serve
 _VERSIONS = (
@@ -80,6 +82,21 @@ def check_mmseg_stack() -> None:
         )
 
 
+def check_detectron2_stack() -> None:
+    """Check that what Detectron2 needs is installed, without importing any of it.
+
+    Raises:
+        ImportError: Names everything that is missing, and Detectron2's install guide.
+    """
+    needed = ("detectron2", "fvcore", "iopath", "omegaconf", "pycocotools", "yacs")
+    missing = [module for module in needed if not _is_installed(module)]
+    if missing:
+        raise ImportError(
+            f"Detectron2 cannot run in this environment: {', '.join(missing)} not installed. "
+            f"Detectron2 is not on PyPI; its own guide tells how to build it: {DETECTRON2_GUIDE}"
+        )
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -108,6 +125,15 @@ def apply_mmengine_repairs() -> tuple[str, ...]:
     for name in applied:
         logger.info("repair %s: %s", name, (REPAIRS[name].__doc__ or "").partition("\n")[0])
     return applied
+
+
+def apply_detectron2_repairs() -> tuple[str, ...]:
+    """Apply the repairs that Detectron2 needs here and has not had yet.
+
+    Returns:
+        The names of the repairs that this call applied, in the order of :data:`DETECTRON2_REPAIRS`.
+    """
+    return tuple(name for name, repair in DETECTRON2_REPAIRS.items() if repair())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,3 +347,6 @@ REPAIRS: dict[str, Callable[[], bool]] = {
     "resume_safe_globals": repair_resume_safe_globals,
     "cpu_distributed": repair_cpu_distributed,
 }
+
+
+DETECTRON2_REPAIRS: dict[str, Callable[[], bool]] = {}

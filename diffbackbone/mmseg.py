@@ -27,7 +27,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor  # noqa: E402
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 from torch import nn  # noqa: E402
 
-from diffbackbone.backbone import RANDOM_WEIGHTS  # noqa: E402
+from diffbackbone.backbone import RANDOM_WEIGHTS, layer_scales  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
 
 IGNORE_LABEL = 255
@@ -117,9 +117,7 @@ class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             return
         rate = self.paramwise_cfg.get("layer_decay_rate", 1.0)
-        if not 0 < rate <= 1:
-            raise ValueError(f"layer_decay_rate must lie in (0, 1], got {rate}")
-        scales = _layer_scales(module, rate) if rate < 1 else {}
+        scales = layer_scales(module, rate)
         groups: dict[tuple, dict] = {}
         for group in params:
             settings = {key: value for key, value in group.items() if key != "params"}
@@ -129,24 +127,6 @@ class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             key = tuple(sorted(settings.items()))
             groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
         params[:] = groups.values()
-
-
-def _layer_scales(model: nn.Module, rate: float) -> dict[int, float]:
-    """Learning-rate factor of each U-Net parameter, by the parameter's id."""
-    backbones = [m for m in model.modules() if isinstance(m, _DiffusionBackbone)]
-    if not backbones:
-        raise ValueError(
-            "layer_decay_rate is given, but there is no DiffusionBackbone in the model"
-        )
-    scales = {}
-    for backbone in backbones:
-        unet, last = backbone.unet, max(backbone.blocks)
-        for parameter in unet.parameters():  # time and label embedding; blocks are set below
-            scales[id(parameter)] = rate ** (last + 1)
-        for index in range(1, unet.last_block + 1):
-            for parameter in unet.module(index).parameters():
-                scales[id(parameter)] = rate ** max(last - index + 1, 0)
-    return scales
 
 
 @HOOKS.register_module()

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG_DIR = ROOT / "configs" / "mmseg"
+import _common
+
+CONFIG_DIR = _common.ROOT / "configs" / "mmseg"
 
 
 def run(script: str, dataloaders: Sequence[str]) -> None:
@@ -41,7 +42,7 @@ def run(script: str, dataloaders: Sequence[str]) -> None:
     if config != args.config:
         _replace_config(args.config, config, parse_args)
     if "checkpoint" in args:
-        check_checkpoint(args.checkpoint)
+        _common.check_checkpoint(args.checkpoint)
     check_data(config, args.cfg_options, dataloaders)
     runpy.run_path(path, run_name="__main__")
 
@@ -52,8 +53,7 @@ def prepare() -> None:
     Raises:
         SystemExit: Says what is missing or too new.
     """
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))  # last: folders of the checkout must not shadow a package
+    _common.add_root()
     from diffbackbone import compat
 
     try:
@@ -86,44 +86,8 @@ def _replace_config(old: str, new: str, parse_args: Callable[[], Namespace]) -> 
 
 
 def find_config(name: str) -> str:
-    """Find a config: a path as it is, a bare name also in this checkout.
-
-    Args:
-        name: Path of a config, or the name of one in ``configs/mmseg``, with or without ``.py``.
-
-    Returns:
-        The path.
-
-    Raises:
-        SystemExit: There is no such config.
-    """
-    if os.path.isfile(name):
-        return name
-    if os.path.basename(name) == name:
-        for path in (CONFIG_DIR / name, CONFIG_DIR / f"{name}.py"):
-            if path.is_file():
-                return str(path)
-    available = "".join(f"\n  {path.name}" for path in sorted(CONFIG_DIR.glob("*.py")))
-    raise SystemExit(
-        f"error: there is no config {name!r}. Give the path of a config file, or one of these "
-        f"from {CONFIG_DIR}:{available}"
-    )
-
-
-def check_checkpoint(checkpoint: str) -> None:
-    """Check that a checkpoint is there, where it is a local file.
-
-    Raises:
-        SystemExit: There is no such file.
-    """
-    path = Path(checkpoint).expanduser()
-    if "://" in checkpoint or path.is_file():
-        return
-    others = sorted(other.name for other in path.parent.glob("*.pth"))
-    hint = f"{path.parent} holds {', '.join(others)}" if others else f"{path.parent} holds no *.pth"
-    if not path.parent.is_dir():
-        hint = f"there is no folder {path.parent} either"
-    raise SystemExit(f"error: there is no checkpoint {checkpoint!r}; {hint}")
+    """Find a config among this checkout's; see :func:`_common.find_config`."""
+    return _common.find_config(name, CONFIG_DIR, (".py",))
 
 
 def check_data(

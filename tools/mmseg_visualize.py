@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import _common
 import _mmseg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.images < 1:
         parser.error(f"--images must be at least 1, got {args.images}")
     config = _mmseg.find_config(args.config)
-    _mmseg.check_checkpoint(args.checkpoint)
+    _common.check_checkpoint(args.checkpoint)
     _mmseg.check_data(config, args.cfg_options, ("test_dataloader",))
     save(draw(*predict(config, args.checkpoint, args.images, args.cfg_options)), args.out)
     print(f"{args.out}: images, truth and prediction side by side")

@@ -1,0 +1,666 @@
+"""Training with Detectron2: what its default trainer lacks, on top of it.
+
+:class:`Trainer` is Detectron2's ``DefaultTrainer`` with AdamW, layer-wise learning-rate decay,
+bfloat16, large-scale jitter, clipping by the norm of all gradients, training on CPUs, and resuming
+that goes on exactly where the checkpoint was written: the stream of images, their augmentation and
+the draws of the model depend on the seed and the iteration alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import pickle
+import random
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffbackbone.detectron2  # noqa: F401  says what is missing, repairs, registers
+
+# isort: split
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    DatasetMapper,
+    MetadataCatalog,
+    build_batch_data_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import _train_loader_from_config
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, Sampler
+
+from diffbackbone.checkpoint import CheckpointError
+from diffbackbone.detectron2 import get_optimizer_params
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS = ("SGD", "ADAMW")
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+PANOPTIC_API = "https://github.com/cocodataset/panopticapi"
+
+
+# --------------------------------------------------------------------------------------------------
+# optimizer
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``SOLVER`` describes; see ``add_diffusion_config``.
+
+    Raises:
+        ValueError: ``SOLVER.OPTIMIZER`` or ``SOLVER.LAYER_DECAY_RATE`` can't be used.
+    """
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER not in OPTIMIZERS:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}, got {solver.OPTIMIZER!r}"
+        )
+    clip = solver.CLIP_GRADIENTS
+    whole = clip.ENABLED and clip.CLIP_TYPE == "full_model"
+    if clip.ENABLED and clip.CLIP_TYPE not in ("full_model", "norm", "value"):
+        raise ValueError(
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE must be 'full_model' (all gradients together), "
+            f"'norm' or 'value' (each parameter by itself), got {clip.CLIP_TYPE!r}"
+        )
+    if solver.OPTIMIZER == "SGD" and solver.LAYER_DECAY_RATE == 1.0 and not whole:
+        return build_detectron2_optimizer(cfg, model)
+    params = get_optimizer_params(
+        model,
+        solver.LAYER_DECAY_RATE,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "foreach": True}
+    if solver.OPTIMIZER == "SGD":
+        kind = torch.optim.SGD
+        common.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    else:
+        kind = torch.optim.AdamW
+        common.update(betas=tuple(solver.BETAS))
+    if clip.ENABLED and not whole:
+        from detectron2.solver.build import maybe_add_gradient_clipping
+
+        kind = maybe_add_gradient_clipping(cfg, kind)
+    optimizer = kind(params, **common)
+    if whole:
+        clip_whole_model(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
+    return optimizer
+
+
+def clip_whole_model(
+    optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0
+) -> None:
+    """Clip the norm of all gradients together before each step, after any unscaling."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+# --------------------------------------------------------------------------------------------------
+# data
+
+
+def large_scale_jitter(
+    size: int = 1024, min_scale: float = 0.1, max_scale: float = 2.0, flip: str = "horizontal"
+) -> list[T.Augmentation]:
+    """ViTDet's augmentation: flip, resize by a random scale, crop to a square.
+
+    Images smaller than the square stay so: there is nothing to gain from padding them.
+
+    Args:
+        size: Side of the square in pixels.
+        min_scale: Smallest scale, relative to the image fitted into the square.
+        max_scale: Largest scale.
+        flip: ``"horizontal"``, ``"vertical"`` or ``"none"``.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    if not 0 < min_scale <= max_scale or size < 32:
+        raise ValueError(
+            "large-scale jitter needs 0 < MIN_SCALE <= MAX_SCALE and SIZE of at least 32 px, got "
+            f"{min_scale}, {max_scale} and {size}"
+        )
+    flips = [T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")]
+    return [
+        *(flips if flip != "none" else []),
+        T.ResizeScale(min_scale, max_scale, size, size),
+        T.FixedSizeCrop((size, size), pad=False),
+    ]
+
+
+def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Detectron2's mapper, with large-scale jitter where ``INPUT.LSJ`` asks for it."""
+    lsj = cfg.INPUT.LSJ
+    if not lsj.ENABLED:
+        return DatasetMapper(cfg, is_train=True)
+    augmentations = large_scale_jitter(
+        lsj.SIZE, lsj.MIN_SCALE, lsj.MAX_SCALE, cfg.INPUT.RANDOM_FLIP
+    )
+    return DatasetMapper(
+        cfg, is_train=True, augmentations=augmentations, recompute_boxes=cfg.MODEL.MASK_ON
+    )
+
+
+def check_datasets(names: Sequence[str]) -> None:
+    """Check that datasets are registered and that their files are there.
+
+    Raises:
+        ValueError: No such dataset.
+        FileNotFoundError: Names each file and folder that is missing, and where it is looked for.
+    """
+    problems = []
+    for name in names:
+        if name not in DatasetCatalog:
+            first = name.split("_")[0]
+            similar = [n for n in DatasetCatalog.list() if n.startswith(first)]
+            raise ValueError(
+                f"there is no dataset {name!r}; registered are, among others, "
+                f"{', '.join(similar[:12] or DatasetCatalog.list()[:12])}"
+            )
+        meta = MetadataCatalog.get(name).as_dict()
+        kind = meta.get("evaluator_type")
+        wanted = ["json_file", "image_root"]
+        if kind in ("coco_panoptic_seg", "sem_seg"):
+            wanted.append("sem_seg_root")
+        for key in wanted:
+            path = meta.get(key)
+            if isinstance(path, str) and "://" not in path and not os.path.exists(path):
+                problems.append(f"\n  {name}: no {path}")
+    if problems:
+        raise FileNotFoundError(
+            f"there are no data to read:{''.join(problems)}\nDetectron2 looks for its datasets "
+            "under the folder that the environment variable DETECTRON2_DATASETS names "
+            f"({os.environ.get('DETECTRON2_DATASETS', 'datasets, as it is not set')}). The sample "
+            "data are made by tools/make_sample_data.py and looked for under "
+            "DIFFBACKBONE_SAMPLE_DATA, else data/sample"
+        )
+
+
+def load_train_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
+    """The training images' records.
+
+    Raises:
+        ValueError: There are no images, none is annotated, or the model has another number of
+            classes than the dataset.
+    """
+    names = list(cfg.DATASETS.TRAIN)
+    if not names:
+        raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
+    for name in names:
+        total = len(DatasetCatalog.get(name))
+        if total == 0:
+            raise ValueError(
+                f"dataset {name!r} is empty: there are no images in "
+                f"{MetadataCatalog.get(name).get('json_file', 'its files')}"
+            )
+    try:
+        dicts = get_detection_dataset_dicts(
+            names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"datasets {names}: no image has an annotation that is no crowd, so there is nothing "
+            f"to learn from ({error}). DATALOADER.FILTER_EMPTY_ANNOTATIONS False keeps such images"
+        ) from error
+    check_classes(cfg)
+    return dicts
+
+
+def check_classes(cfg: CfgNode) -> None:
+    """Check the model's number of classes against the datasets'.
+
+    Raises:
+        ValueError: They differ.
+    """
+    heads = {
+        "GeneralizedRCNN": (("ROI_HEADS", "thing_classes"),),
+        "RetinaNet": (("RETINANET", "thing_classes"),),
+        "PanopticFPN": (("ROI_HEADS", "thing_classes"), ("SEM_SEG_HEAD", "stuff_classes")),
+        "SemanticSegmentor": (("SEM_SEG_HEAD", "stuff_classes"),),
+    }.get(cfg.MODEL.META_ARCHITECTURE, ())
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        for head, kind in heads:
+            classes = MetadataCatalog.get(name).get(kind)
+            given = cfg.MODEL[head].NUM_CLASSES
+            if classes is not None and len(classes) != given:
+                raise ValueError(
+                    f"MODEL.{head}.NUM_CLASSES is {given}, but dataset {name!r} has {len(classes)} "
+                    f"{kind}"
+                )
+
+
+class SeededStream(Dataset):
+    """A training set whose random augmentation depends on the seed and the position alone.
+
+    Args:
+        records: Detectron2's dataset dicts.
+        mapper: Makes the model's input of one; None from it passes on to another image.
+        seed: Any integer from 0.
+    """
+
+    def __init__(
+        self, records: Sequence[dict], mapper: Callable[[dict], dict | None], seed: int
+    ) -> None:
+        self.records = DatasetFromList(list(records), copy=False)  # serialized: always new copies
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Input number ``position`` of the training run, made of image ``index``.
+
+        Raises:
+            ValueError: The mapper refused 100 images in a row.
+        """
+        position, index = key
+        seed_everything(self.seed, position, 0)
+        for attempt in range(100):
+            sample = self.mapper(self.records[index])
+            if sample is not None:
+                return sample
+            if attempt == 2:
+                logger.warning("the mapper refused images, the last one %s", self.records[index])
+            index = random.randrange(len(self.records))
+        raise ValueError(
+            "the mapper refused 100 images in a row, the last one "
+            f"{self.records[index].get('file_name')}"
+        )
+
+
+class PositionedSampler(Sampler):
+    """Positions in the training run beside the indices of one of Detectron2's samplers.
+
+    Args:
+        sampler: An endless sampler, already split by process.
+        start: How many indices of this process were used before.
+    """
+
+    def __init__(self, sampler: Sampler, start: int = 0) -> None:
+        self.sampler, self.start = sampler, start
+        self.rank, self.world = comm.get_rank(), comm.get_world_size()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for local, index in enumerate(self.sampler):
+            if local >= self.start:
+                yield local * self.world + self.rank, index
+
+
+def build_train_loader(
+    cfg: CfgNode, records: Sequence[dict], seed: int, start_iter: int = 0
+) -> torch.utils.data.DataLoader:
+    """Loader of training batches from iteration ``start_iter`` on, the same in every run.
+
+    Aspect-ratio grouping is left out: the backbones lose nothing to unequal images.
+
+    Args:
+        cfg: The config.
+        records: See :func:`load_train_dicts`.
+        seed: From 0.
+        start_iter: Iterations that were trained before.
+
+    Raises:
+        ValueError: ``SOLVER.IMS_PER_BATCH`` can't be split evenly over the processes.
+    """
+    world, total = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
+    if total < 1 or total % world:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is the batch over all processes and must be a positive multiple "
+            f"of their number, {world}; got {total}"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    mapper = build_train_mapper(cfg)
+    settings = _train_loader_from_config(cfg, mapper, dataset=list(records))
+    return build_batch_data_loader(
+        SeededStream(records, mapper, seed),
+        PositionedSampler(settings["sampler"], start_iter * total // world),
+        total,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def seed_everything(*keys: int) -> None:
+    """Seed python's, numpy's and torch's generators by a mixture of the keys."""
+    state = np.random.SeedSequence(keys).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]))
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> DatasetEvaluator:
+    """The evaluator that fits a dataset's ``evaluator_type``.
+
+    Raises:
+        ValueError: There is none.
+    """
+    output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    evaluators: list[DatasetEvaluator] = []
+    if kind in ("sem_seg", "coco_panoptic_seg"):
+        evaluators.append(SemSegEvaluator(name, distributed=True, output_dir=output_dir))
+    if kind in ("coco", "coco_panoptic_seg"):
+        evaluators.append(COCOEvaluator(name, output_dir=output_dir))
+    if kind == "coco_panoptic_seg":
+        if importlib.util.find_spec("panopticapi") is None:
+            logger.warning(
+                "panopticapi is not installed (%s): boxes, masks and semantic segmentation are "
+                "evaluated, panoptic quality is not",
+                PANOPTIC_API,
+            )
+        else:
+            evaluators.append(COCOPanopticEvaluator(name, output_dir))
+    if kind == "lvis":
+        evaluators.append(LVISEvaluator(name, output_dir=output_dir))
+    if kind == "pascal_voc":
+        evaluators.append(PascalVOCDetectionEvaluator(name))
+    if not evaluators:
+        raise ValueError(
+            f"dataset {name!r} has the evaluator_type {kind!r}; there are evaluators for coco, "
+            "coco_panoptic_seg, sem_seg, lvis and pascal_voc"
+        )
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer: files are written whole or not at all, and nothing in them runs.
+
+    Args:
+        model: The model.
+        save_dir: Where checkpoints are written to.
+        strict: Whether a checkpoint must fit the model: each key and each shape.
+        **checkpointables: What is saved beside the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, strict: bool = False, **checkpointables: Any
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.strict = strict
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the last checkpoint, which has to fit; where there is none, what ``path`` names.
+
+        Raises:
+            CheckpointError: The checkpoint can't be read or doesn't fit.
+        """
+        strict = self.strict
+        self.strict = strict or (resume and self.has_checkpoint())
+        try:
+            return super().resume_or_load(path, resume=resume)
+        finally:
+            self.strict = strict
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            if not filename.endswith(".pkl"):
+                return super()._load_file(filename)
+            content = read_numbers(filename)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{filename} is truncated, damaged, no checkpoint, or holds more than weights "
+                f"(nothing in it was run): {str(error).splitlines()[0] if str(error) else error!r}"
+            ) from error
+        if "model" in content and "__author__" in content:
+            return content
+        blobs = content.get("blobs", content)
+        blobs = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+        return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        own = len(self.model.state_dict())
+        incompatible = super()._load_model(checkpoint)
+        problems = [
+            f"shape of {key}: {tuple(given)}, expected {tuple(wanted)}"
+            for key, given, wanted in incompatible.incorrect_shapes
+        ]
+        wrong = {key for key, *_ in incompatible.incorrect_shapes}
+        problems += [f"missing: {key}" for key in incompatible.missing_keys if key not in wrong]
+        nothing = len(problems) >= own
+        problems += [f"unexpected: {key}" for key in incompatible.unexpected_keys]
+        if nothing or (self.strict and problems):
+            more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise CheckpointError(
+                "the checkpoint is of another model than the config's:\n  "
+                + "\n  ".join(problems[:8])
+                + more
+            )
+        return incompatible
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth``, then the note which checkpoint is the last.
+
+        Raises:
+            OSError: It could not be written, for instance on a full disk; what was there stays.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {"model": self.model.state_dict()}
+        content.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        content.update(kwargs)
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        _write_whole(path, lambda partial: torch.save(content, partial))
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Note which checkpoint is the last."""
+        path = Path(self.save_dir, "last_checkpoint")
+        _write_whole(path, lambda partial: partial.write_text(last_filename_basename))
+
+
+_NUMPY = {
+    *(f"{core}.{name}" for core in ("numpy", "numpy._core", "numpy.core")
+      for name in ("multiarray._reconstruct", "multiarray.scalar", "ndarray", "dtype")),
+    "collections.OrderedDict",
+    "_codecs.encode",
+}  # fmt: skip
+
+
+class _NumbersUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in _NUMPY:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_numbers(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a pickle of numpy arrays, as Detectron2's model zoo has them, and nothing else.
+
+    Raises:
+        pickle.UnpicklingError: It holds something else, or is damaged.
+    """
+    with open(path, "rb") as file:
+        content = _NumbersUnpickler(file, encoding="latin1").load()
+    if not isinstance(content, dict):
+        raise pickle.UnpicklingError(f"it holds a {type(content).__name__}")
+    return content
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place, and move it there when it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+# --------------------------------------------------------------------------------------------------
+# trainer
+
+
+def make_step_trainer(
+    model: nn.Module,
+    data_loader: Any,
+    optimizer: torch.optim.Optimizer,
+    amp: bool = False,
+    dtype: str = "auto",
+) -> SimpleTrainer:
+    """Detectron2's trainer of single steps, in mixed precision where that can be had.
+
+    Args:
+        model: In training mode, perhaps wrapped for several processes.
+        data_loader: None where it comes later.
+        optimizer: Of the model's parameters.
+        amp: Whether to train in mixed precision; without a GPU, float32 it is.
+        dtype: ``"auto"``, ``"bfloat16"`` or ``"float16"``.
+
+    Raises:
+        ValueError: No such type.
+    """
+    if dtype != "auto" and dtype not in AMP_DTYPES:
+        raise ValueError(f"AMP.DTYPE must be one of auto, {', '.join(AMP_DTYPES)}, got {dtype!r}")
+    if not amp:
+        return SimpleTrainer(model, data_loader, optimizer)
+    if not torch.cuda.is_available():
+        logger.warning("mixed precision needs a GPU; training in float32")
+        return SimpleTrainer(model, data_loader, optimizer)
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
+    return AMPTrainer(
+        model, data_loader, optimizer, grad_scaler=scaler, precision=AMP_DTYPES[dtype]
+    )
+
+
+def wrap_distributed(model: nn.Module, **kwargs: Any) -> nn.Module:
+    """Wrap a model for several processes, on GPUs or CPUs; on its own it stays as it is."""
+    if comm.get_world_size() == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        kwargs.setdefault("device_ids", [comm.get_local_rank()])
+    fp16_compression = kwargs.pop("fp16_compression", False)
+    wrapped = DistributedDataParallel(model, **kwargs)
+    if fp16_compression and next(model.parameters()).is_cuda:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        wrapped.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
+    return wrapped
+
+
+def trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that are trained."""
+    return (p for p in model.parameters() if p.requires_grad)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's default trainer with what the YAML configs of this package need.
+
+    Args:
+        cfg: With the keys of ``add_diffusion_config``.
+
+    Raises:
+        ValueError: A key has a value that can't be used, or there is nothing to train on.
+        FileNotFoundError: Data or weights are missing.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        check_datasets((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        self.records = load_train_dicts(cfg)
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        seed_everything(self.seed)
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        model = wrap_distributed(model, broadcast_buffers=False)
+        self._trainer = make_step_trainer(
+            model, None, optimizer, cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model, and log its size in place of its hundreds of layers."""
+        model = build_model(cfg)
+        sizes = [sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), trained(model))]
+        logger.info("%s: %.1fM parameters, %.1fM of them trained", type(model).__name__, *sizes)
+        return model
+
+    def train(self) -> Any:
+        """Train from ``start_iter`` to the end."""
+        self._trainer.reset_data_loader(
+            lambda: build_train_loader(self.cfg, self.records, self.seed, self.start_iter)
+        )
+        return super().train()
+
+    def run_step(self) -> None:
+        """One iteration."""
+        seed_everything(self.seed, self.iter, 1, comm.get_rank())
+        super().run_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside the weights."""
+        return {**super().state_dict(), "seed": self.seed}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.seed = state_dict.get("seed", self.seed)
+        super().load_state_dict(state_dict)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See :func:`build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> torch.utils.data.DataLoader:
+        """A loader from the start, for Detectron2's hooks."""
+        return build_train_loader(cfg, load_train_dicts(cfg), max(cfg.SEED, 0))
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """See :func:`build_evaluator`."""
+        return build_evaluator(cfg, dataset_name, output_folder)

@@ -1,0 +1,60 @@
+"""What the command lines share: finding configs and checkpoints, with clear errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def add_root() -> None:
+    """Make `diffbackbone` importable from the checkout."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # last: folders of the checkout must not shadow a package
+
+
+def find_config(name: str, folder: Path, suffixes: Sequence[str]) -> str:
+    """Find a config: a path as it is, a bare name also in this checkout.
+
+    Args:
+        name: Path of a config, or the name of one in ``folder``, with or without suffix.
+        folder: Where this checkout keeps configs of the kind.
+        suffixes: Suffixes of such configs.
+
+    Returns:
+        The path.
+
+    Raises:
+        SystemExit: There is no such config.
+    """
+    if os.path.isfile(name):
+        return name
+    if name and os.path.basename(name) == name:
+        for suffix in ("", *suffixes):
+            if (folder / f"{name}{suffix}").is_file():
+                return str(folder / f"{name}{suffix}")
+    paths = sorted(path for suffix in suffixes for path in folder.glob(f"*{suffix}"))
+    available = "".join(f"\n  {path.name}" for path in paths)
+    raise SystemExit(
+        f"error: there is no config {name!r}. Give the path of a config file, or one of these "
+        f"from {folder}:{available}"
+    )
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Check that a checkpoint is there, where it is a local file.
+
+    Raises:
+        SystemExit: There is no such file.
+    """
+    path = Path(checkpoint).expanduser()
+    if "://" in checkpoint or path.is_file():
+        return
+    others = sorted(other.name for other in path.parent.glob("*.pth"))
+    hint = f"{path.parent} holds {', '.join(others)}" if others else f"{path.parent} holds no *.pth"
+    if not path.parent.is_dir():
+        hint = f"there is no folder {path.parent} either"
+    raise SystemExit(f"error: there is no checkpoint {checkpoint!r}; {hint}")
