@@ -41,7 +41,7 @@ $(VENV)/.installed: setup.py
 	@touch $@
 
 $(VENV)/.installed-detectron2: $(VENV)/.installed $(DETECTRON2_WHEEL)
-	$(if $(DETECTRON2_WHEEL),$(PIP) "$(DETECTRON2_WHEEL)" "setuptools<82",@echo \
+	$(if $(DETECTRON2_WHEEL),$(PIP) "$(DETECTRON2_WHEEL)" -e ".[detectron2]",@echo \
 		"no Detectron2 wheel: the tests that need Detectron2 will skip")
 	@touch $@
 

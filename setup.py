@@ -15,6 +15,14 @@ MMSEG = [
     "setuptools<82",  # mmengine and mmcv import pkg_resources
     "torchvision",
 ]
+DETECTRON2 = [  # Detectron2 itself is not on PyPI: see its install guide
+    "fvcore>=0.1.5",
+    "pycocotools",
+    "shapely",  # Detectron2 crops polygons by it, but doesn't declare it
+    "timm",  # Detectron2's ViT, for the comparison with MAE
+    "setuptools<82",  # detectron2.model_zoo imports pkg_resources
+    "torchvision",
+]
 SAMPLE = ["scikit-learn", "pillow", "opencv-python", "tqdm"]
 
 setup(
@@ -30,6 +38,7 @@ setup(
     install_requires=["torch>=2.6", "numpy", "safetensors"],
     extras_require={
         "mmseg": MMSEG,
+        "detectron2": DETECTRON2,
         "sample": SAMPLE,
         "dev": [*SAMPLE, "pytest", "ruff==0.17.5"],
     },

@@ -88,13 +88,22 @@ def check_detectron2_stack() -> None:
     Raises:
         ImportError: Names everything that is missing, and Detectron2's install guide.
     """
-    needed = ("detectron2", "fvcore", "iopath", "omegaconf", "pycocotools", "yacs")
+    problems = []
+    if not _is_installed("detectron2"):
+        problems.append(
+            "detectron2 is not installed, and it is not on PyPI: its own guide tells how to "
+            f"install it, {DETECTRON2_GUIDE}"
+        )
+    needed = ("fvcore", "iopath", "omegaconf", "pkg_resources", "pycocotools", "shapely", "yacs")
     missing = [module for module in needed if not _is_installed(module)]
     if missing:
-        raise ImportError(
-            f"Detectron2 cannot run in this environment: {', '.join(missing)} not installed. "
-            f"Detectron2 is not on PyPI; its own guide tells how to build it: {DETECTRON2_GUIDE}"
+        problems.append(
+            f"{', '.join(missing)} not installed; what PyPI has comes with "
+            "pip install 'diffbackbone[detectron2]'"
         )
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise ImportError(f"Detectron2 cannot run in this environment:{lines}")
 
 
 def _is_installed(module: str) -> bool:

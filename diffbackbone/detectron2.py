@@ -453,6 +453,7 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     SOLVER.BETAS               AdamW's
     SOLVER.LAYER_DECAY_RATE    See ``diffbackbone.backbone.layer_scales``; 1.0 for none
     SOLVER.AMP.DTYPE           "auto" (bfloat16 where the GPU has it), "bfloat16" or "float16"
+    SOLVER.CHECKPOINT_KEEP     How many of the latest checkpoints stay; 0 for all
     SOLVER.CLIP_GRADIENTS      CLIP_TYPE "full_model" too: the norm of all gradients together
     INPUT.LSJ                  Large-scale jitter: ENABLED, SIZE (px, square), MIN_SCALE, MAX_SCALE
     =========================  =====================================================================
@@ -481,6 +482,7 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.LAYER_DECAY_RATE = 1.0
+    cfg.SOLVER.CHECKPOINT_KEEP = 0
     cfg.SOLVER.AMP.DTYPE = "auto"
     cfg.INPUT.LSJ = CfgNode()
     cfg.INPUT.LSJ.ENABLED = False

@@ -35,7 +35,9 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.build import _train_loader_from_config
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -316,38 +318,55 @@ class PositionedSampler(Sampler):
 
 
 def build_train_loader(
-    cfg: CfgNode, records: Sequence[dict], seed: int, start_iter: int = 0
+    dataset: Sequence[dict],
+    *,
+    mapper: Callable[[dict], dict | None],
+    total_batch_size: int,
+    sampler: Sampler | None = None,
+    num_workers: int = 0,
+    seed: int = 0,
+    start_iter: int = 0,
 ) -> torch.utils.data.DataLoader:
-    """Loader of training batches from iteration ``start_iter`` on, the same in every run.
+    """Loader of training batches, the same from any iteration on in every run.
 
-    Aspect-ratio grouping is left out: the backbones lose nothing to unequal images.
+    What Detectron2's ``build_detection_train_loader`` is for, with aspect-ratio grouping left out:
+    the backbones lose nothing to unequal images.
 
     Args:
-        cfg: The config.
-        records: See :func:`load_train_dicts`.
+        dataset: Detectron2's dataset dicts.
+        mapper: Makes the model's input of one.
+        total_batch_size: Over all processes.
+        sampler: Endless and seeded; None shuffles by ``seed``.
+        num_workers: Worker processes of each process.
         seed: From 0.
         start_iter: Iterations that were trained before.
 
     Raises:
-        ValueError: ``SOLVER.IMS_PER_BATCH`` can't be split evenly over the processes.
+        ValueError: The batch can't be split evenly over the processes.
     """
-    world, total = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
-    if total < 1 or total % world:
+    world = comm.get_world_size()
+    if total_batch_size < 1 or total_batch_size % world:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is the batch over all processes and must be a positive multiple "
-            f"of their number, {world}; got {total}"
+            "the batch over all processes (SOLVER.IMS_PER_BATCH, total_batch_size) must be a "
+            f"positive multiple of their number, {world}; got {total_batch_size}"
         )
+    sampler = sampler or TrainingSampler(len(dataset), seed=seed)
+    return build_batch_data_loader(
+        SeededStream(dataset, mapper, seed),
+        PositionedSampler(sampler, start_iter * total_batch_size // world),
+        total_batch_size,
+        num_workers=num_workers,
+    )
+
+
+def loader_settings(cfg: CfgNode, records: Sequence[dict], seed: int) -> dict[str, Any]:
+    """What a YAML config says of :func:`build_train_loader`'s arguments."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
-    mapper = build_train_mapper(cfg)
-    settings = _train_loader_from_config(cfg, mapper, dataset=list(records))
-    return build_batch_data_loader(
-        SeededStream(records, mapper, seed),
-        PositionedSampler(settings["sampler"], start_iter * total // world),
-        total,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-    )
+    settings = _train_loader_from_config(cfg, build_train_mapper(cfg), dataset=list(records))
+    names = ("dataset", "mapper", "sampler", "total_batch_size", "num_workers")
+    return {**{name: settings[name] for name in names}, "seed": seed}
 
 
 def seed_everything(*keys: int) -> None:
@@ -398,6 +417,29 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> D
 
 # --------------------------------------------------------------------------------------------------
 # checkpoints
+
+
+class SeedIterations(HookBase):
+    """Seed all generators before each iteration, so that a resumed run draws what it would have.
+
+    Args:
+        seed: From 0.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_step(self) -> None:
+        """Seed by the iteration and the process."""
+        seed_everything(self.seed, self.trainer.iter, 1, comm.get_rank())
+
+    def state_dict(self) -> dict[str, int]:
+        """The seed, for checkpoints."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Take a checkpoint's seed."""
+        self.seed = state_dict["seed"]
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -582,11 +624,6 @@ def wrap_distributed(model: nn.Module, **kwargs: Any) -> nn.Module:
     return wrapped
 
 
-def trained(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that are trained."""
-    return (p for p in model.parameters() if p.requires_grad)
-
-
 class Trainer(DefaultTrainer):
     """Detectron2's default trainer with what the YAML configs of this package need.
 
@@ -603,8 +640,9 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_datasets((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         self.records = load_train_dicts(cfg)
-        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        seed_everything(self.seed)
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        seed_everything(seed)
+        self._seeding = SeedIterations(seed)
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -619,34 +657,28 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks, the seeding first."""
+        hooks = [self._seeding, *super().build_hooks()]
+        for hook in hooks:
+            if isinstance(hook, PeriodicCheckpointer):
+                hook.max_to_keep = self.cfg.SOLVER.CHECKPOINT_KEEP or None
+        return hooks
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the model, and log its size in place of its hundreds of layers."""
         model = build_model(cfg)
-        sizes = [sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), trained(model))]
-        logger.info("%s: %.1fM parameters, %.1fM of them trained", type(model).__name__, *sizes)
+        log_size(model)
         return model
 
     def train(self) -> Any:
         """Train from ``start_iter`` to the end."""
+        settings = loader_settings(self.cfg, self.records, self._seeding.seed)
         self._trainer.reset_data_loader(
-            lambda: build_train_loader(self.cfg, self.records, self.seed, self.start_iter)
+            lambda: build_train_loader(start_iter=self.start_iter, **settings)
         )
         return super().train()
-
-    def run_step(self) -> None:
-        """One iteration."""
-        seed_everything(self.seed, self.iter, 1, comm.get_rank())
-        super().run_step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the weights."""
-        return {**super().state_dict(), "seed": self.seed}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.seed = state_dict.get("seed", self.seed)
-        super().load_state_dict(state_dict)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -656,7 +688,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> torch.utils.data.DataLoader:
         """A loader from the start, for Detectron2's hooks."""
-        return build_train_loader(cfg, load_train_dicts(cfg), max(cfg.SEED, 0))
+        return build_train_loader(**loader_settings(cfg, load_train_dicts(cfg), max(cfg.SEED, 0)))
 
     @classmethod
     def build_evaluator(
@@ -664,3 +696,10 @@ class Trainer(DefaultTrainer):
     ) -> DatasetEvaluator:
         """See :func:`build_evaluator`."""
         return build_evaluator(cfg, dataset_name, output_folder)
+
+
+def log_size(model: nn.Module) -> None:
+    """Log how many parameters there are, and how many are trained."""
+    total = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    logger.info("%s: %.1fM parameters, %.1fM of them trained", type(model).__name__, total, trained)

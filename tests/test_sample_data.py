@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -59,9 +61,15 @@ def read_labels(made: Path, split: str, number: int) -> np.ndarray:
     return np.asarray(Image.open(folder / f"ADE_{split}_{number:08d}.png"))
 
 
-def read_coco(made: Path, split: str) -> dict:
-    path = made / "coco" / "annotations" / f"instances_{split}2017.json"
+def read_coco(made: Path, split: str, kind: str = "instances") -> dict:
+    path = made / "coco" / "annotations" / f"{kind}_{split}2017.json"
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_segment_ids(path: Path) -> np.ndarray:
+    picture = Image.open(path)
+    assert (picture.format, picture.mode) == ("PNG", "RGB")
+    return np.asarray(picture).astype(int) @ (1, 256, 65536)
 
 
 def rasterise(polygons: list[list[float]], height: int, width: int, zoom: int = 8) -> np.ndarray:
@@ -99,10 +107,10 @@ def test_larger_set_starts_with_the_smaller(made, tmp_path):
     tool.make_sample_data(larger, train=20, val=9, unlabelled=5)
     small, large = files(made), files(larger)
     pictures = [name for name in small if name.endswith((".jpg", ".png")) and "sheet" not in name]
-    assert len(pictures) == 3 * 14 + 3 * 6 + 4
+    assert len(pictures) == 5 * 14 + 5 * 6 + 4
     assert all(large[name] == small[name] for name in pictures)
-    for split in ("train", "val"):
-        before, after = read_coco(made, split), read_coco(larger, split)
+    for split, kind in itertools.product(("train", "val"), ("instances", "panoptic")):
+        before, after = read_coco(made, split, kind), read_coco(larger, split, kind)
         for key in ("images", "annotations"):
             assert after[key][: len(before[key])] == before[key]
             assert len(after[key]) > len(before[key])
@@ -300,11 +308,14 @@ def test_file_names(made):
     expected = {"contact_sheet.png", "sample_data.json", "ADEChallengeData2016/objectInfo150.txt"}
     for split, folder in ADE_FOLDERS.items():
         expected.add(f"coco/annotations/instances_{split}2017.json")
+        expected.add(f"coco/annotations/panoptic_{split}2017.json")
         for number in range(1, COUNTS[split] + 1):
             name = f"{folder}/ADE_{split}_{number:08d}"
             expected.add(f"ADEChallengeData2016/images/{name}.jpg")
             expected.add(f"ADEChallengeData2016/annotations/{name}.png")
             expected.add(f"coco/{split}2017/{number:012d}.jpg")
+            expected.add(f"coco/panoptic_{split}2017/{number:012d}.png")
+            expected.add(f"coco/panoptic_stuff_{split}2017/{number:012d}.png")
     expected |= {f"unlabelled/{number:08d}.jpg" for number in range(1, 5)}
     assert set(files(made)) == expected
 
@@ -394,6 +405,118 @@ def test_coco_agrees_with_the_label_maps(made, split):
         assert np.array_equal(mask, read_labels(made, split, number) >= 2)
 
 
+def test_panoptic_categories(made):
+    things = [(number, name, 1) for number, name in enumerate(tool.DIGIT_NAMES, 1)]
+    for split in ("train", "val"):
+        coco = read_coco(made, split, "panoptic")
+        assert set(coco) == {"info", "licenses", "images", "annotations", "categories"}
+        categories = coco["categories"]
+        assert [(entry["id"], entry["name"], entry["isthing"]) for entry in categories] == [
+            *things,
+            (11, "background", 0),
+        ]
+        # As on the contact sheet, where the colours are those of the labels of ADE20K.
+        assert [tuple(entry["color"]) for entry in categories] == [
+            *tool.PALETTE[2:],
+            tool.PALETTE[1],
+        ]
+        for one, other in zip(categories, read_coco(made, split)["categories"]):
+            assert {key: one[key] for key in other} == other
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_panoptic_agrees_with_the_other_files(made, split):
+    coco, instances = read_coco(made, split, "panoptic"), read_coco(made, split)
+    assert coco["images"] == instances["images"]
+    annotations = {annotation["image_id"]: annotation for annotation in coco["annotations"]}
+    assert len(annotations) == len(coco["annotations"]) == COUNTS[split]
+    channels = np.zeros(3, int)
+    for number, annotation in annotations.items():
+        assert annotation["file_name"] == f"{number:012d}.png"
+        ids = read_segment_ids(made / "coco" / f"panoptic_{split}2017" / annotation["file_name"])
+        labels = read_labels(made, split, number)
+        assert ids.shape == labels.shape
+        segments = annotation["segments_info"]
+        listed = [segment["id"] for segment in segments]
+        assert len(set(listed)) == len(listed)
+        assert sorted({0, *listed}) == np.unique(ids).tolist()
+        assert np.array_equal(ids == 0, labels == 0)
+        for segment in segments:
+            mask = ids == segment["id"]
+            rows, columns = np.nonzero(mask)
+            top, left = int(rows.min()), int(columns.min())
+            tall, wide = int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
+            assert segment["bbox"] == [left, top, wide, tall]
+            assert all(type(value) is int for value in (*segment["bbox"], segment["area"]))
+            assert segment["area"] == mask.sum()
+            assert segment["iscrowd"] == 0
+            label = 1 if segment["category_id"] == 11 else segment["category_id"] + 1
+            assert (labels[mask] == label).all()
+        stuff = [segment for segment in segments if segment["category_id"] == 11]
+        assert len(stuff) == 1
+        assert np.array_equal(ids == stuff[0]["id"], labels == 1)
+        # The same things in the same order as in the instances, and the same pixels.
+        things = [segment for segment in segments if segment["category_id"] != 11]
+        pasted = [entry for entry in instances["annotations"] if entry["image_id"] == number]
+        keys = ("category_id", "bbox", "area", "iscrowd")
+        assert [[segment[key] for key in keys] for segment in things] == [
+            [entry[key] for key in keys] for entry in pasted
+        ]
+        for segment, entry in zip(things, pasted):
+            drawn_mask = rasterise(entry["segmentation"], *labels.shape)
+            assert np.array_equal(ids == segment["id"], drawn_mask)
+        channels |= [np.bitwise_or.reduce(ids.ravel()) >> shift & 255 for shift in (0, 8, 16)]
+    assert channels.all(), "no id needs all three channels"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_stuff_maps_agree_with_the_label_maps(made, split):
+    seen = set()
+    for number in range(1, COUNTS[split] + 1):
+        folder = made / "coco" / f"panoptic_stuff_{split}2017"
+        picture = Image.open(folder / f"{number:012d}.png")
+        assert (picture.format, picture.mode) == ("PNG", "L")
+        stuff, labels = np.asarray(picture), read_labels(made, split, number)
+        assert np.array_equal(stuff == 0, labels >= 2)
+        assert np.array_equal(stuff == 1, labels == 1)
+        assert np.array_equal(stuff == 255, labels == 0)
+        seen |= set(np.unique(stuff))
+    assert seen == {0, 1, 255}
+
+
+def test_segment_ids_are_unique_however_many_there_are():
+    digits = []
+    for place in range(70_000):
+        mask = np.zeros((1, 1), bool)
+        mask[0, 0] = True
+        digits.append(tool.PastedDigit(place % 10, 0, mask))
+    scene = tool.Scene(np.zeros((1, 1, 3), np.uint8), np.ones((1, 1), np.uint8), tuple(digits))
+    ids = {segment["id"] for segment in tool.draw_segments(scene)[1]}
+    assert len(ids) == 70_001
+    assert 0 < min(ids) <= max(ids) < 1 << 24
+
+
+def test_two_digits_of_a_class_are_two_segments():
+    masks = [drawn("##....", "#....."), drawn("...#..", "...##.")]
+    digits = tuple(tool.PastedDigit(7, 0, mask) for mask in masks)
+    labels = np.where(masks[0] | masks[1], 9, 1).astype(np.uint8)
+    labels[:, 2] = 0
+    picture, segments = tool.draw_segments(
+        tool.Scene(np.zeros((2, 6, 3), np.uint8), labels, digits)
+    )
+    ids = picture.astype(int) @ (1, 256, 65536)
+    assert [(entry["category_id"], entry["area"], entry["bbox"]) for entry in segments] == [
+        (8, 3, [0, 0, 2, 2]),
+        (8, 3, [3, 0, 2, 2]),
+        (11, 4, [1, 0, 5, 2]),
+    ]
+    first, second, background = (entry["id"] for entry in segments)
+    assert ids.tolist() == [
+        [first, first, 0, second, background, background],
+        [first, background, 0, second, second, background],
+    ]
+
+
 def test_contact_sheet_shows_the_label_colours(made):
     sheet = np.asarray(Image.open(made / "contact_sheet.png"))
     assert min(sheet.shape[:2]) > 600
@@ -410,8 +533,116 @@ def test_contact_sheet_shows_the_label_colours(made):
 def test_counts_may_be_zero(tmp_path):
     tool.make_sample_data(tmp_path / "data", train=0, val=1, unlabelled=0)
     assert len(read_coco(tmp_path / "data", "val")["images"]) == 1
-    assert read_coco(tmp_path / "data", "train")["images"] == []
+    for kind in ("instances", "panoptic"):
+        coco = read_coco(tmp_path / "data", "train", kind)
+        assert coco["images"] == coco["annotations"] == []
     assert not list((tmp_path / "data" / "unlabelled").iterdir())
+
+
+# ------------------------------------------------------------------------------------- detectron2
+
+
+def panoptic_metadata(categories: list[dict]) -> dict:
+    """Return what `register_coco_panoptic_separated` wants to know, as for its own COCO."""
+    things = [entry for entry in categories if entry["isthing"]]
+    stuff = [entry for entry in categories if not entry["isthing"]]
+    return {
+        "thing_dataset_id_to_contiguous_id": {
+            entry["id"]: place for place, entry in enumerate(things)
+        },
+        "thing_classes": [entry["name"] for entry in things],
+        "thing_colors": [entry["color"] for entry in things],
+        "stuff_dataset_id_to_contiguous_id": {
+            0: 0,
+            **{entry["id"]: place for place, entry in enumerate(stuff, 1)},
+        },
+        "stuff_classes": ["things", *(entry["name"] for entry in stuff)],
+        "stuff_colors": [[82, 18, 128], *(entry["color"] for entry in stuff)],
+    }
+
+
+@pytest.fixture(params=["train", "val"])
+def registered(made, request):
+    """Register a split with Detectron2 and return the split and the name it is registered by."""
+    reason = "Detectron2 is not installed, so its reader of the panoptic files is not tested"
+    pytest.importorskip("detectron2", reason=reason)
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_panoptic_separated
+
+    split, root = request.param, made / "coco"
+    name = f"test_sample_data_panoptic_{split}"
+    register_coco_panoptic_separated(
+        name,
+        panoptic_metadata(read_coco(made, split, "panoptic")["categories"]),
+        str(root / f"{split}2017"),
+        str(root / f"panoptic_{split}2017"),
+        str(root / "annotations" / f"panoptic_{split}2017.json"),
+        str(root / f"panoptic_stuff_{split}2017"),
+        str(root / "annotations" / f"instances_{split}2017.json"),
+    )
+    yield split, name
+    for suffix in ("_separated", "_stuffonly"):
+        DatasetCatalog.remove(name + suffix)
+        MetadataCatalog.remove(name + suffix)
+
+
+def test_detectron2_reads_the_panoptic_files(made, registered):
+    from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+
+    split, name = registered
+    records = DatasetCatalog.get(f"{name}_separated")
+    assert [record["image_id"] for record in records] == list(range(1, COUNTS[split] + 1))
+    metadata = MetadataCatalog.get(f"{name}_separated")
+    assert metadata.thing_classes == list(tool.DIGIT_NAMES)
+    assert metadata.stuff_classes == ["things", "background"]
+    mapper = DatasetMapper(
+        is_train=True,
+        augmentations=[],
+        image_format="RGB",
+        use_instance_mask=True,
+        instance_mask_format="bitmask",
+    )
+    for record in records:
+        labels = read_labels(made, split, record["image_id"])
+        mapped = mapper(record)
+        assert mapped["image"].shape == (3, *labels.shape)
+        expected = np.select([labels == 0, labels == 1], [255, 1], 0)
+        assert np.array_equal(mapped["sem_seg"].numpy(), expected)
+        instances = mapped["instances"]
+        masks = instances.gt_masks.tensor.numpy()
+        assert len(instances) == len(record["annotations"]) >= 1
+        classes = instances.gt_classes.numpy()
+        assert all((labels[mask] == digit + 2).all() for mask, digit in zip(masks, classes))
+        assert np.array_equal(masks.sum(axis=0), labels >= 2)
+        for mask, box in zip(masks, instances.gt_boxes.tensor.numpy()):
+            rows, columns = np.nonzero(mask)
+            edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert box.tolist() == edges
+
+
+def test_detectron2_reads_the_panoptic_json(made, registered):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
+
+    split, name = registered
+    metadata = MetadataCatalog.get(f"{name}_separated")
+    records = load_coco_panoptic_json(
+        metadata.panoptic_json, metadata.image_root, metadata.panoptic_root, metadata.as_dict()
+    )
+    separated = DatasetCatalog.get(f"{name}_separated")
+    stuff_only = DatasetCatalog.get(f"{name}_stuffonly")
+    assert len(records) == len(separated) == len(stuff_only) == COUNTS[split]
+    for record, other, stuff in zip(records, separated, stuff_only):
+        for key in ("file_name", "image_id"):
+            assert record[key] == other[key]
+        assert stuff["file_name"] == other["file_name"]
+        assert stuff["sem_seg_file_name"] == other["sem_seg_file_name"]
+        *things, background = record["segments_info"]
+        assert (background["isthing"], background["category_id"]) == (False, 1)
+        assert all(segment["isthing"] for segment in things)
+        assert [segment["category_id"] for segment in things] == [
+            annotation["category_id"] for annotation in other["annotations"]
+        ]
 
 
 # -------------------------------------------------------------------------------------- polygons
@@ -481,9 +712,30 @@ def test_same_parameters_do_nothing(made, monkeypatch):
 def test_other_parameters_need_force(made, monkeypatch, changed):
     forbid_work(monkeypatch)
     before = files(made)
-    with pytest.raises(tool.SampleDataError, match="--force"):
+    with pytest.raises(tool.SampleDataError, match="other parameters.*--force"):
         tool.make_sample_data(made, **{**COUNTS, **changed})
     assert files(made) == before
+
+
+def test_data_of_an_older_version_needs_force(tmp_path, monkeypatch):
+    out, small = tmp_path / "data", {"train": 1, "val": 1, "unlabelled": 0}
+    tool.make_sample_data(out, **small)
+    fresh = files(out)
+    manifest = json.loads((out / "sample_data.json").read_text(encoding="utf-8"))
+    assert manifest["version"] == tool.FORMAT_VERSION == 2
+    manifest["version"] = 1
+    (out / "sample_data.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shutil.rmtree(out / "coco" / "panoptic_train2017")
+    before = files(out)
+    with monkeypatch.context() as patch:
+        forbid_work(patch)
+        with pytest.raises(tool.SampleDataError, match="version 1.*version 2.*--force") as raised:
+            tool.make_sample_data(out, **small)
+    assert str(out) in str(raised.value)
+    assert "parameters" not in str(raised.value)
+    assert files(out) == before
+    tool.make_sample_data(out, **small, force=True)
+    assert files(out) == fresh
 
 
 def test_force_replaces_our_data(tmp_path):

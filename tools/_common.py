@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,3 +59,15 @@ def check_checkpoint(checkpoint: str) -> None:
     if not path.parent.is_dir():
         hint = f"there is no folder {path.parent} either"
     raise SystemExit(f"error: there is no checkpoint {checkpoint!r}; {hint}")
+
+
+def save_picture(picture: Any, path: str | os.PathLike[str]) -> None:
+    """Write a PIL image as PNG, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        picture.save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -2,8 +2,9 @@
 
 Each scene shows handwritten digits (the 8x8 scans of `sklearn.datasets.load_digits`) of many
 sizes, pasted on a crop of a photograph (`sklearn.datasets.load_sample_images`). The same scenes
-are written as ADE20K (SceneParse150) and as COCO, so the usual readers of MMSegmentation and
-Detectron2 find what they expect; a folder of further scenes has no labels, for pretraining.
+are written as ADE20K (SceneParse150) and as COCO (instances and panoptic), so the usual readers of
+MMSegmentation and Detectron2 find what they expect; a folder of further scenes has no labels, for
+pretraining.
 
 Training and validation share neither a scan nor a pixel of a photograph: the scans are split
 class by class, and each photograph is cut into a left part (training) and a right part
@@ -11,7 +12,9 @@ class by class, and each photograph is cut into a left part (training) and a rig
 with the scenes of a smaller one.
 
 Labels of the ADE20K maps: 0 unlabelled (the soft rim of a digit), 1 background, 2 to 11 the digits
-0 to 9. Categories of the COCO files: 1 to 10, the digits 0 to 9.
+0 to 9. Categories of the COCO files: 1 to 10, the digits 0 to 9 (things), and in the panoptic ones
+11, background (stuff), with the rim void. The maps of `panoptic_stuff_*`, the semantic half that
+Detectron2's `register_coco_panoptic_separated` reads: 0 things, 1 background, 255 unlabelled.
 
     python tools/make_sample_data.py --out data/sample
 """
@@ -39,7 +42,7 @@ try:
 except ImportError as error:  # reported by make_sample_data, after the arguments are checked
     _MISSING = error
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: with COCO's panoptic files
 TOOL = "diffbackbone make_sample_data"
 MANIFEST = "sample_data.json"
 
@@ -54,6 +57,8 @@ UNLABELLED = 0
 BACKGROUND = 1
 FIRST_DIGIT = 2
 CLASS_NAMES = ("unlabelled", "background", *DIGIT_NAMES)
+BACKGROUND_CATEGORY = len(DIGIT_NAMES) + 1  # of COCO, after the digits
+STUFF_OF_LABEL = (255, 1, *(0 for _ in DIGIT_NAMES))  # unlabelled, background, things
 
 PALETTE = (
     (236, 236, 236), (38, 44, 56), (230, 57, 70), (244, 140, 54), (255, 214, 64), (146, 200, 62),
@@ -64,6 +69,8 @@ MIN_SCENE_SIZE = 32
 _SCAN_SPLIT_KEY = (1000,)  # scenes have keys of two numbers
 _SCAN_SIDE = 8
 _PADDED_SIDE = _SCAN_SIDE + 2  # one empty pixel all round, so that strokes at the edge fade out
+_SEGMENT_IDS = 1 << 24
+_SEGMENT_STEP = 0x9E3779  # odd, so its multiples below _SEGMENT_IDS are distinct and never 0
 
 
 class SampleDataError(ValueError):
@@ -175,10 +182,7 @@ class PastedDigit:
     @property
     def bbox(self) -> tuple[int, int, int, int]:
         """Left, top, width and height of the mask."""
-        rows = np.flatnonzero(self.mask.any(axis=1))
-        columns = np.flatnonzero(self.mask.any(axis=0))
-        left, top = int(columns[0]), int(rows[0])
-        return left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
+        return _bounding_box(self.mask)
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,14 @@ def _require_range(name: str, given: tuple[float, float], low: float, high: floa
         len(given) == 2 and low <= given[0] <= given[1] <= high,
         f"{name} must be two ascending values from {low} to {high}, but {given} was given",
     )
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of a mask that is not empty."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
+    left, top = int(columns[0]), int(rows[0])
+    return left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
 
 
 def _check_dependencies() -> None:
@@ -541,7 +553,32 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _coco(split: str) -> dict[str, Any]:
+def _digit_categories() -> list[dict[str, Any]]:
+    return [
+        {"id": number, "name": name, "supercategory": "digit"}
+        for number, name in enumerate(DIGIT_NAMES, 1)
+    ]
+
+
+def _panoptic_categories() -> list[dict[str, Any]]:
+    categories = [
+        {**category, "isthing": 1, "color": list(PALETTE[label])}
+        for label, category in enumerate(_digit_categories(), FIRST_DIGIT)
+    ]
+    background = CLASS_NAMES[BACKGROUND]
+    categories.append(
+        {
+            "id": BACKGROUND_CATEGORY,
+            "name": background,
+            "supercategory": background,
+            "isthing": 0,
+            "color": list(PALETTE[BACKGROUND]),
+        }
+    )
+    return categories
+
+
+def _coco(split: str, categories: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "info": {
             "description": f"diffbackbone sample data, {split}: handwritten digits on photographs",
@@ -565,10 +602,7 @@ def _coco(split: str) -> dict[str, Any]:
         ],
         "images": [],
         "annotations": [],
-        "categories": [
-            {"id": number, "name": name, "supercategory": "digit"}
-            for number, name in enumerate(DIGIT_NAMES, 1)
-        ],
+        "categories": categories,
     }
 
 
@@ -584,6 +618,37 @@ def _coco_annotation(number: int, image_id: int, pasted: PastedDigit) -> dict[st
     }
 
 
+def draw_segments(scene: Scene) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Draw the panoptic map of a scene: a segment for each digit and one for the background.
+
+    Args:
+        scene: The scene.
+
+    Returns:
+        H x W x 3 RGB bytes, in which the id of a segment is R + 256 G + 65536 B and 0 is void (the
+        rim of a digit), and COCO's `segments_info`: the digits in the scene's order, then the
+        background. Ids are unique in the scene and far apart as colours.
+    """
+    parts = [(pasted.digit + 1, pasted.mask) for pasted in scene.digits]
+    parts.append((BACKGROUND_CATEGORY, scene.labels == BACKGROUND))
+    ids = np.zeros(scene.labels.shape, np.uint32)
+    segments = []
+    for number, (category, mask) in enumerate(parts, 1):
+        segment_id = number * _SEGMENT_STEP % _SEGMENT_IDS
+        ids[mask] = segment_id
+        segments.append(
+            {
+                "id": segment_id,
+                "category_id": category,
+                "area": int(mask.sum()),
+                "bbox": list(_bounding_box(mask)),
+                "iscrowd": 0,
+            }
+        )
+    channels = [(ids >> shift) & 0xFF for shift in (0, 8, 16)]
+    return np.stack(channels, axis=-1).astype(np.uint8), segments
+
+
 def _save_jpeg(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image).save(path, quality=95)
 
@@ -595,9 +660,14 @@ def _write_labelled(root: Path, split: str, scenes: Iterable[Scene], tally: _Tal
     annotations = ade / "annotations" / folder
     coco_images = root / "coco" / f"{split}2017"
     coco_annotations = root / "coco" / "annotations"
-    for path in (images, annotations, coco_images, coco_annotations):
+    segment_maps = root / "coco" / f"panoptic_{split}2017"
+    stuff_maps = root / "coco" / f"panoptic_stuff_{split}2017"
+    for path in (images, annotations, coco_images, coco_annotations, segment_maps, stuff_maps):
         path.mkdir(parents=True, exist_ok=True)
-    coco = _coco(split)
+    coco = _coco(split, _digit_categories())
+    panoptic = _coco(split, _panoptic_categories())
+    panoptic["images"] = coco["images"]
+    stuff_of_label = np.array(STUFF_OF_LABEL, np.uint8)
     for number, scene in enumerate(scenes, 1):
         name = f"ADE_{split}_{number:08d}"
         _save_jpeg(scene.image, images / f"{name}.jpg")
@@ -617,7 +687,15 @@ def _write_labelled(root: Path, split: str, scenes: Iterable[Scene], tally: _Tal
         for pasted in scene.digits:
             annotation = _coco_annotation(len(coco["annotations"]) + 1, number, pasted)
             coco["annotations"].append(annotation)
+        map_name = f"{number:012d}.png"
+        segment_map, segments = draw_segments(scene)
+        Image.fromarray(segment_map).save(segment_maps / map_name)
+        Image.fromarray(stuff_of_label[scene.labels]).save(stuff_maps / map_name)
+        panoptic["annotations"].append(
+            {"image_id": number, "file_name": map_name, "segments_info": segments}
+        )
     _write_json(coco_annotations / f"instances_{split}2017.json", coco)
+    _write_json(coco_annotations / f"panoptic_{split}2017.json", panoptic)
 
 
 def _write_object_info(path: Path, tally: _Tally) -> None:
@@ -751,9 +829,15 @@ def _may_write(out: Path, parameters: dict[str, Any], force: bool) -> bool:
         return True
     if {key: manifest[key] for key in manifest if key != "scans"} == parameters:
         return False
+    made = manifest.get("version")
+    difference = (
+        "made with other parameters"
+        if made == FORMAT_VERSION
+        else f"in format version {made}, while this tool makes version {FORMAT_VERSION}"
+    )
     raise SampleDataError(
-        f"{out} holds sample data made with other parameters; replace it with --force or name "
-        "another folder with --out"
+        f"{out} holds sample data {difference}; replace it with --force or name another folder "
+        "with --out"
     )
 
 
@@ -789,7 +873,7 @@ def make_sample_data(
         unlabelled: Number of scenes without labels.
         seed: Seed of everything drawn.
         config: How the scenes look.
-        force: Replace data that this tool made with other parameters.
+        force: Replace data that this tool made with other parameters or in another version.
 
     Returns:
         A sentence that says what was done.

@@ -8,9 +8,7 @@ For instance::
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import _common
 import _mmseg
@@ -80,18 +78,6 @@ def draw(
     return picture
 
 
-def save(picture: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write a PNG whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        picture.save(partial, format="PNG")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def predict(config: str, checkpoint: str, count: int, options: dict | None = None):
     """Run a trained segmentor on the first images of its test set.
 
@@ -147,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = _mmseg.find_config(args.config)
     _common.check_checkpoint(args.checkpoint)
     _mmseg.check_data(config, args.cfg_options, ("test_dataloader",))
-    save(draw(*predict(config, args.checkpoint, args.images, args.cfg_options)), args.out)
+    _common.save_picture(
+        draw(*predict(config, args.checkpoint, args.images, args.cfg_options)), args.out
+    )
     print(f"{args.out}: images, truth and prediction side by side")
 
 

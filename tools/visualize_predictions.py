@@ -1,0 +1,154 @@
+"""Draw a detector's predictions beside the truth, by Detectron2's Visualizer.
+
+For instance::
+
+    python tools/visualize_predictions.py --config mask_rcnn_gd_sample.yaml
+    python tools/visualize_predictions.py --config mask_rcnn_gd_t75_b24.yaml \
+        --weights work_dirs/mask_rcnn_gd_t75_b24/model_final.pth --images 12 --score 0.6
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import _common
+import _detectron2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PANEL = 320
+"""Longest side of a panel in pixels."""
+MARGIN, HEADER = 10, 30
+
+
+def build(config_file: str, options: Sequence[str]) -> tuple[Any, str, str, str, Any]:
+    """Model, dataset's name, output folder, weights named by the config, and mapper.
+
+    Args:
+        config_file: A YAML or a Python config.
+        options: What the command line changes in it.
+    """
+    if config_file.endswith(".py"):
+        import lazyconfig_train_net
+        from detectron2.config import instantiate
+
+        args = argparse.Namespace(config_file=config_file, opts=list(options))
+        cfg = lazyconfig_train_net.load(args)
+        names = cfg.dataloader.test.dataset.names
+        name = names if isinstance(names, str) else names[0]
+        model = instantiate(cfg.model).to(cfg.train.device)
+        mapper = instantiate(cfg.dataloader.test.mapper)
+        return model, name, cfg.train.output_dir, cfg.train.init_checkpoint, mapper
+    from detectron2.data import DatasetMapper
+
+    from diffbackbone.detectron2_engine import Trainer
+
+    cfg = _detectron2.load_yaml(config_file, options)
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: there is nothing to draw")
+    mapper = DatasetMapper(cfg, is_train=False)
+    model = Trainer.build_model(cfg)
+    return model, cfg.DATASETS.TEST[0], cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, mapper
+
+
+def predict(
+    config_file: str, options: Sequence[str], weights: str | None, count: int, score: float
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Run a trained detector on images of its test set.
+
+    Args:
+        config_file: Path of the config.
+        options: What the command line changes in it.
+        weights: Checkpoint; None takes the last one of the config's output folder.
+        count: Number of images, spread evenly over the test set.
+        score: Smallest score that is drawn, 0 to 1.
+
+    Returns:
+        Truth and prediction of each image, (H, W, 3) uint8 RGB.
+    """
+    import torch
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.detection_utils import read_image
+    from detectron2.utils.visualizer import Visualizer
+    from tqdm import tqdm
+
+    from diffbackbone.detectron2_engine import Checkpointer, check_datasets
+
+    model, name, folder, named, mapper = build(config_file, options)
+    check_datasets((name,))
+    checkpointer = Checkpointer(model, folder, strict=True)
+    weights = weights or named or checkpointer.get_checkpoint_file()
+    if not weights:
+        raise FileNotFoundError(f"{folder} holds no checkpoint yet; --weights FILE names another")
+    _common.check_checkpoint(weights)
+    checkpointer.load(weights)
+    model.eval()
+    metadata, records = MetadataCatalog.get(name), DatasetCatalog.get(name)
+    chosen = np.unique(np.linspace(0, len(records) - 1, min(count, len(records))).astype(int))
+    rows = []
+    for index in tqdm(chosen, desc="predicting", unit="image"):
+        record = records[int(index)]
+        with torch.no_grad():
+            (output,) = model([mapper(record)])
+        instances = output["instances"].to("cpu")
+        instances = instances[instances.scores >= score]
+        image = read_image(record["file_name"], format="RGB")
+        scale = PANEL / max(image.shape[:2])
+        truth = Visualizer(image, metadata, scale).draw_dataset_dict(record)
+        drawn = Visualizer(image, metadata, scale).draw_instance_predictions(instances)
+        rows.append((truth.get_image(), drawn.get_image()))
+    return rows
+
+
+def compose(rows: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 2) -> Image.Image:
+    """One picture of several images, each as truth and prediction.
+
+    Args:
+        rows: Truth and prediction of each image, (H, W, 3) uint8 RGB.
+        columns: Images beside one another.
+    """
+    font = ImageFont.load_default(16)
+    cell = 2 * (PANEL + MARGIN) + MARGIN
+    lines = -(-len(rows) // columns)
+    size = min(columns, len(rows)) * cell, HEADER + lines * (PANEL + MARGIN)
+    picture = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(picture)
+    for number, panels in enumerate(rows):
+        left = (number % columns) * cell + MARGIN
+        top = HEADER + (number // columns) * (PANEL + MARGIN)
+        for i, (panel, title) in enumerate(zip(panels, ("truth", "prediction"))):
+            x = left + i * (PANEL + MARGIN)
+            picture.paste(Image.fromarray(np.ascontiguousarray(panel)), (x, top))
+            if number < columns:
+                pen.text((x, 7), title, fill="black", font=font)
+    return picture
+
+
+def entry(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.partition("\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", "--config-file", required=True, help="YAML or Python config")
+    parser.add_argument("--weights", help="checkpoint; the last of the config's output folder")
+    parser.add_argument("--out", default="predictions.png", help="the picture to write")
+    parser.add_argument("--images", type=int, default=8, help="how many images to draw")
+    parser.add_argument("--score", type=float, default=0.5, help="smallest score to draw")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="changes to the config")
+    args = parser.parse_args(argv)
+    if args.images < 1 or not 0 <= args.score <= 1:
+        parser.error(f"--images from 1, --score 0 to 1; got {args.images} and {args.score}")
+    _detectron2.prepare()
+    config = _common.find_config(args.config, _detectron2.CONFIG_DIR, (".yaml", ".py"))
+    with _detectron2.clear_errors():
+        picture = compose(predict(config, args.opts, args.weights, args.images, args.score))
+        _common.save_picture(picture, args.out)
+    print(f"{args.out}: truth and prediction side by side")
+
+
+if __name__ == "__main__":
+    entry()
