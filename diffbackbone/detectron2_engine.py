@@ -150,9 +150,11 @@ def large_scale_jitter(
             "large-scale jitter needs 0 < MIN_SCALE <= MAX_SCALE and SIZE of at least 32 px, got "
             f"{min_scale}, {max_scale} and {size}"
         )
-    flips = [T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")]
+    kinds = {"horizontal": {}, "vertical": {"horizontal": False, "vertical": True}}
+    if flip not in (*kinds, "none"):
+        raise ValueError(f"flip must be horizontal, vertical or none, got {flip!r}")
     return [
-        *(flips if flip != "none" else []),
+        *([T.RandomFlip(**kinds[flip])] if flip != "none" else []),
         T.ResizeScale(min_scale, max_scale, size, size),
         T.FixedSizeCrop((size, size), pad=False),
     ]

@@ -1,0 +1,514 @@
+"""The Detectron2 adapter: real models, any image sizes, empty targets, frozen and trained."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed: see its own install guide")
+
+from detectron2 import model_zoo
+from detectron2.config import LazyCall, get_cfg, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from detectron2.utils.analysis import find_unused_parameters
+from detectron2.utils.events import EventStorage
+
+import diffbackbone
+from diffbackbone.checkpoint import CheckpointError
+from diffbackbone.detectron2 import (
+    DiffusionBackbone,
+    DiffusionFPN,
+    DiffusionSimpleFeaturePyramid,
+    add_diffusion_config,
+    content_sizes,
+    get_optimizer_params,
+)
+from diffbackbone.unet import UNet, UNetConfig
+
+SFP, FPN, TAPS = (f"build_diffusion_{kind}backbone" for kind in ("sfp_", "fpn_", ""))
+BLOCKS = {SFP: (24,), FPN: (30, 27, 24, 21), TAPS: (30, 24)}
+ZOO = {
+    "GeneralizedRCNN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "PanopticFPN": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+    "RetinaNet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM", "ignore:.*meshgrid")
+
+
+def make_config(builder=SFP, meta="GeneralizedRCNN", **keys):
+    """A config as users make it: one of Detectron2's, with our backbone put in."""
+    cfg = get_cfg()
+    add_diffusion_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file(ZOO[meta]))
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
+    cfg.MODEL.PIXEL_MEAN = cfg.MODEL.PIXEL_STD = [127.5] * 3
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.BACKBONE.NAME = builder
+    cfg.MODEL.DIFFUSION.UNET = "tiny"
+    cfg.MODEL.DIFFUSION.BLOCKS = BLOCKS[builder]
+    cfg.MODEL.FPN.IN_FEATURES = []
+    cfg.MODEL.FPN.NORM = "LN"
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 32
+    if meta == "RetinaNet":
+        cfg.MODEL.DIFFUSION.BLOCKS, cfg.MODEL.DIFFUSION.TOP_BLOCK = (27, 24, 21), "p6p7"
+        cfg.MODEL.RETINANET.NUM_CONVS = 1
+    for key, value in keys.items():
+        cfg.MODEL.DIFFUSION[key] = value
+    return cfg
+
+
+def make_backbone(builder=SFP, **keys):
+    torch.manual_seed(0)
+    return fill(build_backbone(make_config(builder, **keys)))
+
+
+def fill(model):
+    """Weights under which no branch is zero: a fresh U-Net's residual branches are."""
+    for module in model.modules():
+        if isinstance(module, UNet):
+            for value in module.parameters():
+                if value.ndim > 1 and not value.any():
+                    torch.nn.init.normal_(value, std=0.05)
+    return model
+
+
+def pictures(*sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (3, h, w), generator=generator).float() for h, w in sizes]
+
+
+def normalize(images):
+    return ImageList.from_tensors([(x - 127.5) / 127.5 for x in images], 32).tensor
+
+
+def samples(*sizes, instances=2):
+    """Model inputs with random targets; ``instances`` for all images or for each."""
+    counts = instances if isinstance(instances, tuple) else (instances,) * len(sizes)
+    out = []
+    for image, count in zip(pictures(*sizes), counts):
+        height, width = image.shape[1:]
+        target = Instances((height, width))
+        corner = torch.rand(count, 2) * 40
+        target.gt_boxes = Boxes(torch.cat([corner, corner + 20 + torch.rand(count, 2) * 40], 1))
+        target.gt_classes = torch.arange(count) % 5
+        target.gt_masks = BitMasks(torch.rand(count, height, width) > 0.5)
+        sem_seg = torch.randint(0, 5, (height, width))
+        out.append({"image": image, "instances": target, "sem_seg": sem_seg})
+    return out
+
+
+def train_step(model, inputs):
+    model.train()
+    with EventStorage():
+        losses = model(inputs)
+    assert losses
+    assert all(torch.isfinite(loss) for loss in losses.values()), losses
+    sum(losses.values()).backward()
+    return losses
+
+
+# --------------------------------------------------------------------------------------------------
+# maps
+
+
+@pytest.mark.parametrize("feedback", ["", "windowed"])
+@pytest.mark.parametrize("builder", [SFP, FPN, TAPS])
+def test_maps_have_the_shapes_that_are_promised(builder, feedback):
+    backbone = make_backbone(builder, FEEDBACK=feedback)
+    names = {TAPS: ["b30", "b24"]}.get(builder, ["p2", "p3", "p4", "p5", "p6"])
+    shapes = backbone.output_shape()
+    assert list(shapes) == names
+    for height, width in [(64, 96), (50, 75)]:
+        maps = backbone(normalize(pictures((height, width)))[..., :height, :width])
+        assert list(maps) == names
+        for name, x in maps.items():
+            stride = shapes[name].stride
+            assert x.shape == (1, shapes[name].channels, -(-height // stride), -(-width // stride))
+
+
+def test_taps_are_the_core_backbones():
+    backbone = make_backbone(TAPS, OUT_CHANNELS=8, OUT_STRIDES=(4, 8), TIMESTEP=33, SEED=5).eval()
+    core = diffbackbone.DiffusionBackbone(
+        "tiny", None, 33, (30, 24), out_channels=8, out_strides=(4, 8), seed=5
+    ).eval()
+    core.load_state_dict(backbone.state_dict())
+    images = normalize(pictures((70, 90)))
+    maps = backbone(images)
+    assert list(maps) == ["b30", "b24"]
+    assert [shape.stride for shape in backbone.output_shape().values()] == [4, 8]
+    core_images = diffbackbone.backbone.pad_to_multiple(images[..., :70, :90], 32)
+    for x, y in zip(maps.values(), core(core_images)):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("feedback", ["", "bottleneck"])
+@pytest.mark.parametrize("builder", [SFP, FPN, TAPS])
+def test_what_shares_a_batch_changes_nothing(builder, feedback):
+    backbone = make_backbone(builder, FEEDBACK=feedback).eval()
+    images = pictures((70, 90), (128, 64), (70, 90), (33, 120))
+    with torch.no_grad():
+        together = backbone(normalize(images))
+        for i, image in enumerate(images):
+            alone = backbone(normalize([image]))
+            for name, x in alone.items():
+                y = together[name][i : i + 1, :, : x.shape[2], : x.shape[3]]
+                assert (x - y).abs().max() <= 1e-5 * x.abs().max(), name
+
+
+def test_batches_run_by_size(monkeypatch):
+    backbone = make_backbone(TAPS).eval()
+    seen = []
+    run = backbone._named_maps
+    monkeypatch.setattr(backbone, "_named_maps", lambda x: seen.append(tuple(x.shape)) or run(x))
+    backbone(normalize(pictures((70, 90), (128, 64), (70, 90))))
+    assert sorted(seen) == [(1, 3, 128, 64), (2, 3, 96, 96)]
+    seen.clear()
+    backbone.padding = "reflect"
+    backbone(normalize(pictures((70, 90), (128, 64), (70, 90))))
+    assert seen == [(3, 3, 128, 96)]
+
+
+def test_padding_policies():
+    images = pictures((70, 90), (128, 128))
+    batch = normalize(images)
+    mirrored = batch.clone()
+    mirrored[0] = diffbackbone.backbone.pad_to_size(batch[:1, :, :70, :90], 128, 128)[0]
+    maps = {}
+    for padding in ("separate", "reflect", "keep"):
+        backbone = make_backbone(TAPS, PADDING=padding).eval()
+        with torch.no_grad():
+            maps[padding] = backbone(batch)["b24"]
+            if padding == "reflect":
+                torch.testing.assert_close(maps[padding], backbone(mirrored)["b24"])
+    for a, b in itertools.combinations(maps.values(), 2):
+        assert (a[0] - b[0]).abs().max() > 1e-3
+        torch.testing.assert_close(a[1], b[1])  # the image that fills the batch
+
+
+def test_content_sizes():
+    images = torch.zeros(4, 3, 6, 8)
+    images[0, 1, 2, 3] = 0.5  # the last pixel that is not zero
+    images[1] = 1
+    images[2, 0, 5, 0] = float("nan")
+    assert content_sizes(images) == [(3, 4), (6, 8), (6, 1), (6, 8)]
+
+
+def test_synchronized_norms_run_once_for_all(monkeypatch):
+    backbone = make_backbone(TAPS, FEEDBACK="windowed")
+    assert backbone._effective_padding() == "separate"
+    backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert backbone.train()._effective_padding() == "reflect"
+    assert backbone.eval()._effective_padding() == "separate"
+
+
+# --------------------------------------------------------------------------------------------------
+# whole models
+
+
+@pytest.mark.parametrize("feedback", ["", "bottleneck"])
+@pytest.mark.parametrize(
+    ("meta", "builder"),
+    [("GeneralizedRCNN", SFP), ("GeneralizedRCNN", FPN), ("RetinaNet", FPN), ("PanopticFPN", FPN)],
+)
+def test_any_size_through_whole_models(meta, builder, feedback):
+    model = build_model(make_config(builder, meta, FEEDBACK=feedback))
+    every = [((336, 500),), ((199, 251),), ((100, 70), (64, 121))]
+    for sizes in every[1 if feedback else 0 :]:
+        train_step(model, samples(*sizes))
+        model.eval()
+        with torch.no_grad():
+            results = model(samples(*sizes))
+        assert [r["instances"].image_size for r in results] == list(sizes)
+        if meta == "PanopticFPN":
+            assert [r["sem_seg"].shape[1:] for r in results] == list(sizes)
+
+
+@pytest.mark.parametrize("meta", ["GeneralizedRCNN", "RetinaNet"])
+@pytest.mark.parametrize("instances", [(0, 0), (0, 3)], ids=["empty", "half-empty"])
+def test_images_without_targets(meta, instances):
+    model = build_model(make_config(FPN, meta))
+    train_step(model, samples((100, 125), (100, 124), instances=instances))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_infinite_and_nan_features(value):
+    model = build_model(make_config()).eval()
+    images = ImageList(torch.full((1, 3, 128, 128), value), [(126, 126)])
+    features = {
+        name: torch.full((1, shape.channels, 128 // shape.stride, 128 // shape.stride), value)
+        for name, shape in model.backbone.output_shape().items()
+    }
+    proposals = [Instances((126, 126))]
+    proposals[0].proposal_boxes = Boxes([[10, 10, 20, 20]])
+    proposals[0].objectness_logits = torch.ones(1)
+    detections, _ = model.roi_heads(images, features, proposals, None)
+    assert len(detections[0]) == 0
+    retinanet = build_model(make_config(FPN, "RetinaNet")).eval()
+    shapes = retinanet.backbone.output_shape().values()
+    features = [torch.full((1, s.channels, 256 // s.stride, 256 // s.stride), value)
+                for s in shapes]  # fmt: skip
+    logits, deltas = (
+        [torch.full_like(x, value) for x in part] for part in retinanet.head(features)
+    )
+    (found,) = retinanet.forward_inference(images, features, [logits, deltas])
+    assert not torch.isfinite(found.pred_boxes.tensor).any()
+
+
+def test_nan_images_are_refused():
+    model = build_model(make_config()).eval()
+    with pytest.raises(ValueError, match="NaN"):
+        model([{"image": torch.full((3, 64, 64), float("nan"))}])
+
+
+def test_images_out_of_range_are_refused():
+    model = build_model(make_config()).eval()
+    with pytest.raises(ValueError, match="mean 127.5"):
+        model([{"image": torch.full((3, 64, 64), 700.0)}])
+
+
+@pytest.mark.parametrize("builder", [SFP, FPN, TAPS])
+def test_torchscript_is_refused_clearly(builder):
+    backbone = make_backbone(builder).eval()
+    with pytest.raises(RuntimeError, match="can't be traced or scripted"):
+        torch.jit.trace(backbone, torch.rand(1, 3, 64, 64), strict=False)
+    with pytest.raises(RuntimeError, match="can't be traced or scripted"):
+        torch.jit.script(backbone)
+
+
+# --------------------------------------------------------------------------------------------------
+# what is trained
+
+
+@pytest.mark.parametrize("keys", [{}, {"FEEDBACK": "bottleneck"}, {"FREEZE": True}], ids=str)
+@pytest.mark.parametrize("builder", [SFP, FPN])
+def test_no_parameter_is_unused(builder, keys):
+    model = fill(build_model(make_config(builder, **keys)))
+    with EventStorage():
+        unused = find_unused_parameters(model, samples((100, 70), (64, 96)))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert not set(unused) & set(trained)
+    if not keys:  # frozen weights and those of DifFeed's first pass count as unused there
+        assert not unused
+    train_step(model, samples((100, 70), (64, 96)))
+    inside = [p for name, p in trained.items() if ".unet." in name]
+    assert bool(inside) is not bool(keys.get("FREEZE"))
+    assert all(p.grad.any() for p in inside)
+
+
+def test_frozen_means_frozen():
+    model = fill(build_model(make_config(FREEZE=True, FEEDBACK="windowed")))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    groups = get_optimizer_params(model, base_lr=0.01)
+    optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+    inputs = samples((64, 64))
+    for _ in range(20):
+        optimizer.zero_grad()
+        train_step(model, inputs)
+        optimizer.step()
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(before[n], value)}
+    assert not any(".unet." in name for name in changed)
+    assert any(".feedback." in name for name in changed)
+    assert any("simfp" in name for name in changed)
+    assert not model.backbone.net.unet.training
+
+
+def test_layer_decay_by_name():
+    model = build_model(make_config())
+    groups = get_optimizer_params(model, 0.5, base_lr=1.0, weight_decay_norm=0.0)
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    unet = model.backbone.net.unet
+    rate = lambda module: {rates[id(p)] for p in module.parameters()}  # noqa: E731
+    assert rate(unet.module(24)) == {0.5}
+    assert rate(unet.module(23)) == {0.25}
+    assert rate(unet.module(1)) == {0.5**24}
+    assert rate(unet.time_embed) == {0.5**25}
+    assert rate(model.roi_heads) == {1.0}
+    assert rate(model.backbone.simfp_2) == {1.0}
+
+
+# --------------------------------------------------------------------------------------------------
+# weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Two files of guided-diffusion weights for the tiny U-Net."""
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        path = tmp_path_factory.mktemp("weights") / f"unet{seed}.pt"
+        torch.save(fill(UNet(UNetConfig.from_preset("tiny"))).state_dict(), path)
+        paths.append(str(path))
+    return paths
+
+
+def test_frozen_weights_stay_out_of_checkpoints(weights, tmp_path):
+    keys = {"FREEZE": True, "CHECKPOINT": weights[0]}
+    backbone = build_backbone(make_config(**keys))
+    state = backbone.state_dict()
+    assert not any(".unet." in f".{name}" for name in state)
+    assert "net.frozen_unet_digest" in state
+    path = tmp_path / "model.pth"
+    torch.save(state, path)
+    state = torch.load(path, weights_only=True)
+
+    again = build_backbone(make_config(**keys))
+    assert again.load_state_dict(state) == ([], [])
+    x = normalize(pictures((64, 64)))
+    for a, b in zip(again.eval()(x).values(), backbone.eval()(x).values()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+    for wrong in ({"CHECKPOINT": weights[1]}, {"CHECKPOINT": ""}):
+        other = build_backbone(make_config(**{**keys, **wrong}))
+        with pytest.raises(CheckpointError, match="frozen U-Net"):
+            other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"FREEZE": False}, {"FREEZE": True, "SAVE_FROZEN": True}, {"CHECKPOINT": ""}], ids=str
+)
+def test_all_other_weights_are_in_checkpoints(weights, keys):
+    keys = {"FREEZE": True, "CHECKPOINT": weights[0], **keys}
+    backbone = build_backbone(make_config(**keys))
+    state = backbone.state_dict()
+    assert {f"net.unet.{name}" for name in backbone.net.unet.state_dict()} <= set(state)
+    assert build_backbone(make_config(**keys)).load_state_dict(state) == ([], [])
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    path = tmp_path / "other.pt"
+    config = UNetConfig.from_preset("tiny").replace(model_channels=64)
+    torch.save(UNet(config).state_dict(), path)
+    with pytest.raises(CheckpointError, match="model_channels"):
+        build_backbone(make_config(CHECKPOINT=str(path)))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        build_backbone(make_config(CHECKPOINT=str(tmp_path / "none.pt")))
+
+
+# --------------------------------------------------------------------------------------------------
+# configs
+
+
+def test_lazy_config_classes():
+    net = LazyCall(DiffusionBackbone)(
+        unet={"preset": "tiny", "dropout": 0.1}, blocks=[27, 24], feedback={24: 14}, timestep=10
+    )
+    fpn = instantiate(LazyCall(DiffusionFPN)(bottom_up=net, out_channels=16, norm="GN"[:0]))
+    assert {n: s.stride for n, s in fpn.output_shape().items()} == {"p3": 8, "p4": 16}
+    assert fpn.bottom_up.feedback.mapping == {24: 14}
+    assert fpn.bottom_up.unet.config.dropout == 0.1
+    net.blocks = [24]
+    sfp = instantiate(
+        LazyCall(DiffusionSimpleFeaturePyramid)(
+            net=net, scale_factors=(2.0, 1.0), top_block=LazyCall(LastLevelMaxPool)()
+        )
+    )
+    assert {n: s.stride for n, s in sfp.output_shape().items()} == {"p3": 8, "p4": 16, "p5": 32}
+    assert [tuple(x.shape[2:]) for x in sfp(torch.rand(1, 3, 64, 64)).values()] == [
+        (8, 8), (4, 4), (2, 2)
+    ]  # fmt: skip
+
+
+def test_keys_reach_the_backbone():
+    cfg = make_config(
+        TAPS, FEEDBACK_MAP=((24, 14), (21, 14)), TIMESTEP=3, NOISE="none", FREEZE=True, SEED=9,
+        FIRST_PASS_GRAD=True, ACTIVATION_CHECKPOINTING=True, PADDING="keep",
+    )  # fmt: skip
+    cfg.MODEL.DIFFUSION.UNET_OPTIONS.num_classes = 7
+    cfg.MODEL.DIFFUSION.CLASS_LABEL = 6
+    backbone = build_backbone(cfg)
+    assert backbone.feedback.mapping == {24: 14, 21: 14}
+    assert backbone.feedback.first_pass_grad
+    assert (backbone.timestep, backbone.noise, backbone.seed) == (3, "none", 9)
+    assert backbone.frozen
+    assert backbone.unet.activation_checkpointing
+    assert backbone.class_label == 6
+    assert backbone.padding == "keep"
+    assert not backbone.save_frozen
+
+
+@pytest.mark.parametrize(
+    ("builder", "keys", "words"),
+    [
+        (SFP, {"BLOCKS": (33,)}, ["block 33 has stride 2", "stride 16: 13-15, 22-24"]),
+        (SFP, {"BLOCKS": (27,)}, ["IN_FEATURES", "'p6'", "p5"]),
+        (SFP, {"BLOCKS": (27, 24)}, ["one block", "[27, 24]", "build_diffusion_fpn_backbone"]),
+        (SFP, {"SCALE_FACTORS": (3.0,)}, ["4, 2, 1, 0.5", "3.0"]),
+        (FPN, {"BLOCKS": (24,)}, ["two or more", "b24"]),
+        (FPN, {"BLOCKS": (33, 27, 24)}, ["strides double", "'b33': 2"]),
+        (FPN, {"BLOCKS": (27, 24)}, ["IN_FEATURES", "'p2'"]),
+        (FPN, {"TOP_BLOCK": "p5"}, ["none, maxpool, p6p7", "'p5'"]),
+        (TAPS, {"BLOCKS": (24, 24)}, ["named by block"]),
+        (TAPS, {"BLOCKS": (99,)}, ["99", "37"]),
+        (TAPS, {"TIMESTEP": 1000}, ["1000", "999"]),
+        (TAPS, {"FEEDBACK": "some"}, ["some", "bottleneck"]),
+        (TAPS, {"FEEDBACK": "all", "FEEDBACK_MAP": ((24, 14),)}, ["exclude each other"]),
+        (TAPS, {"FEEDBACK_MAP": (24, 14)}, ["pairs"]),
+        (TAPS, {"NOISE": "some"}, ["random", "fixed", "none"]),
+        (TAPS, {"PADDING": "zero"}, ["separate, reflect, keep"]),
+        (TAPS, {"UNET": "gd"}, ["gd256_uncond"]),
+        (TAPS, {"OUT_STRIDES": (4,)}, ["2 blocks"]),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_named(builder, keys, words):
+    with pytest.raises(ValueError, match="MODEL") as error:
+        build_backbone(make_config(builder, **keys))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda cfg: cfg.MODEL.merge_from_list(["PIXEL_STD", [1.0, 1.0, 1.0]]), "PIXEL_STD"),
+        (lambda cfg: cfg.MODEL.merge_from_list(["PIXEL_MEAN", [103.5, 116.0, 123.0]]), "127.5"),
+        (lambda cfg: cfg.INPUT.merge_from_list(["FORMAT", "BGR"]), "RGB"),
+        (lambda cfg: cfg.MODEL.FPN.merge_from_list(["NORM", ""]), "NORM"),
+        (lambda cfg: cfg.MODEL.DIFFUSION.UNET_OPTIONS.update(depth=3), "depth.*model_channels"),
+        (lambda cfg: cfg.MODEL.pop("DIFFUSION"), "add_diffusion_config"),
+    ],
+)
+def test_wrong_configs_are_named(change, words):
+    cfg = make_config()
+    change(cfg)
+    with pytest.raises(ValueError, match=words):
+        build_backbone(cfg)
+
+
+def test_fpn_on_taps_that_are_resized():
+    cfg = make_config(FPN, BLOCKS=(24, 23, 22, 21), OUT_STRIDES=(4, 8, 16, 32), OUT_CHANNELS=16)
+    backbone = build_backbone(cfg)
+    maps = backbone(normalize(pictures((96, 64))))
+    assert {n: tuple(x.shape[2:]) for n, x in maps.items()} == {
+        "p2": (24, 16), "p3": (12, 8), "p4": (6, 4), "p5": (3, 2), "p6": (2, 1)
+    }  # fmt: skip
+
+
+def test_input_shape_without_config_default():
+    cfg = make_config(TAPS)
+    with pytest.raises(ValueError, match="RGB"):
+        build_backbone(cfg, ShapeSpec(channels=4))
+
+
+def test_missing_detectron2_is_named():
+    code = (
+        "import sys; sys.modules['detectron2'] = None\n"
+        "import diffbackbone\n"
+        "try:\n    import diffbackbone.detectron2\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "detectron2 is not installed" in shown.stdout, shown.stderr
+    assert "readthedocs.io/en/latest/tutorials/install.html" in shown.stdout

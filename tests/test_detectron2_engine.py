@@ -1,0 +1,400 @@
+"""The trainer's parts: optimizer, data stream, checkpoints, evaluators, mixed precision."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed: see its own install guide")
+
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+
+from diffbackbone import detectron2_engine as engine
+from diffbackbone.backbone import DiffusionBackbone
+from diffbackbone.checkpoint import CheckpointError
+from diffbackbone.detectron2 import add_diffusion_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
+
+
+def make_config(*options):
+    cfg = get_cfg()
+    add_diffusion_config(cfg)
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+# --------------------------------------------------------------------------------------------------
+# optimizer
+
+
+def test_optimizers():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    common = ("SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.2)
+    optimizer = engine.build_optimizer(make_config(*common), model)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
+    options = (*common, "SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BETAS", (0.8, 0.9))
+    optimizer = engine.build_optimizer(make_config(*options), model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays[id(model[0].weight)] == 0.2
+    assert decays[id(model[1].weight)] == 0.0
+    assert {(g["lr"], g["betas"]) for g in optimizer.param_groups} == {(0.1, (0.8, 0.9))}
+    with pytest.raises(ValueError, match=r"SGD, ADAMW.*'ADAM'"):
+        engine.build_optimizer(make_config("SOLVER.OPTIMIZER", "ADAM"), model)
+
+
+@pytest.mark.parametrize("name", ["SGD", "ADAMW"])
+def test_layer_decay(name):
+    model = DiffusionBackbone("tiny", blocks=(24,), out_channels=None, out_strides=None)
+    options = ("SOLVER.OPTIMIZER", name, "SOLVER.LAYER_DECAY_RATE", 0.5, "SOLVER.BASE_LR", 1.0)
+    optimizer = engine.build_optimizer(make_config(*options), model)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert {rates[id(p)] for p in model.unet.module(22).parameters()} == {0.125}
+    with pytest.raises(ValueError, match="no DiffusionBackbone"):
+        engine.build_optimizer(make_config(*options), torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"\(0, 1\], got 2"):
+        engine.build_optimizer(make_config("SOLVER.LAYER_DECAY_RATE", 2.0), model)
+
+
+@pytest.mark.parametrize("name", ["SGD", "ADAMW"])
+def test_clipping_the_norm_of_all_gradients(name):
+    model = torch.nn.Linear(3, 2)
+    clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5)
+    kind = "SOLVER.CLIP_GRADIENTS.CLIP_TYPE"
+    optimizer = engine.build_optimizer(
+        make_config("SOLVER.OPTIMIZER", name, *clip, kind, "full_model"), model
+    )
+    model.weight.grad, model.bias.grad = torch.full((2, 3), 3.0), torch.full((2,), -3.0)
+    optimizer.step()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(grads.norm(), torch.tensor(0.5))
+    optimizer = engine.build_optimizer(
+        make_config("SOLVER.OPTIMIZER", name, *clip, kind, "value"), model
+    )
+    model.weight.grad = torch.full((2, 3), 3.0)
+    optimizer.step()
+    assert model.weight.grad.max() == 0.5
+    with pytest.raises(ValueError, match="full_model"):
+        engine.build_optimizer(make_config(*clip, kind, "all"), model)
+
+
+# --------------------------------------------------------------------------------------------------
+# data
+
+
+def test_large_scale_jitter():
+    image = np.zeros((120, 80, 3), np.uint8)
+    np.random.seed(0)
+    shapes, flips = [], 0
+    for _ in range(60):
+        augmentation = engine.T.AugmentationList(engine.large_scale_jitter(64, 0.5, 2.0))
+        data = engine.T.AugInput(image)
+        transforms = augmentation(data)
+        flips += any(isinstance(t, engine.T.HFlipTransform) for t in transforms.transforms)
+        shapes.append(data.image.shape[:2])
+    heights, widths = zip(*shapes)
+    assert max(heights) == max(widths) == 64  # cropped
+    assert 32 <= min(heights) < 64  # small ones are not padded
+    assert 10 < flips < 50
+    with pytest.raises(ValueError, match=r"0 < MIN_SCALE <= MAX_SCALE"):
+        engine.large_scale_jitter(64, 2.0, 1.0)
+
+
+def test_mapper_takes_the_config(monkeypatch):
+    cfg = make_config("INPUT.LSJ.ENABLED", True, "INPUT.LSJ.SIZE", 96, "MODEL.MASK_ON", True)
+    mapper = engine.build_train_mapper(cfg)
+    assert [type(a).__name__ for a in mapper.augmentations.augs] == [
+        "RandomFlip", "ResizeScale", "FixedSizeCrop"
+    ]  # fmt: skip
+    assert mapper.recompute_boxes
+    cfg.INPUT.RANDOM_FLIP = "none"
+    assert len(engine.build_train_mapper(cfg).augmentations.augs) == 2
+    cfg.INPUT.LSJ.ENABLED = False
+    assert type(engine.build_train_mapper(cfg).augmentations.augs[0]).__name__ == (
+        "ResizeShortestEdge"
+    )
+
+
+def draw(record):
+    """A mapper that shows what it was given and what it draws."""
+    return record["id"], np.random.rand(), torch.rand(()).item()
+
+
+def stream(count, workers=0, start_iter=0, seed=3, batch=2, size=7):
+    loader = engine.build_train_loader(
+        [{"id": i} for i in range(size)],
+        mapper=draw,
+        total_batch_size=batch,
+        num_workers=workers,
+        seed=seed,
+        start_iter=start_iter,
+    )
+    return list(itertools.islice(loader, count))
+
+
+def test_the_stream_goes_on_where_it_was_left():
+    whole = stream(12)
+    assert stream(5, start_iter=7) == whole[7:]
+    assert stream(12, workers=2) == whole
+    assert stream(4, workers=1, start_iter=8) == whole[8:]
+    assert stream(12, seed=4) != whole
+    drawn = [value for batch in whole for _, *values in batch for value in values]
+    assert len(set(drawn)) == len(drawn)
+    for epoch in range(3):  # every image once an epoch
+        ids = [sample[0] for batch in whole for sample in batch][7 * epoch : 7 * epoch + 7]
+        assert sorted(ids) == list(range(7))
+
+
+def test_processes_share_the_stream(monkeypatch):
+    whole = [sample for batch in stream(6, batch=2) for sample in batch]
+    for rank in range(2):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        for module in (comm, engine.comm):
+            monkeypatch.setattr(module, "get_world_size", lambda: 2)
+        monkeypatch.setattr("detectron2.data.build.get_world_size", lambda: 2)
+        mine = [sample for batch in stream(3, batch=4) for sample in batch]
+        assert mine == whole[rank::2]
+    with pytest.raises(ValueError, match=r"multiple of their number, 2; got 3"):
+        stream(1, batch=3)
+
+
+def test_the_configs_sampler_is_taken():
+    cfg = make_config(
+        "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler",
+        "DATALOADER.REPEAT_THRESHOLD", 0.5, "SOLVER.IMS_PER_BATCH", 3,
+    )  # fmt: skip
+    records = [{"annotations": [{"category_id": i % 2}]} for i in range(4)]
+    settings = engine.loader_settings(cfg, records, seed=11)
+    assert isinstance(settings["sampler"], RepeatFactorTrainingSampler)
+    assert settings["sampler"]._seed == 11
+    assert settings["total_batch_size"] == 3
+
+
+def test_a_mapper_may_refuse_images(caplog):
+    records = [{"id": i, "file_name": f"{i}.jpg"} for i in range(5)]
+    picky = engine.SeededStream(records, lambda r: r if r["id"] == 3 else None, seed=0)
+    assert picky[0, 3]["id"] == picky[1, 0]["id"] == 3
+    refusing = engine.SeededStream(records, lambda r: None, seed=0)
+    with pytest.raises(ValueError, match=r"100 images in a row, the last one \d.jpg"):
+        refusing[0, 0]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Registers datasets under names of the test, and takes them back."""
+    names = []
+
+    def register(records, **metadata):
+        name = f"test_engine_{len(names)}"
+        names.append(name)
+        DatasetCatalog.register(name, lambda: records)
+        MetadataCatalog.get(name).set(**metadata)
+        return name
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def record(*annotations):
+    return {"file_name": "x.jpg", "image_id": 0, "height": 9, "width": 9,
+            "annotations": list(annotations)}  # fmt: skip
+
+
+def test_datasets_without_content(dataset):
+    box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
+    empty = dataset([], thing_classes=["a"], json_file="/data/empty.json")
+    bare = dataset([record(), record({**box, "iscrowd": 1})], thing_classes=["a"])
+    good = dataset([record(), record(box)], thing_classes=["a"])
+    cfg = make_config("MODEL.ROI_HEADS.NUM_CLASSES", 1)
+    for name, words in ((empty, "empty.*empty.json"), (bare, "no image has an annotation")):
+        cfg.DATASETS.TRAIN = (name,)
+        with pytest.raises(ValueError, match=words):
+            engine.load_train_dicts(cfg)
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(ValueError, match=r"DATASETS.TRAIN is empty"):
+        engine.load_train_dicts(cfg)
+    cfg.DATASETS.TRAIN = (good,)
+    assert len(engine.load_train_dicts(cfg)) == 1
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert len(engine.load_train_dicts(cfg)) == 2
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    with pytest.raises(ValueError, match=r"ROI_HEADS.NUM_CLASSES is 3.*has 1 thing_classes"):
+        engine.load_train_dicts(cfg)
+
+
+def test_missing_files_and_names(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    gone = dataset([], json_file=str(tmp_path / "a.json"), image_root=str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        engine.check_datasets((gone,))
+    message = str(error.value)
+    assert str(tmp_path / "a.json") in message
+    assert f"no {tmp_path}\n" not in message
+    assert f"({tmp_path / 'data'})" in message
+    with pytest.raises(ValueError, match=r"no dataset 'coco_2071_train'.*coco_2017_train"):
+        engine.check_datasets(("coco_2071_train",))
+    engine.check_datasets(())
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def test_evaluators(dataset, monkeypatch, tmp_path, caplog):
+    cfg = make_config("OUTPUT_DIR", str(tmp_path))
+    things = {"thing_classes": ["a"], "thing_dataset_id_to_contiguous_id": {1: 0}}
+    (tmp_path / "a.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    files = {"json_file": str(tmp_path / "a.json"), "image_root": str(tmp_path)}
+    boxes = dataset([], evaluator_type="coco", **things, **files)
+    assert isinstance(engine.build_evaluator(cfg, boxes), COCOEvaluator)
+    panoptic = dataset(
+        [], evaluator_type="coco_panoptic_seg", **things, **files, stuff_classes=["things"],
+        stuff_dataset_id_to_contiguous_id={0: 0}, ignore_label=255,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        evaluator = engine.build_evaluator(cfg, panoptic)
+    assert isinstance(evaluator, DatasetEvaluators)
+    assert "panopticapi is not installed" in caplog.text
+    strange = dataset([], evaluator_type="mine")
+    with pytest.raises(ValueError, match=r"'mine'.*coco_panoptic_seg"):
+        engine.build_evaluator(cfg, strange)
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def test_checkpoints_are_written_whole(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    checkpointer = engine.Checkpointer(model, str(tmp_path))
+    checkpointer.save("first", iteration=1)
+    weight = model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
+
+    def full_disk(content, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        for name in ("second", "first"):
+            with pytest.raises(OSError, match="No space left"):
+                checkpointer.save(name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first.pth", "last_checkpoint"]
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
+    torch.testing.assert_close(model.weight.detach(), weight)
+
+
+def test_checkpoints_of_another_model(tmp_path):
+    small = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    path = tmp_path / "model.pth"
+    torch.save({"model": small.state_dict()}, path)
+    wider = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
+    engine.Checkpointer(wider).load(str(path))  # a part fits: as Detectron2 users expect
+    torch.testing.assert_close(wider[0].weight, small[0].weight)
+    with pytest.raises(CheckpointError, match=r"shape of 1.weight: \(2, 2\), expected \(3, 2\)"):
+        engine.Checkpointer(wider, strict=True).load(str(path))
+    longer = torch.nn.Sequential(*small, torch.nn.Linear(1, 1))
+    with pytest.raises(CheckpointError, match=r"missing: 2.bias"):
+        engine.Checkpointer(longer, strict=True).load(str(path))
+    with pytest.raises(CheckpointError, match=r"unexpected: 1.weight"):
+        engine.Checkpointer(torch.nn.Sequential(small[0]), strict=True).load(str(path))
+    with pytest.raises(CheckpointError, match="another model"):
+        engine.Checkpointer(torch.nn.ModuleDict({"x": torch.nn.Linear(2, 2)})).load(str(path))
+    (tmp_path / "last_checkpoint").write_text("model.pth")
+    with pytest.raises(CheckpointError, match="another model"):
+        engine.Checkpointer(wider, str(tmp_path)).resume_or_load("", resume=True)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_nothing_in_a_checkpoint_runs(tmp_path, suffix):
+    path, trace = tmp_path / f"weights{suffix}", tmp_path / "ran"
+    content = {"model": {"weight": Bomb(trace)}, "__author__": "someone"}
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
+        engine.Checkpointer(torch.nn.Linear(1, 1)).load(str(path))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("layout", ["detectron2", "blobs", "plain"])
+def test_model_zoo_pickles(tmp_path, layout):
+    model = torch.nn.Linear(2, 3)
+    values = {"weight": np.arange(6, dtype=np.float32).reshape(3, 2), "bias": np.ones(3, "f4")}
+    content = {
+        "detectron2": {"model": dict(values), "__author__": "Detectron2"},
+        "blobs": {"blobs": {**values, "weight_momentum": np.zeros(2)}},
+        "plain": values,
+    }[layout]
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps(content, protocol=2))
+    engine.Checkpointer(model).load(str(path))
+    assert model.weight.tolist() == values["weight"].tolist()
+    assert model.bias.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_truncated_checkpoints(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    content = {"model": {"weight": np.ones((4, 4), "f4")}, "__author__": "x"}
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save({"model": {"weight": torch.ones(4, 4)}}, path)
+    whole = path.read_bytes()
+    for tenth in range(10):
+        path.write_bytes(whole[: len(whole) * tenth // 10])
+        with pytest.raises(CheckpointError, match="truncated, damaged"):
+            engine.Checkpointer(torch.nn.Linear(4, 4, bias=False)).load(str(path))
+
+
+# --------------------------------------------------------------------------------------------------
+# mixed precision
+
+
+def test_mixed_precision(monkeypatch, caplog):
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    make = lambda **kwargs: engine.make_step_trainer(model, None, optimizer, **kwargs)  # noqa: E731
+    assert type(make()) is SimpleTrainer
+    with pytest.raises(ValueError, match="bfloat16, float16, got 'fp8'"):
+        make(dtype="fp8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert type(make(amp=True)) is SimpleTrainer
+    assert "needs a GPU" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for supported, dtype, wanted in (
+        (True, "auto", torch.bfloat16),
+        (False, "auto", torch.float16),
+        (True, "float16", torch.float16),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        trainer = make(amp=True, dtype=dtype)
+        assert isinstance(trainer, AMPTrainer)
+        assert trainer.precision == wanted
+        assert trainer.grad_scaler._enabled == (wanted == torch.float16)
