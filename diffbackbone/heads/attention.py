@@ -1,0 +1,68 @@
+"""Attention head: tokens of one map and a CLS token through a small transformer (Section 3.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from diffbackbone.heads._checks import positive
+from diffbackbone.heads.transformer import Tokenizer, Transformer
+
+
+class AttentionHead(nn.Module):
+    """The paper's learnable pooling of one map; DifFeed ends in it too (Section 3.3).
+
+    On block b=24 of the 256-px model at 256 px (1,024 channels, 16x16) with 1,000 classes, 1, 2
+    and 4 layers make 15.2, 27.8 and 53.0M parameters (Table 2); 2 layers with 50 classes make
+    26.8M (Table 15). Table 13's counts (13.7 to 64.0M for 1 to 5 layers, "without 1x1
+    convolution") come out with ``proj=False, pool=4`` and, again, 1,000 classes.
+
+    Initial values: see :class:`~diffbackbone.heads.transformer.Transformer`.
+
+    Args:
+        in_channels: Channels of the map.
+        num_classes: Number of classes.
+        size: Height and width of the map, or one number for both: ceil(image size / stride).
+        pool: Maps higher or wider than this are pooled to it.
+        width: Channels of the tokens.
+        layers: Transformer blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the blocks' MLPs over ``width``.
+        proj: Have the tokenizer's 1x1 convolution; without it ``width`` is ``in_channels``.
+
+    Raises:
+        ValueError: A number is not a positive integer, or the heads don't divide the width.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        size: int | tuple[int, int],
+        pool: int = 16,
+        width: int = 1024,
+        layers: int = 2,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        proj: bool = True,
+    ) -> None:
+        super().__init__()
+        positive(num_classes=num_classes)
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.tokenizer = Tokenizer(in_channels, size, width, pool, proj)
+        self.transformer = Transformer(width, layers, num_heads, mlp_ratio)
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify a map.
+
+        Args:
+            x: Map (N, C, H, W) of a size that gives the same grid of tokens as ``size``.
+
+        Returns:
+            Logits (N, num_classes).
+
+        Raises:
+            ValueError: The map does not fit; the message says what does.
+        """
+        return self.linear(self.transformer(self.tokenizer(x)))

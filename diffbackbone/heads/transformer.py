@@ -1,0 +1,193 @@
+"""Tokenizer and transformer, the parts that AttentionHead and DifFormerHead share (Section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffbackbone.heads._checks import check_map, pair, positive
+
+
+class Tokenizer(nn.Module):
+    """Average pooling, layer norm and 1x1 convolution: a map becomes tokens.
+
+    The layer norm takes mean and variance over the whole map (C, h, w), as in the published code,
+    and has a weight and a bias for each of its elements. It is thus the one part that knows
+    positions (there is no position embedding), and its parameters fix the size of the token grid.
+    Table 2's counts need it so.
+
+    Args:
+        in_channels: Channels C of the map.
+        size: Height and width of the map, or one number for both.
+        width: Channels of the tokens.
+        pool: A map is pooled where it is higher or wider than this, and never up.
+        proj: Have the 1x1 convolution. Table 13's counts leave it out.
+
+    Attributes:
+        grid: Height and width (h, w) of the token grid, each min(size, pool).
+
+    Raises:
+        ValueError: A number is not a positive integer; or without the convolution the map is not
+            as wide as the tokens.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        size: int | tuple[int, int],
+        width: int,
+        pool: int,
+        proj: bool = True,
+    ) -> None:
+        super().__init__()
+        positive(in_channels=in_channels, width=width, pool=pool)
+        if not proj and in_channels != width:
+            raise ValueError(
+                f"without proj the tokens are as wide as the map: width must be {in_channels}, "
+                f"got {width}"
+            )
+        height, map_width = pair(size)
+        self.in_channels = in_channels
+        self.pool = pool
+        self.grid = (min(height, pool), min(map_width, pool))
+        self.norm = nn.LayerNorm((in_channels, *self.grid))
+        self.proj = nn.Conv2d(in_channels, width, 1) if proj else nn.Identity()
+
+    def forward(self, x: Tensor, what: str = "a map") -> Tensor:
+        """Turn a map into tokens.
+
+        Args:
+            x: Map (N, C, H, W). A side that is pooled may be any size from ``pool`` on, the
+                pooled map itself included; a side that is not must be as given at construction.
+            what: Name of the map in errors.
+
+        Returns:
+            Tokens (N, h * w, width), row by row.
+
+        Raises:
+            ValueError: The map does not fit; the message says what does.
+        """
+        x = check_map(x, self.in_channels, self.norm.weight.dtype, what)
+        given = (min(x.shape[-2], self.pool), min(x.shape[-1], self.pool))
+        if given != self.grid:
+            fits = " and ".join(
+                f"{side} {'of' if n < self.pool else 'of at least'} {n}"
+                for side, n in zip(("a height", "a width"), self.grid)
+            )
+            raise ValueError(
+                f"{what} is {x.shape[-2]} x {x.shape[-1]}, but this head's layer norm was built "
+                f"for {self.grid[0]} x {self.grid[1]} tokens: {fits} would fit (a head for other "
+                "maps is built with their size)"
+            )
+        x = self.proj(self.norm(F.adaptive_avg_pool2d(x, self.grid)))
+        return x.flatten(2).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"grid={self.grid}, pool={self.pool}"
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k and v have no bias, the output projection has one.
+
+    q, k and v keep their last dimension contiguous, without which
+    :func:`torch.nn.functional.scaled_dot_product_attention` takes its slow kernel.
+
+    Args:
+        width: Channels of the tokens.
+        num_heads: Attention heads.
+
+    Raises:
+        ValueError: The heads don't divide the width.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        positive(width=width, num_heads=num_heads)
+        if width % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide width={width}")
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """Attend to all tokens.
+
+        Args:
+            x: Tokens (N, L, width).
+            queries: How many of the first tokens ask; None for all.
+
+        Returns:
+            (N, Q, width) with Q the number of tokens that ask.
+        """
+        q = self.q(x[:, :queries]).unflatten(-1, (self.num_heads, -1))  # (N, Q, heads, d)
+        kv = self.kv(x).unflatten(-1, (2, self.num_heads, -1))  # (N, L, 2, heads, d)
+        q, k, v = (y.transpose(1, 2) for y in (q, *kv.unbind(2)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP (GELU), each with a residual connection.
+
+    Args:
+        width: Channels of the tokens.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP over ``width``.
+
+    Raises:
+        ValueError: The heads don't divide the width, or the MLP has no hidden channel.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        if hidden < 1:
+            raise ValueError(f"mlp_ratio={mlp_ratio} leaves no hidden channel")
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """(N, L, width) to (N, Q, width): see :class:`Attention`."""
+        x = x[:, :queries] + self.attn(self.norm1(x), queries)
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """A CLS token in front of the tokens, blocks, and the CLS token out again.
+
+    As in the published code there is no norm after the last block and no dropout. Only the CLS
+    token leaves, so the last block computes only that one: the same result for less work.
+
+    The CLS token starts at zero, all other weights as torch's own layers start them: linear and
+    convolution uniform in ±1/sqrt(fan_in), norms at weight 1 and bias 0. That is the published
+    code; the paper gives no initial values.
+
+    Args:
+        width: Channels of the tokens.
+        layers: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLPs over ``width``.
+
+    Raises:
+        ValueError: A number is not a positive integer, or the heads don't divide the width.
+    """
+
+    def __init__(self, width: int, layers: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        positive(width=width, layers=layers, num_heads=num_heads)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, num_heads, mlp_ratio) for _ in range(layers)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, L, width), in any order, to the CLS token (N, width)."""
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        *body, last = self.blocks
+        for block in body:
+            x = block(x)
+        return last(x, queries=1).squeeze(1)
