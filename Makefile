@@ -10,17 +10,24 @@ DETECTRON2_WHEEL ?= $(lastword $(sort $(wildcard $(HOME)/wheels/detectron2-*.whl
 PIP = $(VENV)/bin/pip install --disable-pip-version-check --quiet
 RUN = $(VENV)/bin/python
 DEMO = work_dirs/demo
+DEMO_DETECTION = work_dirs/demo-detection
 # the versions that everything was tested with
 TESTED = torch==2.11.0 torchvision==0.26.0 mmengine==0.10.7 mmcv-lite==2.1.0 \
 	mmsegmentation==1.2.2 "setuptools<82"
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-detection test lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN) tools/make_sample_data.py --out data/sample
 	$(RUN) tools/mmseg_train.py upernet_difffeed_sample.py --work-dir $(DEMO)
 	$(RUN) tools/mmseg_visualize.py upernet_difffeed_sample.py \
 		"$$(cat $(DEMO)/last_checkpoint)" --out $(DEMO)/predictions.png
+
+demo-detection: $(VENV)/.installed-detectron2
+	$(RUN) tools/make_sample_data.py --out data/sample
+	$(RUN) tools/train_net.py --config mask_rcnn_gd_sample.yaml OUTPUT_DIR $(DEMO_DETECTION)
+	$(RUN) tools/visualize_predictions.py --config mask_rcnn_gd_sample.yaml \
+		--out $(DEMO_DETECTION)/predictions.png OUTPUT_DIR $(DEMO_DETECTION)
 
 test: $(VENV)/.installed-detectron2
 	$(RUN) -m pytest
@@ -42,7 +49,7 @@ $(VENV)/.installed: setup.py
 
 $(VENV)/.installed-detectron2: $(VENV)/.installed $(DETECTRON2_WHEEL)
 	$(if $(DETECTRON2_WHEEL),$(PIP) "$(DETECTRON2_WHEEL)" -e ".[detectron2]",@echo \
-		"no Detectron2 wheel: the tests that need Detectron2 will skip")
+		"no Detectron2 wheel: what needs Detectron2 will say so, its tests will skip")
 	@touch $@
 
 clean:

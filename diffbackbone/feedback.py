@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffbackbone.unet import UNet, UNetConfig
 
@@ -70,6 +71,17 @@ def _integer(number: int | str) -> int:
     return int(number) if isinstance(number, str) and number.isdigit() else number
 
 
+class _BatchNorm(nn.BatchNorm2d):
+    """Batch norm that takes its running statistics for a single value: that has no variance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
 class Feedback(nn.ModuleDict):
     """The feedback network, and the two passes that use it.
 
@@ -103,7 +115,7 @@ class Feedback(nn.ModuleDict):
             channels = config.blocks[target].channels
             self[str(source)] = nn.Sequential(
                 nn.Conv2d(config.blocks[source].channels, channels, 1, bias=False),
-                nn.BatchNorm2d(channels),
+                _BatchNorm(channels),
                 nn.ReLU(inplace=True),
             )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffbackbone import Feedback, UNet, UNetConfig
+from diffbackbone import DiffusionBackbone, Feedback, UNet, UNetConfig
 from diffbackbone.feedback import STRATEGIES, feedback_map
 
 SMALL = golden.CONFIGS["narrow256"]
@@ -141,3 +141,11 @@ def test_bad_strategies(strategy, message):
 def test_feedback_that_reaches_no_tap_is_refused(small):
     with pytest.raises(ValueError, match=r"blocks \[14, 15, 16, 17, 18\] can't reach the taps"):
         Feedback(SMALL, "windowed")(small, golden.image("narrow256"), 90, (12,))
+
+
+def test_training_on_an_image_with_one_position_at_the_deepest_stride():
+    backbone = DiffusionBackbone("tiny", blocks=(24,), feedback="bottleneck", out_strides=(16,))
+    maps = backbone.train()(torch.rand(1, 3, 32, 32))
+    maps[0].sum().backward()
+    gradients = [p.grad for p in backbone.feedback.parameters()]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)

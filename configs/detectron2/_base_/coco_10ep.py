@@ -37,9 +37,9 @@ train.device = "cuda" if torch.cuda.is_available() else "cpu"
 train.amp.enabled = torch.cuda.is_available()
 train.amp.dtype = "auto"  # read by our script; Detectron2's takes float16
 
-lr_multiplier = L(WarmupParamScheduler)(
+lr_multiplier = L(WarmupParamScheduler)(  # another train.max_iter stretches or shrinks it
     scheduler=L(MultiStepParamScheduler)(
-        values=[1.0, 0.1, 0.01], milestones=[262222, 284074], num_updates="${train.max_iter}"
+        values=[1.0, 0.1, 0.01], milestones=[262222, 284074], num_updates=295000
     ),
     warmup_length=250 / 295000,
     warmup_factor=0.001,
