@@ -421,6 +421,28 @@ def test_lazy_config_classes():
     ]  # fmt: skip
 
 
+def test_fpn_takes_taps_in_any_order_and_any_top():
+    cfg = make_config(TAPS, BLOCKS=(21, 27, 24))
+    fpn = DiffusionFPN(build_backbone(cfg), out_channels=8, top_block=LastLevelMaxPool())
+    assert {n: s.stride for n, s in fpn.output_shape().items()} == {
+        "p3": 8, "p4": 16, "p5": 32, "p6": 64
+    }  # fmt: skip
+    cfg.MODEL.DIFFUSION.BLOCKS = (24, 27)
+    fpn = DiffusionFPN(build_backbone(cfg), out_channels=8, top_block=LastLevelMaxPool())
+    maps = fpn(torch.rand(1, 3, 64, 64))
+    torch.testing.assert_close(maps["p5"], maps["p4"][..., ::2, ::2])
+
+
+@pytest.mark.parametrize("builder", [SFP, FPN, TAPS])
+def test_batches_are_looked_at_once(builder, monkeypatch):
+    backbone = make_backbone(builder)
+    calls = []
+    count = lambda images: calls.append(1) or content_sizes(images)  # noqa: E731
+    monkeypatch.setattr("diffbackbone.detectron2.content_sizes", count)
+    backbone(normalize(pictures((64, 64))))
+    assert len(calls) == 1
+
+
 def test_keys_reach_the_backbone():
     cfg = make_config(
         TAPS, FEEDBACK_MAP=((24, 14), (21, 14)), TIMESTEP=3, NOISE="none", FREEZE=True, SEED=9,
