@@ -13,7 +13,7 @@ DEMO = work_dirs/demo
 DEMO_DETECTION = work_dirs/demo-detection
 # the versions that everything was tested with
 TESTED = torch==2.11.0 torchvision==0.26.0 mmengine==0.10.7 mmcv-lite==2.1.0 \
-	mmsegmentation==1.2.2 "setuptools<82"
+	mmsegmentation==1.2.2 mmpretrain==1.2.0 "setuptools<82"
 
 .PHONY: demo demo-detection test lint format clean
 
@@ -44,7 +44,7 @@ $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): some 5 GB, a few minutes"
 	$(PIP) $(TESTED)
-	$(PIP) -e ".[mmseg,dev]"
+	$(PIP) -e ".[mmseg,mmpretrain,dev]"
 	@touch $@
 
 $(VENV)/.installed-detectron2: $(VENV)/.installed $(DETECTRON2_WHEEL)

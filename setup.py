@@ -15,6 +15,13 @@ MMSEG = [
     "setuptools<82",  # mmengine and mmcv import pkg_resources
     "torchvision",
 ]
+MMPRETRAIN = [
+    "mmengine>=0.10.7,<0.11",
+    "mmcv-lite>=2.1.0,<2.2",
+    "mmpretrain>=1.2.0,<1.3",
+    "setuptools<82",
+    "torchvision",
+]
 DETECTRON2 = [  # Detectron2 itself is not on PyPI: see its install guide
     "fvcore>=0.1.5",
     "pycocotools",
@@ -38,6 +45,7 @@ setup(
     install_requires=["torch>=2.6", "numpy", "safetensors"],
     extras_require={
         "mmseg": MMSEG,
+        "mmpretrain": MMPRETRAIN,
         "detectron2": DETECTRON2,
         "sample": SAMPLE,
         "dev": [*SAMPLE, "pytest", "ruff==0.17.5"],

@@ -25,7 +25,6 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-INSTALL_COMMAND = "pip install 'diffbackbone[mmseg]'"
 DETECTRON2_GUIDE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
 # module, the distributions that may provide it, and the half-open range of versions that serve
@@ -33,9 +32,8 @@ _VERSIONS = (
     ("mmengine", ("mmengine",), (0, 10), (1, 0)),
     ("mmcv", ("mmcv", "mmcv-lite", "mmcv-full"), (2, 0), (2, 2)),
     ("mmseg", ("mmsegmentation",), (1, 0), (2, 0)),
+    ("mmpretrain", ("mmpretrain",), (1, 2), (2, 0)),
 )
-# imported by mmseg, which does not declare them
-_UNDECLARED = ("ftfy", "regex")
 
 
 def check_mmseg_stack() -> None:
@@ -45,6 +43,19 @@ def check_mmseg_stack() -> None:
         ImportError: Names everything that is missing or has the wrong version, and the command
             that installs it.
     """
+    _check_openmmlab("MMSegmentation", ("mmengine", "mmcv", "mmseg"), ("ftfy", "regex"))
+
+
+def check_mmpretrain_stack() -> None:
+    """Check that what MMPretrain needs is installed, without importing any of it.
+
+    Raises:
+        ImportError: See :func:`check_mmseg_stack`.
+    """
+    _check_openmmlab("MMPretrain", ("mmengine", "mmcv", "mmpretrain"), ())
+
+
+def _check_openmmlab(what: str, modules: tuple[str, ...], undeclared: tuple[str, ...]) -> None:
     problems = []
     if sys.version_info >= (3, 14):
         problems.append(
@@ -52,6 +63,8 @@ def check_mmseg_stack() -> None:
             "pkgutil.find_loader, which Python 3.14 removed: take Python 3.9 to 3.13"
         )
     for module, distributions, lowest, limit in _VERSIONS:
+        if module not in modules:
+            continue
         if not _is_installed(module):
             problems.append(f"{module} is not installed")
             continue
@@ -64,7 +77,7 @@ def check_mmseg_stack() -> None:
                 problems.append(f"{name} {version} is installed, {wanted} is needed: {command}")
     problems += [
         f"{module} is not installed; mmseg imports it without declaring it"
-        for module in _UNDECLARED
+        for module in undeclared
         if not _is_installed(module)
     ]
     if not _is_installed("pkg_resources"):
@@ -77,8 +90,8 @@ def check_mmseg_stack() -> None:
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise ImportError(
-            f"MMSegmentation cannot run in this environment:{lines}\n"
-            f"The tested versions come with: {INSTALL_COMMAND}"
+            f"{what} cannot run in this environment:{lines}\n"
+            f"The tested versions come with: pip install 'diffbackbone[{modules[-1]}]'"
         )
 
 

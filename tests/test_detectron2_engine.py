@@ -167,6 +167,8 @@ def test_processes_share_the_stream(monkeypatch):
         monkeypatch.setattr("detectron2.data.build.get_world_size", lambda: 2)
         mine = [sample for batch in stream(3, batch=4) for sample in batch]
         assert mine == whole[rank::2]
+        later = [sample for batch in stream(1, batch=4, start_iter=2) for sample in batch]
+        assert later == mine[4:]
     with pytest.raises(ValueError, match=r"multiple of their number, 2; got 3"):
         stream(1, batch=3)
 

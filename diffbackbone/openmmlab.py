@@ -1,0 +1,176 @@
+"""What every OpenMMLab code base shares: the backbone, its optimizer rules, input checks.
+
+Everything is registered at MMEngine's root, so mmseg, mmdet and mmpretrain find it alike. Configs
+import :mod:`diffbackbone.mmseg` or :mod:`diffbackbone.mmpretrain`, which check the environment
+first; with mmdet, :mod:`diffbackbone.openmmlab` itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from diffbackbone import compat
+
+compat.apply_mmengine_repairs()
+
+from mmengine.hooks import Hook  # noqa: E402
+from mmengine.logging import print_log  # noqa: E402
+from mmengine.model import BaseModule, PretrainedInit  # noqa: E402
+from mmengine.optim import DefaultOptimWrapperConstructor  # noqa: E402
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
+from torch import nn  # noqa: E402
+
+from diffbackbone.backbone import RANDOM_WEIGHTS, layer_scales  # noqa: E402
+from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
+
+IGNORE_LABEL = 255
+"""Label of pixels that take no part in training and evaluation."""
+
+
+@MODELS.register_module()
+class DiffusionBackbone(_DiffusionBackbone, BaseModule):
+    """:class:`diffbackbone.DiffusionBackbone` for configs of the OpenMMLab code bases.
+
+    Args:
+        unet: A preset's name, or a dict of :class:`diffbackbone.UNetConfig` fields (``preset``
+            names the one to start from).
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with guided-diffusion weights, a path
+            or URL. They are loaded by ``init_weights()``, as everywhere in MMEngine.
+        pretrained: The older way to write the same, which wins over ``init_cfg``: the
+            checkpoint's path or URL.
+        **kwargs: All other arguments of :class:`diffbackbone.DiffusionBackbone`.
+
+    Raises:
+        ValueError: See :class:`diffbackbone.DiffusionBackbone`.
+    """
+
+    def __init__(
+        self,
+        unet: str | Mapping[str, Any] = "gd256_uncond",
+        init_cfg: dict | None = None,
+        pretrained: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        checkpoint = kwargs.pop("checkpoint", None)
+        checkpoint = checkpoint if pretrained is None else pretrained
+        super().__init__(unet, **kwargs)
+        if checkpoint is not None:
+            init_cfg = {"type": "Pretrained", "checkpoint": checkpoint}
+        self.init_cfg = copy.deepcopy(init_cfg)
+
+    def _warn_random(self) -> None:
+        """Nothing yet: weights come with ``init_weights()`` or with the whole model's."""
+
+    def init_weights(self) -> None:
+        """Initialise by ``init_cfg``; guided-diffusion weights come last, as in MMEngine.
+
+        Raises:
+            FileNotFoundError: No such checkpoint.
+            CheckpointError: The checkpoint does not fit.
+        """
+        if self.is_init:
+            return
+        init_cfg = self.init_cfg or []
+        init_cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
+        pretrained = [cfg for cfg in init_cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
+        self.init_cfg = [cfg for cfg in init_cfgs if cfg not in pretrained]
+        super().init_weights()
+        self.init_cfg = init_cfg or None
+        self.is_init = False  # not before the weights are there
+        for cfg in pretrained:
+            report = self.load(cfg["checkpoint"], cfg.get("prefix"))
+            print_log(str(report), logger="current")
+        self.is_init = True
+        if not pretrained:
+            print_log(RANDOM_WEIGHTS, logger="current", level=logging.WARNING)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """MMEngine's ``paramwise_cfg``, with layer-wise learning-rate decay for the U-Net.
+
+    On top of MMEngine's rules (``norm_decay_mult``, ``bias_decay_mult``, ``custom_keys``, ...)
+    ``paramwise_cfg`` may hold
+
+    * ``layer_decay_rate``: the learning rate of U-Net block b is multiplied by
+      ``rate ** (last - b + 1)``, that of the time embedding by ``rate ** (last + 1)``, where
+      ``last`` is the last tapped block; feedback layers, projections and heads keep the base rate.
+
+    Frozen weights are not handed to the optimizer. Parameters of equal settings share one group,
+    which keeps the optimizer's fused and foreach kernels fast.
+    """
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
+        """Add the parameters of a module to the groups, by the rules of ``paramwise_cfg``.
+
+        Raises:
+            ValueError: ``layer_decay_rate`` is not in (0, 1], or no backbone is in the model.
+        """
+        super().add_params(params, module, prefix=prefix, **kwargs)
+        if prefix:
+            return
+        rate = self.paramwise_cfg.get("layer_decay_rate", 1.0)
+        scales = layer_scales(module, rate)
+        groups: dict[tuple, dict] = {}
+        for group in params:
+            settings = {key: value for key, value in group.items() if key != "params"}
+            (parameter,) = group["params"]
+            if id(parameter) in scales:
+                settings["lr"] = settings.get("lr", self.base_lr) * scales[id(parameter)]
+            key = tuple(sorted(settings.items()))
+            groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
+        params[:] = groups.values()
+
+
+@HOOKS.register_module()
+class CheckInputsHook(Hook):
+    """Stop with a clear error on data that can't be trained on, before any work is lost.
+
+    * A dataset without images stops the run before the first iteration.
+    * A label that the head has no class for stops it with the image's path.
+    """
+
+    priority = "VERY_HIGH"
+
+    def before_train(self, runner) -> None:
+        """Check that there are images to train and to validate on.
+
+        Raises:
+            ValueError: A dataset is empty.
+        """
+        loops = {"train": runner.train_loop, "val": runner.val_loop}
+        for name, loop in loops.items():
+            dataset = getattr(getattr(loop, "dataloader", None), "dataset", None)
+            if dataset is not None and len(dataset) == 0:
+                raise ValueError(
+                    f"the {name} dataset is empty: no image with a label map in "
+                    f"{getattr(dataset, 'data_prefix', None) or getattr(dataset, 'data_root', '?')}"
+                )
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        """Check the labels of a batch.
+
+        Raises:
+            ValueError: A label is out of range.
+        """
+        model = getattr(runner.model, "module", runner.model)
+        head = getattr(model, "decode_head", None)
+        classes = getattr(head, "num_classes", None)
+        samples = (data_batch or {}).get("data_samples") or []
+        if classes is None:
+            return
+        for sample in samples:
+            labels = getattr(getattr(sample, "gt_sem_seg", None), "data", None)
+            if labels is None:
+                continue
+            wrong = labels[(labels != IGNORE_LABEL) & ((labels < 0) | (labels >= classes))]
+            if wrong.numel():
+                raise ValueError(
+                    f"label {int(wrong.max())} in {getattr(sample, 'seg_map_path', 'a label map')}:"
+                    f" the head has {classes} classes, so labels must be 0 to {classes - 1}, or "
+                    f"{IGNORE_LABEL} for pixels to leave out (after reduce_zero_label, which takes "
+                    "1 off ADE20K's labels)"
+                )

@@ -1,0 +1,176 @@
+"""The MMPretrain adapter: registry, maps and heads, its official scripts."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
+
+import diffbackbone.mmpretrain as adapter
+
+# isort: split
+from mmengine.config import Config
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+
+from diffbackbone import heads
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "mmpretrain" / "attention_gd_t150_b24_in1k.py"
+BACKBONE = {"type": "DiffusionTaps", "unet": "tiny", "freeze": True}
+HEADS = {
+    "DiffusionLinearHead": {"pool": 2},
+    "DiffusionMLPHead": {"hidden": (8,)},
+    "DiffusionCNNHead": {"hidden": (8, 8)},
+    "DiffusionAttentionHead": {"size": 4, "width": 32},
+}
+
+
+def tiny_channels(block):
+    return MODELS.build(BACKBONE).unet.blocks[block].channels
+
+
+def classifier(head, **backbone):
+    torch.manual_seed(0)
+    model = {
+        "type": "ImageClassifier",
+        "data_preprocessor": {"mean": [127.5] * 3, "std": [127.5] * 3, "to_rgb": True},
+        "backbone": {**BACKBONE, **backbone},
+        "head": {"num_classes": 3, "topk": (1, 2), "cal_acc": True, **head},
+    }
+    return MODELS.build(model)
+
+
+def batch(model, count=2):
+    images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(count)]
+    samples = [DataSample().set_gt_label(i % 3) for i in range(count)]
+    return model.data_preprocessor({"inputs": images, "data_samples": samples}, training=True)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_train_and_predict(name):
+    model = classifier({"type": name, "in_channels": tiny_channels(24), **HEADS[name]})
+    losses = model(**batch(model), mode="loss")
+    losses["loss"].backward()
+    assert {"accuracy_top-1", "accuracy_top-2"} <= set(losses)
+    assert all(p.grad is not None for p in model.head.parameters())
+    assert all(p.grad is None for p in model.backbone.unet.parameters())
+    with torch.no_grad():
+        (prediction, _) = model.eval()(**batch(model), mode="predict")
+    assert prediction.pred_score.shape == (3,)
+    torch.testing.assert_close(prediction.pred_score.sum(), torch.tensor(1.0))
+
+
+def test_difformer_takes_all_timesteps_and_blocks():
+    blocks, steps = (24, 27), (50, 150)
+    channels = [tiny_channels(b) for b in blocks]
+    head = {
+        "type": "DifFormerHead", "in_channels": channels, "sizes": [4, 8], "blocks": blocks,
+        "timesteps": steps, "width": 32,
+    }  # fmt: skip
+    model = classifier(head, blocks=blocks, timesteps=steps).eval()
+    inputs = batch(model)
+    images = inputs["inputs"]
+    with torch.no_grad():
+        scores = model(images)
+        taps = model.backbone.forward_taps(images, steps, blocks)
+        torch.testing.assert_close(scores, model.head.layers(taps))
+    assert list(taps) == [(50, 24), (50, 27), (150, 24), (150, 27)]
+    assert len(model.backbone(images)) == 4
+    single = classifier(
+        {"type": "DiffusionLinearHead", "in_channels": channels[0]}, timesteps=steps
+    )
+    with pytest.raises(ValueError, match=r"DiffusionLinearHead takes one map, got 2.*DifFormer"):
+        single(images)
+
+
+def test_bad_timesteps():
+    with pytest.raises(ValueError, match="at least one timestep"):
+        MODELS.build({**BACKBONE, "timesteps": []})
+    with pytest.raises(ValueError, match="1000"):
+        MODELS.build({**BACKBONE, "timesteps": [10, 1000]})
+
+
+def test_the_config_has_the_papers_head():
+    cfg = Config.fromfile(str(CONFIG))
+    head = MODELS.build(cfg.model.head)
+    assert sum(p.numel() for p in head.parameters()) == 27_786_216  # Table 2: 27.8M
+    assert isinstance(head.layers, heads.AttentionHead)
+    assert cfg.model.backbone.timesteps == [150]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes that colours tell apart, as MMPretrain's CustomDataset reads them."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name, level in (("dark", 40), ("light", 200)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(-30, 30, (64, 64, 3)) + level
+                Image.fromarray(image.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_official_scripts(folder, tmp_path):
+    """train.py and test.py of the mmpretrain package, unmodified."""
+    channels = tiny_channels(24)
+    config = tmp_path / "config.py"
+    config.write_text(f"""
+_base_ = [{str(CONFIG)!r}]
+model = dict(
+    data_preprocessor=dict(num_classes=2),
+    backbone=dict(unet="tiny", init_cfg=None),
+    head=dict(in_channels={channels}, num_classes=2, size=4, width=64, topk=(1,)),
+)
+pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="ResizeEdge", scale=64, edge="short"),
+    dict(type="PackInputs"),
+]
+train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(
+    _delete_=True, type="CustomDataset", data_prefix={str(folder / "train")!r}, pipeline=pipeline))
+val_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(
+    _delete_=True, type="CustomDataset", data_prefix={str(folder / "val")!r}, pipeline=pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(type="Accuracy", topk=(1,), _delete_=True)
+test_evaluator = val_evaluator
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+train_cfg = dict(max_epochs=2)
+""")
+    import mmpretrain
+
+    tools = Path(mmpretrain.__file__).parent / ".mim" / "tools"
+    outputs = []
+    for command in (
+        [str(tools / "train.py"), str(config), "--work-dir", str(tmp_path / "run")],
+        [str(tools / "test.py"), str(config), str(tmp_path / "run" / "epoch_2.pth"),
+         "--work-dir", str(tmp_path / "test")],
+    ):  # fmt: skip
+        result = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        outputs.append(result.stdout + result.stderr)
+    scores = [re.findall(r"accuracy/top1: (\d+\.\d+)", output)[-1] for output in outputs]
+    assert scores == ["100.0000", "100.0000"]
+
+
+def test_missing_mmpretrain_is_named(monkeypatch):
+    find = adapter.compat.importlib.util.find_spec
+    monkeypatch.setattr(
+        adapter.compat.importlib.util,
+        "find_spec",
+        lambda name: None if name == "mmpretrain" else find(name),
+    )
+    with pytest.raises(ImportError, match=r"(?s)mmpretrain is not installed.*diffbackbone\[mmpret"):
+        adapter.compat.check_mmpretrain_stack()
