@@ -150,6 +150,27 @@ def load_checkpoint(
     return report
 
 
+def read_unet_config(
+    source: str | os.PathLike[str], prefix: str | None = None, **rest: Any
+) -> UNetConfig:
+    """The architecture of the U-Net in a file.
+
+    Args:
+        source: See :func:`load_checkpoint`.
+        prefix: See :func:`load_checkpoint`.
+        **rest: What shapes can't tell; see :meth:`UNetConfig.from_state_dict`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CheckpointError: The file is damaged, holds code or no guided-diffusion U-Net.
+    """
+    state_dict, _, _ = _find_unet(read_checkpoint(source), source, prefix)
+    try:
+        return UNetConfig.from_state_dict(state_dict, **rest)
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
 def read_checkpoint(source: str | os.PathLike[str], config: UNetConfig | None = None) -> Any:
     """Read a file as weights only, on the CPU.
 

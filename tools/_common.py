@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,20 @@ def check_checkpoint(checkpoint: str) -> None:
 
 def save_picture(picture: Any, path: str | os.PathLike[str]) -> None:
     """Write a PIL image as PNG, whole or not at all."""
+    _write_whole(path, lambda partial: picture.save(partial, format="PNG"))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, whole or not at all."""
+    _write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        picture.save(partial, format="PNG")
+        write(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

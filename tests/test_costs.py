@@ -1,0 +1,144 @@
+"""Costs counted from shapes: against the facts of the 256-px model, and against a real run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from diffbackbone.checkpoint import CheckpointError, read_unet_config
+from diffbackbone.costs import LiveTensors, block_costs, counting_flops
+from diffbackbone.unet import UNet, UNetConfig
+
+REAL = UNetConfig.from_preset("gd256_uncond")
+TINY = UNetConfig.from_preset("tiny")
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """Of the 256-px model; the only full count here, which takes seconds."""
+    return {cost.index: cost for cost in block_costs(REAL, 256, 256)}
+
+
+def test_flops_of_the_256_px_model(costs):
+    printed = {24: 0.64, 27: 0.74, 30: 0.92, 33: 1.27, 36: 1.99, 37: 2.24}
+    assert {b: round(costs[b].flops / 1e12, 2) for b in printed} == printed
+
+
+def test_parameters_and_shapes(costs):
+    output_layer = 2 * 256 + 256 * 6 * 9 + 6
+    assert costs[37].total_parameters == 552_814_086 - output_layer
+    assert costs[24].parameters == sum(p.numel() for p in meta(24).module(24).parameters())
+    assert costs[24].total_parameters == sum(p.numel() for p in meta(24).parameters())
+    assert (costs[24].height, costs[24].width, costs[24].channels) == (16, 16, 1024)
+    assert (costs[24].name, costs[24].stride) == ("output_blocks.4", 16)
+
+
+def meta(last):
+    with torch.device("meta"):
+        return UNet(REAL, last_block=last)
+
+
+def test_costs_grow_on_the_way(costs):
+    for before, after in zip(costs.values(), list(costs.values())[1:]):
+        assert after.flops > before.flops
+        assert after.total_parameters > before.total_parameters
+        assert after.activation_bytes >= before.activation_bytes
+
+
+def test_the_type_changes_bytes_only():
+    full, half = (block_costs(TINY, 64, 96, t, 9) for t in (torch.float32, torch.bfloat16))
+    assert [a.flops for a in full] == [b.flops for b in half]
+    assert half[0].activation_bytes < 0.6 * full[0].activation_bytes  # norms are in float32 later
+    assert [(a.height, a.width) for a in full] == [(64 // a.stride, 96 // a.stride) for a in full]
+
+
+def test_counted_without_running_equals_counted_in_a_run():
+    unet = UNet(TINY, last_block=24).eval()
+    with torch.no_grad(), counting_flops() as counter, LiveTensors() as live:
+        unet.forward_features(torch.rand(1, 3, 64, 64), 5, (24,))
+    counted = block_costs(TINY, 64, 64, last_block=24)[-1]
+    # the CPU's attention kernel is one that torch counts no operations of
+    assert counter.get_total_flops() == pytest.approx(counted.flops, rel=0.01)
+    assert live.peak == pytest.approx(counted.activation_bytes, rel=0.05)
+
+
+def test_skips_that_no_tap_needs_are_freed():
+    """Reading block 24 needs the last five skips; keeping all of them is what fills memory."""
+    last = 24
+    stopped = block_costs(REAL, 256, 256, last_block=last)[-1].activation_bytes
+    unet = UNet(REAL.replace(num_classes=None), last_block=last).to("meta").eval()
+    kept, handles = [], []
+    for index in range(1, 19):
+        hook = lambda module, args, out: kept.append(out)  # noqa: E731
+        handles.append(unet.module(index).register_forward_hook(hook))
+    with torch.no_grad(), LiveTensors() as live:
+        unet.forward_features(torch.empty(1, 3, 256, 256, device="meta"), 0, (last,))
+    assert len(kept) == 18
+    assert live.peak > 1.5 * stopped
+
+
+def test_live_tensors():
+    before = torch.ones(1000)
+    with LiveTensors() as live:
+        a = torch.zeros(1000)
+        view = a[10:].view(9, 110)
+        old = before[:10]
+        assert live.now == live.peak == 4000
+        b = a + 1
+        assert live.now == 8000
+        del a
+        assert live.now == 8000  # the view holds it
+        del view
+        assert live.now == 4000
+        b.add_(1)
+        assert live.now == 4000
+        del b, old
+        assert (live.now, live.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 64), (64, 0), (64, 33)])
+def test_sizes_that_are_not_multiples(height, width):
+    with pytest.raises(ValueError, match=f"multiples of 32, got {height}x{width}"):
+        block_costs(TINY, height, width)
+
+
+def test_config_of_a_file(tmp_path):
+    path = tmp_path / "model.pt"
+    config = TINY.replace(model_channels=64)
+    torch.save({"ema": {f"module.{k}": v for k, v in UNet(config).state_dict().items()}}, path)
+    found = read_unet_config(path, num_head_channels=32)
+    assert found.widths == config.widths
+    assert found.num_head_channels == 32
+    torch.save(UNet(config, last_block=24).state_dict(), path)
+    with pytest.raises(CheckpointError, match="stops short"):
+        read_unet_config(path)
+    with pytest.raises(FileNotFoundError):
+        read_unet_config(tmp_path / "none.pt")
+
+
+def test_tool(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend("tools")
+    import inspect_unet
+
+    out = tmp_path / "costs.json"
+    inspect_unet.entry(
+        ["--unet", "tiny", "--size", "60", "100", "--memory", "0.02", "--json", str(out)]
+    )
+    text = capsys.readouterr().out
+    assert "64x128 px, float32, one image" in text
+    assert "| 24 | output_blocks.4 | 64 | 16 | 4x8 |" in text
+    rows = json.loads(out.read_text())
+    assert [row["index"] for row in rows] == list(range(1, 38))
+    fitting = [r["index"] for r in rows if 4 * r["total_parameters"] + r["activation_bytes"] <= 2e7]
+    assert f"blocks up to {fitting[-1]} fit into 0.02 GB" in text
+    for argv, words in (
+        (["--unet", "gd255"], "gd256_uncond"),
+        (["--checkpoint", str(tmp_path / "none.pt")], "does not exist"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            inspect_unet.entry(argv)
+    with pytest.raises(SystemExit):
+        inspect_unet.entry(["--unet", "tiny", "--size", "8"])
+    assert "--size is one or two numbers from 32" in capsys.readouterr().err
