@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -358,6 +359,7 @@ def build_train_loader(
         PositionedSampler(sampler, start_iter * total_batch_size // world),
         total_batch_size,
         num_workers=num_workers,
+        seed=seed,  # else the first batch of workers costs a draw that a resumed run has earlier
     )
 
 
@@ -475,18 +477,25 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            if not filename.endswith(".pkl"):
-                return super()._load_file(filename)
-            content = read_numbers(filename)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+            content = self._read(filename)
+        except _UNREADABLE as error:
             raise CheckpointError(
                 f"{filename} is truncated, damaged, no checkpoint, or holds more than weights "
                 f"(nothing in it was run): {str(error).splitlines()[0] if str(error) else error!r}"
             ) from error
+        if not isinstance(content["model"], dict) or not content["model"]:
+            raise CheckpointError(f"{filename} holds no weights by name")
+        return content
+
+    def _read(self, filename: str) -> dict[str, Any]:
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)
+        content = read_numbers(filename)
         if "model" in content and "__author__" in content:
             return content
         blobs = content.get("blobs", content)
-        blobs = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+        if isinstance(blobs, dict):
+            blobs = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
         return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -531,6 +540,10 @@ class Checkpointer(DetectionCheckpointer):
         _write_whole(path, lambda partial: partial.write_text(last_filename_basename))
 
 
+_UNREADABLE = (
+    pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError
+)  # fmt: skip
+"""What comes of reading a file that is no checkpoint."""
 _NUMPY = {
     *(f"{core}.{name}" for core in ("numpy", "numpy._core", "numpy.core")
       for name in ("multiarray._reconstruct", "multiarray.scalar", "ndarray", "dtype")),
@@ -571,6 +584,23 @@ def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+class CheckpointHook(PeriodicCheckpointer):
+    """Detectron2's hook that writes checkpoints; in a resumed run, old ones count as kept, too."""
+
+    def before_train(self) -> None:
+        """Find the latest checkpoints of the run that is resumed."""
+        super().before_train()
+        start = self.trainer.start_iter
+        if start and self.max_to_keep:
+            found = {
+                int(number[1]): str(path)
+                for path in Path(self.checkpointer.save_dir).glob(f"{self.file_prefix}_*.pth")
+                if (number := re.fullmatch(rf"{self.file_prefix}_(\d+)\.pth", path.name))
+            }
+            kept = [found[number] for number in sorted(found) if number < start]
+            self.recent_checkpoints = kept[-self.max_to_keep :]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -661,11 +691,12 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, the seeding first."""
-        hooks = [self._seeding, *super().build_hooks()]
-        for hook in hooks:
-            if isinstance(hook, PeriodicCheckpointer):
-                hook.max_to_keep = self.cfg.SOLVER.CHECKPOINT_KEEP or None
-        return hooks
+        solver = self.cfg.SOLVER
+        keep = solver.CHECKPOINT_KEEP or None
+        writer = CheckpointHook(self.checkpointer, solver.CHECKPOINT_PERIOD, max_to_keep=keep)
+        hooks = super().build_hooks()
+        hooks = [writer if isinstance(hook, PeriodicCheckpointer) else hook for hook in hooks]
+        return [self._seeding, *hooks]
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

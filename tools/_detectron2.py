@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import _common
 
 CONFIG_DIR = _common.ROOT / "configs" / "detectron2"
-COMPARISON = ("YAML configs go to tools/train_net.py", "Python configs go to "
-              "tools/lazyconfig_train_net.py")  # fmt: skip
+SUFFIXES = {".yaml": (".yaml", ".yml"), ".py": (".py",)}
+"""Kinds of configs and the suffixes of each."""
+TOOLS = "YAML configs go to tools/train_net.py, Python configs to tools/lazyconfig_train_net.py"
 
 
 def prepare() -> None:
@@ -44,6 +47,7 @@ def parse_args(argv: Sequence[str] | None, suffix: str, doc: str) -> argparse.Na
     Raises:
         SystemExit: Wrong arguments, or no such config.
     """
+    import torch
     from detectron2.engine import default_argument_parser
 
     parser = default_argument_parser(epilog=doc)
@@ -52,18 +56,52 @@ def parse_args(argv: Sequence[str] | None, suffix: str, doc: str) -> argparse.Na
     args = parser.parse_args(argv)
     if not args.config_file:
         parser.error(f"--config FILE is needed; {CONFIG_DIR} holds {', '.join(configs(suffix))}")
-    other = {".yaml": ".py", ".py": ".yaml"}[suffix]
-    if args.config_file.endswith(other):
-        parser.error(f"{args.config_file}: {' and '.join(COMPARISON)}")
-    args.config_file = _common.find_config(args.config_file, CONFIG_DIR, (suffix,))
+    (other,) = SUFFIXES.keys() - {suffix}
+    if args.config_file.endswith(SUFFIXES[other]):
+        parser.error(f"{args.config_file}: {TOOLS}")
+    args.config_file = _common.find_config(args.config_file, CONFIG_DIR, SUFFIXES[suffix])
     if args.num_gpus < 1 or args.num_machines < 1:
         parser.error("--num-gpus and --num-machines must be at least 1")
+    if not 0 <= args.machine_rank < args.num_machines:
+        parser.error(f"--machine-rank must be from 0 to {args.num_machines - 1}, as --num-machines "
+                     f"is {args.num_machines}")  # fmt: skip
+    gpus = torch.cuda.device_count()
+    if gpus and args.num_gpus > gpus:
+        parser.error(f"--num-gpus {args.num_gpus}: this machine has {gpus}")
     return args
 
 
 def configs(suffix: str) -> list[str]:
     """Names of this checkout's configs of a kind."""
     return sorted(path.name for path in CONFIG_DIR.glob(f"*{suffix}"))
+
+
+def explain(error: BaseException) -> str | None:
+    """What an exception says, where that says what was wrong with the input; else None.
+
+    Detectron2 checks its input by assertions, and looks names up in registries.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    text = str(error)
+    if isinstance(error, KeyError):  # its text is quoted
+        return str(error.args[0]) if "registry" in text else None
+    if isinstance(error, TypeError):  # a Python config's key that its class doesn't take
+        return text if "unexpected keyword argument" in text else None
+    if isinstance(error, AssertionError):
+        if text.startswith("No valid data found"):
+            text += " No image has an annotation that is no crowd: there is nothing to learn from"
+        return text or None
+    kinds = (ValueError, OSError, FloatingPointError, OmegaConfBaseException)
+    return text if isinstance(error, kinds) else None
+
+
+def refusal(error: BaseException) -> str | None:
+    """What to print in place of a traceback, None where the traceback is wanted."""
+    text = explain(error)
+    if text is None or os.environ.get("DIFFBACKBONE_TRACEBACK"):
+        return None
+    return f"error: {text}\n(DIFFBACKBONE_TRACEBACK=1 shows where it came from)"
 
 
 @contextlib.contextmanager
@@ -75,12 +113,11 @@ def clear_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("DIFFBACKBONE_TRACEBACK"):
+    except Exception as error:
+        text = refusal(error)
+        if text is None:
             raise
-        raise SystemExit(
-            f"error: {error}\n(DIFFBACKBONE_TRACEBACK=1 shows where it came from)"
-        ) from error
+        raise SystemExit(text) from error
 
 
 def load_yaml(config_file: str, options: Sequence[str]) -> Any:
@@ -104,33 +141,58 @@ def load_yaml(config_file: str, options: Sequence[str]) -> Any:
     cfg = get_cfg()
     add_diffusion_config(cfg)
     keys = list(_keys(cfg))
-    options = list(options)
-    if options[:1] == ["--"]:
-        options = options[1:]
-    if len(options) % 2:
-        raise ValueError(f"options come as KEY VALUE pairs, got {' '.join(options)}")
-    for key in options[::2]:
-        if key not in keys and not key.startswith("MODEL.DIFFUSION.UNET_OPTIONS."):
-            raise ValueError(f"there is no config key {key!r}{_similar(key, keys)}")
+    pairs = _pairs(options, keys)
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
     except KeyError as error:
         key = str(error.args[0]).rpartition(": ")[2]
         raise ValueError(f"{config_file}: no config key {key!r}{_similar(key, keys)}") from error
-    except (ValueError, AssertionError, TypeError) as error:
-        raise ValueError(f"{config_file}: {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{config_file} is no config of keys and values: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{config_file}: _BASE_ leads back to the file itself") from error
+    except (ValueError, AssertionError, OSError) as error:
+        raise ValueError(f"{config_file}: {_short(error)}") from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):
-            raise ValueError(f"{config_file} is no YAML config: {error}") from error
+            raise ValueError(f"{config_file} is no plain YAML: {error}") from error
         raise
-    for key, value in zip(options[::2], options[1::2]):
+    unet_options = cfg.MODEL.DIFFUSION.UNET_OPTIONS
+    for key, value in pairs:
+        if key.startswith(UNET_OPTIONS):  # yacs adds keys from files only
+            unet_options[key[len(UNET_OPTIONS) :]] = type(cfg)._decode_cfg_value(value)
+            continue
         try:
             cfg.merge_from_list([key, value])
         except (ValueError, AssertionError) as error:
-            raise ValueError(f"{key} {value}: {error}") from error
-    _use_device(cfg)
+            raise ValueError(f"{key} {value}: {_short(error)}") from error
+    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg
+
+
+UNET_OPTIONS = "MODEL.DIFFUSION.UNET_OPTIONS."
+
+
+def _pairs(options: Sequence[str], keys: Sequence[str]) -> list[tuple[str, str]]:
+    options = list(options)
+    if options[:1] == ["--"]:
+        options = options[1:]
+    for key in options[::2]:
+        if key.startswith("--"):
+            raise ValueError(f"flags stand before the first KEY VALUE pair: {key} came later")
+    if len(options) % 2:
+        raise ValueError(f"options come as KEY VALUE pairs, got {' '.join(options)}")
+    for key in options[::2]:
+        if key not in keys and not key.startswith(UNET_OPTIONS):
+            raise ValueError(f"there is no config key {key!r}{_similar(key, keys)}")
+    return list(zip(options[::2], options[1::2]))
+
+
+def _short(error: Exception) -> str:
+    """What yacs says, without a whole section of the config where a value was given for it."""
+    section = re.search(r"CfgNode.*for config key: (\S+)$", str(error), re.DOTALL)
+    return f"{section[1]} is a section of keys, not a value" if section else str(error)
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
@@ -141,33 +203,114 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _similar(key: str, keys: Sequence[str]) -> str:
-    last = key.rpartition(".")[2]
-    close = difflib.get_close_matches(key, keys, 3, 0.75)
+    parent, _, last = key.rpartition(".")
+    siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == parent]
+    prefix = f"{parent}." if parent else ""
+    close = [prefix + k for k in difflib.get_close_matches(last.upper(), siblings, 3, 0.7)]
+    if not siblings:
+        close = difflib.get_close_matches(key.upper(), keys, 3, 0.75)
     close += [k for k in keys if k.rpartition(".")[2] == last and k not in close][:3]
     if close:
         return f"; did you mean {' or '.join(close)}?"
-    parent = key.rpartition(".")[0]
-    children = [k for k in keys if k.rpartition(".")[0] == parent]
-    return f"; {parent} has {', '.join(k.rpartition('.')[2] for k in children)}" if children else ""
+    return f"; {parent or 'the config'} has {', '.join(siblings)}" if siblings else ""
 
 
-def _use_device(cfg: Any) -> None:
+def available_device(name: str) -> str:
+    """A device's name, the CPU's in place of a GPU that isn't there.
+
+    Raises:
+        ValueError: It is no name of a device.
+    """
     import torch
 
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        print("no GPU here: MODEL.DEVICE cpu", file=sys.stderr)
-        cfg.MODEL.DEVICE = "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device, such as cuda or cpu") from error
+    if kind != "cuda" or torch.cuda.is_available():
+        return name
+    _say_once("no GPU here: the model runs on the CPU")
+    return "cpu"
 
 
-def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
-    """Start as many processes as were asked for, by Detectron2's launcher."""
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def check_evaluation(names: Sequence[str]) -> None:
+    """Check that there is something to evaluate on, before hours of training.
+
+    Raises:
+        ValueError: A dataset is empty.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    for name in names:
+        if not len(DatasetCatalog.get(name)):
+            source = MetadataCatalog.get(name).get("json_file", "its files")
+            raise ValueError(f"dataset {name!r} is empty: there are no images in {source}")
+
+
+def check_weights(weights: str, folder: str, resume: bool) -> bool:
+    """Check the weights that a run starts from.
+
+    Args:
+        weights: What the config names, perhaps nothing.
+        folder: The run's output folder.
+        resume: Whether the last checkpoint in ``folder`` goes first.
+
+    Returns:
+        Whether there are any.
+
+    Raises:
+        SystemExit: A local file is missing.
+    """
+    if resume and os.path.isfile(os.path.join(folder, "last_checkpoint")):
+        return True
+    if weights:
+        _common.check_checkpoint(weights.partition("?")[0])
+    return bool(weights)
+
+
+def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Start as many processes as were asked for, by Detectron2's launcher.
+
+    Raises:
+        SystemExit: One of several processes ended with a clear error.
+    """
+    import torch
     from detectron2.engine import launch
 
-    return launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    several = args.num_gpus * args.num_machines > 1
+    refusals = torch.multiprocessing.get_context("spawn").SimpleQueue() if several else None
+    try:
+        launch(
+            _Process(main, refusals) if several else main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except torch.multiprocessing.ProcessExitedException:
+        if refusals.empty():
+            raise
+        raise SystemExit(refusals.get()) from None
+
+
+class _Process:
+    """One of several processes, which hands its clear errors to the one that started it."""
+
+    def __init__(self, main: Callable[[argparse.Namespace], Any], refusals: Any) -> None:
+        self.main, self.refusals = main, refusals
+
+    def __call__(self, args: argparse.Namespace) -> Any:
+        try:
+            return self.main(args)
+        except Exception as error:
+            text = refusal(error)
+            if text is None:
+                raise
+            self.refusals.put(text)
+            raise SystemExit(1) from error

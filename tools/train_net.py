@@ -14,7 +14,6 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import _common
 import _detectron2
 
 
@@ -57,14 +56,27 @@ def check(args: argparse.Namespace) -> None:
         FileNotFoundError: Data are missing.
         SystemExit: A checkpoint is missing.
     """
-    from diffbackbone.detectron2_engine import check_datasets
+    from diffbackbone.detectron2_engine import check_classes, check_datasets
 
     cfg = _detectron2.load_yaml(args.config_file, args.opts)
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: there is nothing to evaluate on")
     check_datasets((*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
-    if cfg.MODEL.WEIGHTS:
-        _common.check_checkpoint(cfg.MODEL.WEIGHTS.partition("?")[0])
-    elif args.eval_only and not args.resume:
-        raise ValueError("--eval-only needs MODEL.WEIGHTS CHECKPOINT, or --resume for the last one")
+    _detectron2.check_evaluation(cfg.DATASETS.TEST)
+    check_classes(_without_training(cfg) if args.eval_only else cfg)
+    found = _detectron2.check_weights(cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, args.resume)
+    if args.eval_only and not found:
+        raise ValueError(
+            "--eval-only needs MODEL.WEIGHTS CHECKPOINT, or --resume for the last checkpoint in "
+            f"OUTPUT_DIR, {cfg.OUTPUT_DIR}"
+        )
+
+
+def _without_training(cfg: Any) -> Any:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = ()
+    return cfg
 
 
 def entry(argv: Sequence[str] | None = None) -> None:

@@ -10,8 +10,9 @@ For instance::
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import _common
 import _detectron2
@@ -23,12 +24,33 @@ PANEL = 320
 MARGIN, HEADER = 10, 30
 
 
-def build(config_file: str, options: Sequence[str]) -> tuple[Any, str, str, str, Any]:
-    """Model, dataset's name, output folder, weights named by the config, and mapper.
+class Setup(NamedTuple):
+    """What a config says of a detector.
+
+    Attributes:
+        build: Builds the model.
+        mapper: Makes the model's input of a record.
+        dataset: Name of the test set.
+        folder: Where training left its checkpoints.
+        weights: The weights that the config names, perhaps nothing.
+    """
+
+    build: Callable[[], Any]
+    mapper: Callable[[dict[str, Any]], dict[str, Any]]
+    dataset: str
+    folder: str
+    weights: str
+
+
+def read_config(config_file: str, options: Sequence[str]) -> Setup:
+    """Read a YAML or a Python config.
 
     Args:
-        config_file: A YAML or a Python config.
+        config_file: Its path.
         options: What the command line changes in it.
+
+    Raises:
+        ValueError: The config or an option is wrong, or names no test set.
     """
     if config_file.endswith(".py"):
         import lazyconfig_train_net
@@ -37,10 +59,13 @@ def build(config_file: str, options: Sequence[str]) -> tuple[Any, str, str, str,
         args = argparse.Namespace(config_file=config_file, opts=list(options))
         cfg = lazyconfig_train_net.load(args)
         names = cfg.dataloader.test.dataset.names
-        name = names if isinstance(names, str) else names[0]
-        model = instantiate(cfg.model).to(cfg.train.device)
-        mapper = instantiate(cfg.dataloader.test.mapper)
-        return model, name, cfg.train.output_dir, cfg.train.init_checkpoint, mapper
+        return Setup(
+            functools.partial(lazyconfig_train_net.build_model, cfg),
+            instantiate(cfg.dataloader.test.mapper),
+            names if isinstance(names, str) else names[0],
+            cfg.train.output_dir,
+            cfg.train.init_checkpoint,
+        )
     from detectron2.data import DatasetMapper
 
     from diffbackbone.detectron2_engine import Trainer
@@ -49,8 +74,28 @@ def build(config_file: str, options: Sequence[str]) -> tuple[Any, str, str, str,
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: there is nothing to draw")
     mapper = DatasetMapper(cfg, is_train=False)
-    model = Trainer.build_model(cfg)
-    return model, cfg.DATASETS.TEST[0], cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, mapper
+    build = functools.partial(Trainer.build_model, cfg)
+    return Setup(build, mapper, cfg.DATASETS.TEST[0], cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
+
+
+def choose_weights(setup: Setup, options: Sequence[str]) -> str:
+    """The checkpoint to draw by: one from the options, the last of training, or the config's.
+
+    Raises:
+        FileNotFoundError: There is none yet.
+    """
+    import torch
+
+    from diffbackbone.detectron2_engine import Checkpointer
+
+    given = any(o.startswith(("MODEL.WEIGHTS", "train.init_checkpoint=")) for o in options)
+    last = Checkpointer(torch.nn.Identity(), setup.folder).get_checkpoint_file()
+    weights = (setup.weights if given else last) or last or setup.weights
+    if not weights:
+        raise FileNotFoundError(
+            f"{setup.folder} holds no checkpoint yet; --weights FILE names another"
+        )
+    return weights
 
 
 def predict(
@@ -67,6 +112,10 @@ def predict(
 
     Returns:
         Truth and prediction of each image, (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: The config or an option is wrong, or the model finds no objects.
+        FileNotFoundError: Data or weights are missing.
     """
     import torch
     from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -74,28 +123,30 @@ def predict(
     from detectron2.utils.visualizer import Visualizer
     from tqdm import tqdm
 
-    from diffbackbone.detectron2_engine import Checkpointer, check_datasets
+    from diffbackbone.detectron2_engine import Checkpointer, check_datasets, seed_everything
 
-    model, name, folder, named, mapper = build(config_file, options)
-    check_datasets((name,))
-    checkpointer = Checkpointer(model, folder, strict=True)
-    weights = weights or named or checkpointer.get_checkpoint_file()
-    if not weights:
-        raise FileNotFoundError(f"{folder} holds no checkpoint yet; --weights FILE names another")
-    _common.check_checkpoint(weights)
-    checkpointer.load(weights)
-    model.eval()
-    metadata, records = MetadataCatalog.get(name), DatasetCatalog.get(name)
+    setup = read_config(config_file, options)
+    check_datasets((setup.dataset,))
+    _detectron2.check_evaluation((setup.dataset,))
+    weights = weights or choose_weights(setup, options)
+    _common.check_checkpoint(weights.partition("?")[0])
+    model = setup.build().eval()
+    Checkpointer(model, strict=True).load(weights)
+    metadata = MetadataCatalog.get(setup.dataset)
+    records = DatasetCatalog.get(setup.dataset)
     chosen = np.unique(np.linspace(0, len(records) - 1, min(count, len(records))).astype(int))
     rows = []
     for index in tqdm(chosen, desc="predicting", unit="image"):
         record = records[int(index)]
         with torch.no_grad():
-            (output,) = model([mapper(record)])
+            (output,) = model([setup.mapper(record)])
+        if "instances" not in output:
+            raise ValueError(f"the model finds no objects to draw, it returns {', '.join(output)}")
         instances = output["instances"].to("cpu")
         instances = instances[instances.scores >= score]
         image = read_image(record["file_name"], format="RGB")
         scale = PANEL / max(image.shape[:2])
+        seed_everything(int(index))  # the Visualizer draws its colours
         truth = Visualizer(image, metadata, scale).draw_dataset_dict(record)
         drawn = Visualizer(image, metadata, scale).draw_instance_predictions(instances)
         rows.append((truth.get_image(), drawn.get_image()))
