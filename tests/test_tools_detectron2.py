@@ -585,6 +585,8 @@ def test_missing_files(refused, small, no_model, tmp_path):
     missing = tmp_path / "folder" / "model.pth"
     message = refused(*sample, "--eval-only", *small, "MODEL.WEIGHTS", missing)
     assert f"there is no folder {missing.parent} either" in message
+    message = refused(*sample, *small, "MODEL.WEIGHTS", "~/model.pth")
+    assert f"there is no checkpoint '{Path.cwd() / '~' / 'model.pth'}'" in message
     assert "there is no dataset 'coco_2018'" in refused(
         *sample, *small, "DATASETS.TRAIN", "('coco_2018',)"
     )
@@ -1059,6 +1061,36 @@ def test_errors_of_two_processes_are_one(on_two_processes, tmp_path, capfd):
     assert "error: " not in printed
 
 
+# As a script starts jobs in the background: SIGINT is ignored. The first process starts another.
+ORPHAN = """
+import os, signal, subprocess, sys, time
+sys.path.insert(0, sys.argv[1])
+import _detectron2
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+if sys.argv[2] == "parent":
+    subprocess.Popen([sys.executable, __file__, sys.argv[1], "child"])
+else:
+    _detectron2.end_with_parent()
+    print(os.getpid(), flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what it is done by, Linux alone has")
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    command = [sys.executable, str(script), str(TOOLS), "parent"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        child = Path("/proc", process.stdout.readline().strip(), "stat")
+        assert child.exists()
+        process.kill()
+        deadline = time.monotonic() + 10
+        while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 # --------------------------------------------------------------------------------------------------
 # the whole way by Python
 
@@ -1251,7 +1283,9 @@ def panels(picture: Path, images: int) -> np.ndarray:
         assert (image.format, image.mode) == ("PNG", "RGB")
         pixels = np.asarray(image)
     lines = -(-images // 2)
-    assert pixels.shape == (30 + lines * 330, min(images, 2) * 670, 3)
+    height = 30 + lines * 330  # the curves of the run are below
+    assert pixels.shape[0] in (height, height + 260)
+    assert pixels.shape[1] == min(images, 2) * 670
     found = []
     for number in range(images):
         y, x = 30 + number // 2 * 330, 10 + number % 2 * 670
@@ -1342,3 +1376,29 @@ def test_picture_by_weights_of_another_model(refused, trained, small, tmp_path):
     message = refused("--config", SAMPLE, *weights, *small, tool="visualize_predictions")
     assert "the checkpoint is of another model than the config's:\n" in message
     assert not (tmp_path / "picture.png").exists()
+
+
+def test_curves_of_a_run_that_was_resumed(tmp_path):
+    import visualize_predictions as tool
+
+    assert tool.read_curves(tmp_path) == {}
+    lines = [
+        '{"iteration": 19, "total_loss": 2.0}',
+        '{"iteration": 19, "bbox/AP50": 10.0, "segm/AP50": 5.0}',
+        '{"iteration": 39, "total_loss": 9.0}',
+        '{"iteration": 39, "total_loss": 1.0}',
+        '{"iteration": 59, "tot',
+    ]
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    curves = tool.read_curves(tmp_path)
+    assert curves == {
+        "total_loss": [(20, 2.0), (40, 1.0)],
+        "bbox/AP50": [(20, 10.0)],
+        "segm/AP50": [(20, 5.0)],
+    }
+    drawn = tool.draw_curves(curves, 600)
+    assert drawn.size == (600, 260)
+    empty = np.asarray(tool.draw_curves({}, 600)).astype(int)
+    assert (np.asarray(drawn) != empty).mean() > 0.005
+    both = tool.stack(Image.new("RGB", (50, 10)), drawn)
+    assert both.size == (600, 270)

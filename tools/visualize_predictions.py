@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import _common
@@ -177,6 +179,65 @@ def compose(rows: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 2) -> 
     return picture
 
 
+def read_curves(folder: str) -> dict[str, list[tuple[int, float]]]:
+    """What training logged: the loss, and the average precision of each evaluation.
+
+    Args:
+        folder: Where training wrote its ``metrics.json``.
+
+    Returns:
+        Iterations and values by name; empty where nothing was logged. What a resumed run logged
+        again replaces what was there.
+    """
+    path = Path(folder, "metrics.json")
+    curves: dict[str, dict[int, float]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            entries = json.loads(line)
+        except ValueError:  # the last line of a run that was killed
+            continue
+        for name in ("total_loss", "bbox/AP50", "segm/AP50"):
+            if name in entries:
+                curves.setdefault(name, {})[entries["iteration"] + 1] = entries[name]
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+def draw_curves(curves: dict[str, list[tuple[int, float]]], width: int) -> Image.Image:
+    """Loss and AP50 over the iterations.
+
+    Args:
+        curves: See :func:`read_curves`.
+        width: Of the picture, in pixels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 100, 2.6), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    names = {"bbox/AP50": "boxes", "segm/AP50": "masks"}
+    if "total_loss" in curves:
+        left.plot(*zip(*curves["total_loss"]), color="0.3")
+    for name, label in names.items():
+        if name in curves:
+            right.plot(*zip(*curves[name]), marker="o", label=label)
+    left.set(title="training loss", xlabel="iteration", ylim=(0, None))
+    right.set(title="AP50, test set", xlabel="iteration", ylim=(0, 100))
+    if right.lines:
+        right.legend(loc="lower right")
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def stack(top: Image.Image, bottom: Image.Image) -> Image.Image:
+    """One picture above another."""
+    size = max(top.width, bottom.width), top.height + bottom.height
+    picture = Image.new("RGB", size, "white")
+    picture.paste(top, (0, 0))
+    picture.paste(bottom, (0, top.height))
+    return picture
+
+
 def entry(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -197,6 +258,9 @@ def entry(argv: Sequence[str] | None = None) -> None:
     config = _common.find_config(args.config, _detectron2.CONFIG_DIR, (".yaml", ".py"))
     with _detectron2.clear_errors():
         picture = compose(predict(config, args.opts, args.weights, args.images, args.score))
+        curves = read_curves(read_config(config, args.opts).folder)
+        if curves and not args.weights:  # those of the run whose checkpoint this is
+            picture = stack(picture, draw_curves(curves, picture.width))
         _common.save_picture(picture, args.out)
     print(f"{args.out}: truth and prediction side by side")
 
