@@ -87,7 +87,10 @@ def _as_it_was():
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "diffbackbone")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     benchmark, state = torch.backends.cudnn.benchmark, torch.get_rng_state()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in processes of their own: results agree to the last bit
     yield
+    torch.set_num_threads(threads)
     setup_logger.cache_clear()
     for logger, (handlers, level, propagate) in zip(loggers, before):
         for handler in set(logger.handlers).difference(handlers):
@@ -291,6 +294,10 @@ def settings(model: torch.nn.Module) -> dict:
     def plain(value):
         if isinstance(value, torch.nn.Module):
             return type(value).__name__
+        if isinstance(value, torch.Tensor):
+            return value.shape
+        if isinstance(value, dict):
+            return {key: plain(x) for key, x in value.items()}
         if hasattr(value, "__iter__") and not isinstance(value, str):
             return [plain(x) for x in value]  # whatever kind of list
         return value
@@ -478,6 +485,7 @@ def test_configs_of_the_other_kind_are_sent_to_the_other_tool(refused, tmp_path,
         (["--machine-rank", "1"], ["--machine-rank must be from 0 to 0", "--num-machines is 1"]),
         (["SOLVER.MAXITER", "3"], ["no config key 'SOLVER.MAXITER'", "mean SOLVER.MAX_ITER?"]),
         (["solver.max_iter", "3"], ["no config key", "did you mean SOLVER.MAX_ITER"]),
+        (["SOLVER.max_iter", "3"], ["no config key", "did you mean SOLVER.MAX_ITER"]),
         (["SOLVR.MAX_ITER", "3"], ["no config key", "did you mean SOLVER.MAX_ITER?"]),
         (["MAX_ITER", "3"], ["no config key 'MAX_ITER'", "did you mean SOLVER.MAX_ITER?"]),
         (["FOO", "3"], ["no config key 'FOO'; the config has", "MODEL, INPUT, DATASETS"]),
@@ -915,11 +923,12 @@ def copypaste(output: str) -> list[str]:
     return [line.split("copypaste:")[1] for line in output.splitlines() if "copypaste:" in line]
 
 
-def test_evaluation_alone_finds_what_training_found(trained, tmp_path):
+def test_evaluation_alone_finds_what_training_found(tools, trained, tmp_path, capsys):
     folder, printed = trained
     keys = {**SHORT, "MODEL.WEIGHTS": folder / "model_final.pth"}
-    command = ["tools/train_net.py", "--config-file", DIFFFEED, "--eval-only"]
-    output = start(*command, *options(tmp_path, **keys))
+    command = ["--config-file", DIFFFEED, "--eval-only", *options(tmp_path, **keys)]
+    tools.train_net.entry(command)
+    output = capsys.readouterr().out
     assert "Starting training" not in output
     assert copypaste(output) == copypaste(printed)
     assert predictions(tmp_path) == predictions(folder)
@@ -1378,9 +1387,8 @@ def test_picture_by_weights_of_another_model(refused, trained, small, tmp_path):
     assert not (tmp_path / "picture.png").exists()
 
 
-def test_curves_of_a_run_that_was_resumed(tmp_path):
-    import visualize_predictions as tool
-
+def test_curves_of_a_run_that_was_resumed(tools, tmp_path):
+    tool = tools.visualize_predictions
     assert tool.read_curves(tmp_path) == {}
     lines = [
         '{"iteration": 19, "total_loss": 2.0}',

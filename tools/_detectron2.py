@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -269,7 +271,9 @@ def check_weights(weights: str, folder: str, resume: bool) -> bool:
     if resume and os.path.isfile(os.path.join(folder, "last_checkpoint")):
         return True
     if weights:
-        _common.check_checkpoint(weights.partition("?")[0])
+        path = weights.partition("?")[0]
+        # Detectron2 takes ~ for a folder's name
+        _common.check_checkpoint(os.path.abspath(path) if path.startswith("~") else path)
     return bool(weights)
 
 
@@ -306,6 +310,7 @@ class _Process:
         self.main, self.refusals = main, refusals
 
     def __call__(self, args: argparse.Namespace) -> Any:
+        end_with_parent()
         try:
             return self.main(args)
         except Exception as error:
@@ -314,3 +319,13 @@ class _Process:
                 raise
             self.refusals.put(text)
             raise SystemExit(1) from error
+
+
+def end_with_parent() -> None:
+    """Have this process end when the one that started it does, however that ends.
+
+    Torch sends SIGINT then, which jobs in the background of a script ignore: they would train on,
+    and write checkpoints beside those of the run that is resumed.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
