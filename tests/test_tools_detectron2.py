@@ -30,6 +30,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
+from omegaconf.errors import ConfigKeyError
 from PIL import Image
 
 from diffbackbone import detectron2_engine as engine
@@ -737,6 +738,7 @@ def test_what_is_no_input_error_keeps_its_traceback(tools):
     for error in (KeyError("x"), TypeError("no len()"), AssertionError(), RuntimeError("x")):
         assert explain(error) is None
     assert explain(OSError(errno.ENOSPC, "No space left")) == "[Errno 28] No space left"
+    assert "Missing key amp" in explain(ConfigKeyError("Missing key amp"))
     assert explain(FloatingPointError("Loss became infinite")) == "Loss became infinite"
 
 

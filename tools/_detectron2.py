@@ -86,6 +86,8 @@ def explain(error: BaseException) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
 
     text = str(error)
+    if isinstance(error, (ValueError, OSError, FloatingPointError, OmegaConfBaseException)):
+        return text
     if isinstance(error, KeyError):  # its text is quoted
         return str(error.args[0]) if "registry" in text else None
     if isinstance(error, TypeError):  # a Python config's key that its class doesn't take
@@ -94,8 +96,7 @@ def explain(error: BaseException) -> str | None:
         if text.startswith("No valid data found"):
             text += " No image has an annotation that is no crowd: there is nothing to learn from"
         return text or None
-    kinds = (ValueError, OSError, FloatingPointError, OmegaConfBaseException)
-    return text if isinstance(error, kinds) else None
+    return None
 
 
 def refusal(error: BaseException) -> str | None:
