@@ -35,9 +35,13 @@ compat.apply_mmengine_repairs()
 
 @pytest.fixture(scope="module")
 def tool():
+    sys.path.insert(0, str(ROOT / "tools"))  # for what it imports there
     spec = importlib.util.spec_from_file_location("_mmseg", ROOT / "tools" / "_mmseg.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
     return module
 
 
