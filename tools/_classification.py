@@ -1,0 +1,848 @@
+"""What the classification tools share: folders of images, backbones, caches, processes, files."""
+
+# ruff: noqa: E402 - the checkout has to be importable first
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import _common
+import numpy as np
+
+_common.add_root()
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+try:
+    from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+    from tqdm import tqdm
+except ImportError as error:
+    raise SystemExit(
+        f"error: {error}; the tools for classification need Pillow and tqdm: "
+        "pip install diffbackbone[sample]"
+    ) from error
+
+from diffbackbone import DiffusionBackbone, NoiseSchedule
+from diffbackbone import features as feature_cache
+from diffbackbone.diffusion import NOISE_POLICIES
+from diffbackbone.features import FeatureCache, Listing, Tap
+from diffbackbone.unet import PRESETS
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+CHECK_WHOLE = 20_000
+"""Up to so many images all are decoded before anything starts; of more, only headers are read."""
+MIN_CROP = 0.8
+"""Random crops are at least this share of the short side, as in the published code."""
+PREPROCESSING = "RGB, short side to the size (Pillow, bicubic), centre crop, [-1, 1]"
+_PERMUTATION, _FLIPS, _CROP, _STEP, _HOLDOUT, _SUBSET = range(6)
+
+
+class ToolError(ValueError):
+    """The command cannot be done as given; the message says why and what would do."""
+
+
+# --------------------------------------------------------------------------------- folders, images
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images in one folder for each class.
+
+    Attributes:
+        root: The folder.
+        listing: Its images; paths are relative to ``root``.
+    """
+
+    root: Path
+    listing: Listing
+
+    def subset(self, indices: Iterable[int]) -> ImageFolder:
+        """Some of the images, in the order given."""
+        return ImageFolder(self.root, self.listing.subset(indices))
+
+    def path(self, index: int) -> Path:
+        """Path of an image."""
+        return self.root / self.listing.paths[index]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class index of each image (N,), int64."""
+        return np.asarray(self.listing.labels, dtype=np.int64)
+
+
+def find_folders(data: str | None, train: str | None, val: str | None) -> tuple[Path, Path]:
+    """Folders of training and validation images, from one folder or two.
+
+    Raises:
+        ToolError: One is not given or not there.
+    """
+    folders = []
+    for name, given in (("train", train), ("val", val)):
+        if given is None and data is None:
+            raise ToolError(f"give --data DIR (with DIR/train and DIR/val), or --{name}-dir")
+        folder = Path(given if given is not None else os.path.join(str(data), name)).expanduser()
+        if not folder.is_dir():
+            hint = ""
+            if folder.parent.is_dir():
+                inside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())[:8]
+                hint = f"; {folder.parent} holds {', '.join(inside) or 'no folders'}"
+            raise ToolError(f"there is no folder {folder} of {name} images{hint}")
+        folders.append(folder)
+    return folders[0], folders[1]
+
+
+def list_folder(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
+    """List the images of a folder that has one folder for each class.
+
+    Args:
+        root: The folder.
+        classes: Names of the classes, for another folder of the same data; None takes the names
+            of the folders, in order.
+
+    Raises:
+        ToolError: No or one class, a class that ``classes`` lacks, a class without images, or an
+            empty file.
+    """
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if classes is None:
+        if len(folders) < 2:
+            what = f"one class only ({folders[0]})" if folders else "no folders of classes"
+            raise ToolError(f"{root} has {what}; at least two are needed: {root}/<class>/*.jpg")
+        classes = folders
+    elif unknown := [name for name in folders if name not in set(classes)]:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ToolError(
+            f"{root} has classes that training lacks: {', '.join(unknown[:5])}{more}; training "
+            f"has {len(classes)}, from {classes[0]} to {classes[-1]}"
+        )
+    elif not folders:
+        raise ToolError(f"{root} has no folders of classes: {root}/<class>/*.jpg")
+    paths: list[str] = []
+    labels: list[int] = []
+    stats: list[os.stat_result] = []
+    index = {name: i for i, name in enumerate(classes)}
+    for name in folders:
+        before = len(paths)
+        for folder, inside, files in os.walk(root / name, followlinks=True):
+            inside.sort()
+            for file in sorted(files):
+                if file.startswith(".") or not file.lower().endswith(SUFFIXES):
+                    continue
+                path = Path(folder, file)
+                paths.append(path.relative_to(root).as_posix())
+                labels.append(index[name])
+                stats.append(_stat(path))
+        if len(paths) == before:
+            raise ToolError(
+                f"the class folder {root / name} has no images ({', '.join(SUFFIXES)}): remove it "
+                "or fill it"
+            )
+    listing = Listing(
+        tuple(paths),
+        tuple(labels),
+        tuple(s.st_size for s in stats),
+        tuple(s.st_mtime_ns for s in stats),
+        tuple(classes),
+    )
+    return ImageFolder(root, listing)
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ToolError(f"the image {path} cannot be read: {error.strerror}") from error
+    if found.st_size == 0:
+        raise ToolError(f"the image {path} is empty (0 bytes)")
+    return found
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read an image as RGB.
+
+    Raises:
+        ToolError: It is broken, empty or of no known format.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert("RGB")
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ToolError(f"the image {path} is broken: {reason}") from error
+
+
+def check_images(folder: ImageFolder, progress: bool = True) -> None:
+    """Make sure, before work begins, that every image can be read.
+
+    Raises:
+        ToolError: One is broken.
+    """
+    whole = len(folder.listing) <= CHECK_WHOLE
+
+    def check(index: int) -> None:
+        if whole:
+            load_image(folder.path(index))
+            return
+        try:
+            with Image.open(folder.path(index)):
+                pass
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ToolError(f"the image {folder.path(index)} is broken: {error}") from error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(check, range(len(folder.listing)))
+        bar = tqdm(
+            found,
+            total=len(folder.listing),
+            desc=f"checking {folder.root.name}",
+            unit="image",
+            disable=None if progress else True,
+        )
+        try:
+            for _ in bar:
+                pass
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def prepare_image(image: Image.Image, size: int, seed: Sequence[int] | None = None) -> Image.Image:
+    """Bring an image to ``size`` x ``size``.
+
+    Args:
+        image: RGB, of any size.
+        size: Height and width.
+        seed: None crops the centre. Otherwise a square of 0.8 to 1 short sides is cropped
+            anywhere, as in the published code; a seed gives the same one each time.
+    """
+    short, left, top = size, 0.5, 0.5
+    if seed is not None:
+        rng = np.random.default_rng(list(seed))
+        short = int(rng.integers(size, int(np.ceil(size / MIN_CROP)) + 1))
+        left, top = (float(x) for x in rng.random(2))
+    scale = short / min(image.size)
+    width, height = (max(short, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    x, y = int(left * (width - size)), int(top * (height - size))
+    return image.crop((x, y, x + size, y + size))
+
+
+class RowImages(Dataset):
+    """Images by row, as a feature cache counts: image = row modulo N, mirrored from row N on.
+
+    Args:
+        folder: N images.
+        size: Height and width that they are brought to.
+        seed: Random crops follow from it, the epoch and the row; None crops the centre.
+    """
+
+    def __init__(self, folder: ImageFolder, size: int, seed: int | None = None) -> None:
+        self.folder = folder
+        self.size = size
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        """Image (3, size, size) in [-1, 1] of (epoch, row)."""
+        epoch, row = key
+        index = row % len(self.folder.listing)
+        seed = None if self.seed is None else (self.seed, epoch, _CROP, row)
+        image = prepare_image(load_image(self.folder.path(index)), self.size, seed)
+        pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
+        if row >= len(self.folder.listing):
+            pixels = pixels[:, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def image_batches(
+    images: RowImages, epoch: int, batches: Sequence[Sequence[int]], workers: int
+) -> Iterator[Tensor]:
+    """Read batches of rows in order, ahead where there are workers: (n, 3, H, W) each."""
+    keys = [[(epoch, int(row)) for row in batch] for batch in batches]
+    if not keys:
+        return iter(())
+    loader = DataLoader(
+        images,
+        batch_sampler=keys,
+        num_workers=min(workers, len(keys)),
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every start draws from the global one
+    )
+    return iter(loader)
+
+
+# ------------------------------------------------------------------------------------- randomness
+
+
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Order of the training images in an epoch (count,)."""
+    return np.random.default_rng([seed, epoch, _PERMUTATION]).permutation(count)
+
+
+def flips(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Which training images are mirrored in an epoch (count,), bool."""
+    return np.random.default_rng([seed, epoch, _FLIPS]).random(count) < 0.5
+
+
+def seed_step(*keys: int) -> None:
+    """Seed torch's generators for one step, from numbers that name it."""
+    state = np.random.SeedSequence([*keys, _STEP]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) >> 1)
+
+
+def balanced(labels: np.ndarray, count: int, key: Sequence[int]) -> np.ndarray:
+    """Choose ``count`` images so that classes differ by no more than one, where they are large.
+
+    Args:
+        labels: Class index of each image (N,).
+        count: How many; at least one for each class that occurs.
+        key: Seed.
+
+    Returns:
+        Ascending indices (count,).
+    """
+    rng = np.random.default_rng(list(key))
+    orders = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    taken = np.zeros(len(orders), dtype=np.int64)
+    priority = rng.permutation(len(orders))
+    rooms = np.array([len(order) for order in orders])
+    left = count
+    while left > 0 and (open_ := [i for i in priority if taken[i] < rooms[i]]):
+        share = max(1, left // len(open_))
+        for i in open_:
+            step = min(share, int(rooms[i] - taken[i]), left)
+            taken[i] += step
+            left -= step
+    return np.sort(np.concatenate([order[:n] for order, n in zip(orders, taken)]))
+
+
+def choose_subset(folder: ImageFolder, subset: str, seed: int) -> ImageFolder:
+    """The images that a share ("1%", "0.01") or a list file names.
+
+    Args:
+        folder: All training images.
+        subset: A share is drawn class by class alike. A file has one path a line, relative to the
+            folder, or a bare file name where no other image has the same.
+        seed: Of the draw.
+
+    Raises:
+        ToolError: Not such a share, no such file, a line without image, or a class is left out.
+    """
+    text = subset.strip()
+    share = None
+    with contextlib.suppress(ValueError):
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    labels = folder.labels
+    classes = len(folder.listing.classes)
+    if share is not None:
+        if not 0 < share <= 1:
+            raise ToolError(f"--subset {subset}: a share must lie above 0 and up to 1 (100%)")
+        count = round(share * len(labels))
+        if count < classes:
+            raise ToolError(
+                f"--subset {subset}: {count} of {len(labels)} images are fewer than the {classes} "
+                "classes; take a larger share"
+            )
+        return folder.subset(balanced(labels, count, (seed, _SUBSET)))
+    path = Path(subset).expanduser()
+    if not path.is_file():
+        raise ToolError(f"--subset {subset}: neither a share (1%, 0.01) nor a file with a list")
+    by_path = {p: i for i, p in enumerate(folder.listing.paths)}
+    by_name: dict[str, list[int]] = {}
+    for p, i in by_path.items():
+        by_name.setdefault(p.rsplit("/", 1)[-1], []).append(i)
+    chosen, bad = set(), []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not (name := line.strip()):
+            continue
+        found = [by_path[name]] if name in by_path else by_name.get(name, [])
+        if len(found) == 1:
+            chosen.add(found[0])
+        else:
+            bad.append(f"line {number}, {name}: {'no such image' if not found else 'ambiguous'}")
+    if bad:
+        more = f", and {len(bad) - 1} more such lines" if len(bad) > 1 else ""
+        raise ToolError(f"{path}: {bad[0]}{more}; paths are relative to {folder.root}")
+    absent = set(range(classes)) - {int(labels[i]) for i in chosen}
+    if absent:
+        raise ToolError(
+            f"{path} leaves {len(absent)} classes without an image, such as "
+            f"{folder.listing.classes[min(absent)]}"
+        )
+    return folder.subset(sorted(chosen))
+
+
+def split_holdout(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide training images into those to learn from and those to choose by.
+
+    Args:
+        labels: Class index of each image (N,).
+        share: Share of the images to choose by, drawn class by class.
+        seed: Of the draw.
+
+    Returns:
+        Ascending indices of the two parts.
+
+    Raises:
+        ToolError: A class is too small to be divided.
+    """
+    rng = np.random.default_rng([seed, _HOLDOUT])
+    held: list[int] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        if len(members) < 2:
+            raise ToolError(
+                "a class has one training image only, so none can be held out to choose by: take "
+                "--select-on val or, with one learning rate, none"
+            )
+        held += members[: min(max(1, round(share * len(members))), len(members) - 1)].tolist()
+    mask = np.zeros(len(labels), dtype=bool)
+    mask[held] = True
+    return np.flatnonzero(~mask), np.flatnonzero(mask)
+
+
+# -------------------------------------------------------------------------------------- processes
+
+
+@dataclass
+class Processes:
+    """The processes that torchrun started, or the one there is.
+
+    Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+        device: Where this process computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def start(cls, device: str = "auto") -> Processes:
+        """Join the other processes: nccl on GPUs, gloo on CPUs.
+
+        Raises:
+            ToolError: No such device.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            chosen = torch.device(device)
+        except RuntimeError as error:
+            raise ToolError(f"--device {device}: not a device; take auto, cpu or cuda") from error
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise ToolError(f"--device {device}: this torch finds no GPU; take auto or cpu")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size == 1:
+            return cls(0, 1, chosen)
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(chosen)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), world_size, chosen)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all processes."""
+        if self.world_size > 1:
+            value = value.to(self.device)
+            dist.all_reduce(value)
+        return value.cpu()
+
+    def stop(self) -> None:
+        """Leave the group."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def say(self, text: str) -> None:
+        """Print once."""
+        if self.first:
+            tqdm.write(text)
+
+    def bar(self, items: Iterable[Any], total: int, desc: str) -> tqdm:
+        """Progress bar, of the first process and on a terminal only."""
+        return tqdm(
+            items,
+            total=total,
+            desc=desc,
+            unit="batch",
+            leave=False,
+            disable=None if self.first else True,
+        )
+
+
+# ---------------------------------------------------------------------------- backbones and caches
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say where the images are."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="DIR", help="folder with train/<class>/ and val/<class>/")
+    group.add_argument("--train-dir", metavar="DIR", help="instead of DIR/train")
+    group.add_argument("--val-dir", metavar="DIR", help="instead of DIR/val")
+    group.add_argument("--image-size", type=int, help="height and width; default: the U-Net's")
+    group.add_argument("--workers", type=int, default=None, help="processes that read images")
+
+
+def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say which features are taken."""
+    group = parser.add_argument_group("backbone")
+    group.add_argument(
+        "--unet", default="gd256_uncond", metavar="PRESET", help=f"one of {', '.join(PRESETS)}"
+    )
+    group.add_argument(
+        "--checkpoint", metavar="FILE", help="guided-diffusion weights; without, they are random"
+    )
+    group.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="0-based timesteps")
+    group.add_argument("--blocks", type=int, nargs="+", metavar="B", help="1-based blocks")
+    group.add_argument(
+        "--noise", choices=NOISE_POLICIES, default="fixed", help="noise added to the images"
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="auto: bfloat16 on a GPU that has it, float32 else",
+    )  # fmt: skip
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the feature cache."""
+    group = parser.add_argument_group("feature cache")
+    group.add_argument(
+        "--cache", metavar="DIR", help="keep the taps of a frozen U-Net here, and read them after"
+    )
+    group.add_argument(
+        "--feature-dtype", choices=sorted(feature_cache.DTYPES), default="float16",
+        help="what taps of a frozen U-Net are rounded to, with or without a cache",
+    )  # fmt: skip
+    group.add_argument(
+        "--shard-mib", type=float, default=feature_cache.SHARD_BYTES / 2**20,
+        help="largest file of a cache in MiB",
+    )  # fmt: skip
+    group.add_argument(
+        "--overwrite-cache", action="store_true", help="replace a cache of other settings"
+    )
+
+
+def check_common(args: argparse.Namespace) -> None:
+    """Check what can be checked without reading anything, and fill in what follows.
+
+    Raises:
+        ToolError: A value is out of range.
+    """
+    if args.unet not in PRESETS:
+        raise ToolError(f"--unet {args.unet}: choose from {', '.join(PRESETS)}")
+    if args.image_size is None:
+        args.image_size = PRESETS[args.unet].image_size
+    if args.image_size < 32:
+        raise ToolError(f"--image-size must be at least 32, got {args.image_size}")
+    if args.workers is None:
+        args.workers = min(4, (os.cpu_count() or 1) - 1)
+    if args.workers < 0 or args.seed < 0:
+        raise ToolError("--workers and --seed must be at least 0")
+    if not args.shard_mib > 0:
+        raise ToolError(f"--shard-mib must be above 0, got {args.shard_mib}")
+    for name in ("timesteps", "blocks"):
+        values = getattr(args, name)
+        if values is not None and len(set(values)) != len(values):
+            raise ToolError(f"--{name} {' '.join(map(str, values))}: one comes twice")
+
+
+def build_backbone(
+    args: argparse.Namespace, feedback: str | None = None, freeze: bool = True, **options: Any
+) -> DiffusionBackbone:
+    """The backbone that the arguments describe; random weights follow from the seed.
+
+    Raises:
+        ToolError: A block, timestep or feedback does not fit, or the checkpoint is not there.
+    """
+    if args.checkpoint:
+        _common.check_checkpoint(args.checkpoint)
+    torch.manual_seed(args.seed)
+    schedule = NoiseSchedule(PRESETS[args.unet].noise_schedule)
+    try:
+        for t in args.timesteps:
+            schedule.check_timestep(t)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said below in the tool's words
+            return DiffusionBackbone(
+                args.unet,
+                checkpoint=args.checkpoint,
+                timestep=args.timesteps[0],
+                blocks=args.blocks,
+                feedback=feedback,
+                out_channels=None,
+                out_strides=None,
+                noise=args.noise,
+                freeze=freeze,
+                seed=args.seed,
+                save_frozen=False,
+                **options,
+            )
+    except FileNotFoundError as error:
+        raise ToolError(str(error)) from error
+    except ValueError as error:
+        raise ToolError(str(error)) from error
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What autocast shall compute in; None leaves float32."""
+    if precision == "float32" or device.type != "cuda":
+        if precision == "bfloat16":
+            raise ToolError("--precision bfloat16 needs a GPU")
+        return None
+    if precision == "bfloat16" or torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return None
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Mixed precision where there is a type for it."""
+    with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+        yield
+
+
+@dataclass
+class FeatureOptions:
+    """Which features are taken, and how they are rounded.
+
+    ``batch`` images are always computed together: smaller batches are filled up. With and without
+    a cache an image then has the same features to the bit, where the U-Net's arithmetic depends on
+    the size of a batch alone (another size changes some features in their last place).
+    """
+
+    timesteps: tuple[int, ...]
+    blocks: tuple[int, ...]
+    pool: int | None
+    dtype: str
+    image_size: int
+    compute: torch.dtype | None
+    batch: int = 1
+
+    def extract(self, backbone: DiffusionBackbone, images: Tensor) -> dict[Tap, Tensor]:
+        """Taps of a frozen backbone, as a cache holds them."""
+        count = len(images)
+        if count < self.batch:
+            filling = images[-1:].expand(self.batch - count, -1, -1, -1)
+            images = torch.cat([images, filling])
+        with autocast(images.device, self.compute):
+            features = feature_cache.extract_features(
+                backbone,
+                images,
+                self.timesteps,
+                self.blocks,
+                self.pool,
+                feature_cache.DTYPES[self.dtype],
+            )
+        return {tap: x[:count] for tap, x in features.items()}
+
+
+def open_cache(
+    folder: Path,
+    images: ImageFolder,
+    backbone: DiffusionBackbone,
+    options: FeatureOptions,
+    processes: Processes,
+    *,
+    copies: int = 1,
+    workers: int = 0,
+    shard_mib: float = feature_cache.SHARD_BYTES / 2**20,
+    overwrite: bool = False,
+) -> FeatureCache:
+    """Open a cache of the images' features; write first what is missing of it."""
+    settings = feature_cache.feature_settings(
+        backbone,
+        options.timesteps,
+        options.blocks,
+        images.listing,
+        image_size=options.image_size,
+        pool=options.pool,
+        dtype=options.dtype,
+        copies=copies,
+        preprocessing=PREPROCESSING,
+        precision="float32" if options.compute is None else str(options.compute),
+    )
+    rows = RowImages(images, options.image_size)
+    device = processes.device
+
+    def compute(batches: list[list[int]]) -> Iterator[Mapping[Tap, Tensor]]:
+        backbone.to(device).eval()
+        loaded = image_batches(rows, 0, batches, workers)
+        for pixels in processes.bar(loaded, len(batches), f"features of {images.root.name}"):
+            yield options.extract(backbone, pixels.to(device, non_blocking=True))
+
+    return feature_cache.write_cache(
+        folder,
+        settings,
+        images.listing,
+        feature_cache.tap_shapes(
+            backbone.unet.config,
+            options.timesteps,
+            options.blocks,
+            options.image_size,
+            options.pool,
+        ),
+        compute,
+        batch_size=options.batch,
+        shard_bytes=int(shard_mib * 2**20),
+        overwrite=overwrite,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        barrier=processes.barrier,
+    )
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+
+def true_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the true one.
+
+    Classes of the same score come in order of their index, so a head that says the same for all
+    gets no point by it; where a score is not finite, the true class comes last.
+
+    Args:
+        scores: (N, num_classes).
+        labels: (N,).
+
+    Returns:
+        (N,) int64, 0 where the true class is first.
+    """
+    own = scores.gather(1, labels[:, None])
+    index = torch.arange(scores.shape[1], device=scores.device)
+    before = (scores > own) | ((scores == own) & (index < labels[:, None]))
+    ranks = before.sum(1)
+    broken = ~torch.isfinite(scores).all(1)
+    return torch.where(broken, torch.full_like(ranks, scores.shape[1]), ranks)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place, and move it there when it is on the disk.
+
+    Raises:
+        ToolError: The disk is full or cannot be written; what was there before is kept.
+    """
+    partial = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises RuntimeError
+            raise ToolError(
+                f"cannot write {path}: {error}; what was saved before is kept, --resume goes on "
+                "from it"
+            ) from error
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines whole."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+_NUMBERS_UP_TO = 30
+
+
+def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """Picture of a confusion matrix, each row coloured by its shares.
+
+    Args:
+        counts: (K, K): images of class i (row) that were taken for class j (column).
+        classes: K names.
+    """
+    number = len(classes)
+    labelled = number <= _NUMBERS_UP_TO
+    cell = 34 if labelled else max(1, 900 // number)
+    font, small = ImageFont.load_default(12), ImageFont.load_default(11)
+    names = [name if len(name) <= 16 else name[:15] + "…" for name in classes]
+    margin = 24 + (int(max(font.getlength(name) for name in names)) if labelled else 20)
+    side = number * cell
+    picture = Image.new("RGB", (margin + side + 16, margin + side + 30), "white")
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    low, high = np.array([247, 250, 252]), np.array([20, 82, 140])
+    pixels = (low + shares[..., None] * (high - low)).round().astype(np.uint8)
+    matrix = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+    picture.paste(matrix, (margin, margin))
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline="black")
+    right = int(np.trace(counts))
+    total = int(counts.sum())
+    caption = f"rows: true class, columns: predicted; {right} of {total} right"
+    pen.text((8, margin + side + 8), caption, fill="black", font=font)
+    if labelled:
+        for i, name in enumerate(names):
+            y = margin + i * cell + cell // 2 - 7
+            pen.text((margin - 6 - font.getlength(name), y), name, fill="black", font=font)
+            column = Image.new("RGB", (margin - 8, 16), "white")
+            ImageDraw.Draw(column).text((0, 1), name, fill="black", font=font)
+            picture.paste(column.rotate(90, expand=True), (margin + i * cell + cell // 2 - 8, 2))
+            for j in range(number):
+                if counts[i, j]:
+                    text = str(int(counts[i, j]))
+                    x = margin + j * cell + (cell - small.getlength(text)) / 2
+                    colour = "white" if shares[i, j] > 0.5 else "black"
+                    pen.text((x, y), text, fill=colour, font=small)
+    return picture
+
+
+def draw_bars(title: str, values: Mapping[str, float]) -> Image.Image:
+    """Bar chart of shares from 0 to 1."""
+    font, head = ImageFont.load_default(14), ImageFont.load_default(16)
+    left = 24 + int(max(font.getlength(name) for name in values))
+    width, line = 460, 34
+    picture = Image.new("RGB", (left + width + 90, 50 + line * len(values)), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((12, 10), title, fill="black", font=head)
+    for i, (name, value) in enumerate(values.items()):
+        y = 44 + i * line
+        pen.text((left - 10 - font.getlength(name), y + 3), name, fill="black", font=font)
+        pen.rectangle((left, y, left + width, y + 22), fill=(234, 238, 242))
+        pen.rectangle((left, y, left + round(width * value), y + 22), fill=(38, 110, 172))
+        pen.text((left + width + 8, y + 3), f"{value:.1%}", fill="black", font=font)
+    return picture
