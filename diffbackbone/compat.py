@@ -1,9 +1,9 @@
-"""The few repairs that let stock MMEngine, MMSegmentation and Detectron2 run on today's torch.
+"""What stock MMEngine, MMSegmentation, MMPretrain and Detectron2 need to run on today's torch.
 
-:func:`check_mmseg_stack` and :func:`check_detectron2_stack` say in one error what is missing or
-too new; :func:`apply_mmengine_repairs` and :func:`apply_detectron2_repairs` apply what is left to
-repair. Each repair looks first whether it is needed, changes as little as it can, and does nothing
-the second time.
+:func:`check_mmseg_stack`, :func:`check_mmpretrain_stack` and :func:`check_detectron2_stack` say in
+one error what is missing or too new; :func:`apply_mmengine_repairs` applies what is left to repair
+(Detectron2 needs none). Each repair looks first whether it is needed, changes as little as it can,
+and does nothing the second time.
 """
 
 from __future__ import annotations
@@ -147,15 +147,6 @@ def apply_mmengine_repairs() -> tuple[str, ...]:
     for name in applied:
         logger.info("repair %s: %s", name, (REPAIRS[name].__doc__ or "").partition("\n")[0])
     return applied
-
-
-def apply_detectron2_repairs() -> tuple[str, ...]:
-    """Apply the repairs that Detectron2 needs here and has not had yet.
-
-    Returns:
-        The names of the repairs that this call applied, in the order of :data:`DETECTRON2_REPAIRS`.
-    """
-    return tuple(name for name, repair in DETECTRON2_REPAIRS.items() if repair())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,6 +360,3 @@ REPAIRS: dict[str, Callable[[], bool]] = {
     "resume_safe_globals": repair_resume_safe_globals,
     "cpu_distributed": repair_cpu_distributed,
 }
-
-
-DETECTRON2_REPAIRS: dict[str, Callable[[], bool]] = {}

@@ -25,7 +25,6 @@ from typing import Any
 from diffbackbone import compat
 
 compat.check_detectron2_stack()
-compat.apply_detectron2_repairs()
 
 import torch  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402

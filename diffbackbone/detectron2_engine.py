@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffbackbone.detectron2  # noqa: F401  says what is missing, repairs, registers
+import diffbackbone.detectron2  # noqa: F401  says what is missing, and registers
 
 # isort: split
 import detectron2.data.transforms as T
