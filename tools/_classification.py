@@ -34,10 +34,10 @@ except ImportError as error:
         "pip install diffbackbone[sample]"
     ) from error
 
-from diffbackbone import DiffusionBackbone, NoiseSchedule
+from diffbackbone import CheckpointError, DiffusionBackbone, NoiseSchedule
 from diffbackbone import features as feature_cache
 from diffbackbone.diffusion import NOISE_POLICIES
-from diffbackbone.features import FeatureCache, Listing, Tap
+from diffbackbone.features import CacheError, FeatureCache, Listing, Tap
 from diffbackbone.unet import PRESETS
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -846,3 +846,30 @@ def draw_bars(title: str, values: Mapping[str, float]) -> Image.Image:
         pen.rectangle((left, y, left + round(width * value), y + 22), fill=(38, 110, 172))
         pen.text((left + width + 8, y + 3), f"{value:.1%}", fill="black", font=font)
     return picture
+
+
+def run_tool(
+    parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace, Processes], Any]
+) -> None:
+    """Run a tool in as many processes as torchrun started.
+
+    Args:
+        parse: Reads its command line.
+        run: The tool.
+
+    Raises:
+        SystemExit: It cannot be done as given; the message says why.
+    """
+    processes = None
+    try:
+        args = parse()
+        processes = Processes.start(args.device)
+        run(args, processes)
+    except (ToolError, CacheError, CheckpointError) as error:
+        if processes is not None and processes.world_size > 1:
+            print(f"error: {error}", flush=True)
+            os._exit(1)  # the others wait for this one; torchrun ends them
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        if processes is not None:
+            processes.stop()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,8 +27,7 @@ import torch.nn.functional as F
 from _classification import FeatureOptions, Processes, ToolError
 from torch import Tensor
 
-from diffbackbone import CheckpointError
-from diffbackbone.features import CacheError, FeatureCache, Tap
+from diffbackbone.features import FeatureCache, Tap
 
 CHUNK = 4096
 """Rows of queries, and of training features, at a time."""
@@ -347,19 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: It cannot be done as given; the message says why.
     """
-    processes = None
-    try:
-        args = _parse(argv)
-        processes = Processes.start(args.device)
-        run(args, processes)
-    except (ToolError, CacheError, CheckpointError) as error:
-        if processes is not None and processes.world_size > 1:
-            print(f"error: {error}", flush=True)
-            os._exit(1)  # the others wait for this one; torchrun ends them
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        if processes is not None:
-            processes.stop()
+    common.run_tool(lambda: _parse(argv), run)
 
 
 if __name__ == "__main__":

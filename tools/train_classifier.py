@@ -38,7 +38,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ from _classification import FeatureOptions, ImageFolder, Processes, RowImages, T
 from torch import Tensor, nn
 
 from diffbackbone import CheckpointError, DiffusionBackbone
-from diffbackbone.features import CacheError, FeatureCache, Tap
+from diffbackbone.features import FeatureCache, Tap
 from diffbackbone.feedback import STRATEGIES
 from diffbackbone.heads import HEADS, build_head
 
@@ -968,19 +967,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: It cannot be done as given; the message says why.
     """
-    processes = None
-    try:
-        args = parse(argv)
-        processes = Processes.start(args.device)
-        run(args, processes)
-    except (ToolError, CacheError, CheckpointError) as error:
-        if processes is not None and processes.world_size > 1:
-            print(f"error: {error}", flush=True)
-            os._exit(1)  # the others wait for this one; torchrun ends them
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        if processes is not None:
-            processes.stop()
+    common.run_tool(lambda: parse(argv), run)
 
 
 if __name__ == "__main__":
