@@ -7,6 +7,7 @@ no code.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import pickle
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from diffbackbone.unet import PRESETS, UNet, UNetConfig, read_architecture
+from diffbackbone.unet import _NOT_IN_SHAPES, PRESETS, UNet, UNetConfig, read_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ RELEASED_CHECKPOINTS: dict[str, str] = {
 }
 """Where OpenAI serves the weights of each preset."""
 
+METADATA_KEY = "unet_config"
+"""Metadata of a safetensors file that hold the fields of :class:`UNetConfig` as JSON."""
 _ANCHOR = "time_embed.0.weight"  # every guided-diffusion model has it, at its root
 _WRAPPERS = (  # averaged weights first: they are what samples and features are made from
     "ema",
@@ -86,6 +89,9 @@ def load_checkpoint(
 ) -> KeyReport:
     """Load guided-diffusion weights into a U-Net, in place.
 
+    A U-Net without output layer takes weights with and without a learned variance. Where the file
+    holds the architecture (see :func:`read_unet_config`), what shapes can't tell is checked too.
+
     Args:
         unet: The U-Net; blocks that it was built without are not loaded.
         source: A ``.pt``, ``.pth`` or ``.safetensors`` file, or a URL of one (kept in torch.hub's
@@ -110,11 +116,16 @@ def load_checkpoint(
         raise CheckpointError(f"{source}: {error}") from error
     if config.num_classes is None:  # a conditional model used without labels
         config = config.replace(num_classes=found.get("num_classes"))
+    if not hasattr(unet, "out"):
+        config = config.replace(out_channels=found.get("out_channels", config.out_channels))
     differences = [
         f"{name}: the file has {value!r}, this U-Net {getattr(config, name)!r}"
         for name, value in found.items()
         if value != getattr(config, name)
     ]
+    stored = _stored_config(_find_file(source))
+    if stored is not None and not differences:
+        differences = _differences_beyond_shapes(stored, config)
     if differences:
         raise CheckpointError(
             f"{source} is of another architecture than this U-Net:\n  "
@@ -158,13 +169,18 @@ def read_unet_config(
     Args:
         source: See :func:`load_checkpoint`.
         prefix: See :func:`load_checkpoint`.
-        **rest: What shapes can't tell; see :meth:`UNetConfig.from_state_dict`.
+        **rest: What shapes can't tell; see :meth:`UNetConfig.from_state_dict`. A safetensors file
+            of ``tools/pretrain.py`` holds it in its metadata, and needs nothing here.
 
     Raises:
         FileNotFoundError: No such file.
         CheckpointError: The file is damaged, holds code or no guided-diffusion U-Net.
     """
     state_dict, _, _ = _find_unet(read_checkpoint(source), source, prefix)
+    stored = _stored_config(_find_file(source))
+    if stored is not None:
+        told = {name: getattr(stored, name) for name in (*_NOT_IN_SHAPES, "num_head_channels")}
+        rest = {**told, **rest}
     try:
         return UNetConfig.from_state_dict(state_dict, **rest)
     except (ValueError, IndexError) as error:
@@ -183,14 +199,7 @@ def read_checkpoint(source: str | os.PathLike[str], config: UNetConfig | None = 
         CheckpointError: The file is damaged or holds more than weights.
     """
     name = os.fspath(source)
-    if name.startswith(("http://", "https://")):
-        path = _download(name)
-    else:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            raise CheckpointError(f"checkpoint {name} is a folder, expected a file")
-        if not path.is_file():
-            raise FileNotFoundError(f"checkpoint {name} does not exist. {_where_to_get(config)}")
+    path = _find_file(source, config)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -216,6 +225,56 @@ def read_checkpoint(source: str | os.PathLike[str], config: UNetConfig | None = 
         raise CheckpointError(
             f"{name} is truncated, damaged or no checkpoint: {_first_line(error)}"
         ) from error
+
+
+def _find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) -> Path:
+    """The local file of a path or URL."""
+    name = os.fspath(source)
+    if name.startswith(("http://", "https://")):
+        return _download(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint {name} is a folder, expected a file")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {name} does not exist. {_where_to_get(config)}")
+    return path
+
+
+def _stored_config(path: Path) -> UNetConfig | None:
+    """The architecture in a safetensors file's metadata, if it is there."""
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        return None
+    try:
+        return UNetConfig(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: the metadata {METADATA_KEY!r} describe no U-Net: {error}"
+        ) from error
+
+
+def _differences_beyond_shapes(stored: UNetConfig, config: UNetConfig) -> list[str]:
+    """In what U-Nets of the same shapes differ, so that the weights would mean something else."""
+    differences = [
+        f"{name}: the file has {getattr(stored, name)!r}, this U-Net {getattr(config, name)!r}"
+        for name in ("use_new_attention_order", "noise_schedule")
+        if getattr(stored, name) != getattr(config, name)
+    ]
+    for block in config.blocks.values():
+        decoder = block.name.startswith("output")
+        heads = [c.heads(block.channels, decoder) for c in (stored, config)]
+        if block.attention and heads[0] != heads[1]:
+            differences.append(
+                f"attention heads of block {block.index}: the file has {heads[0]}, this U-Net "
+                f"{heads[1]} (num_head_channels, num_heads, num_heads_upsample)"
+            )
+            break
+    return differences
 
 
 def _find_unet(
