@@ -33,26 +33,16 @@ import knn
 import make_sample_digits
 import train_classifier
 from _classification import ToolError
+from image_folders import CLASSES, write_folder, write_weights
 
-from diffbackbone import DiffusionBackbone, UNet, UNetConfig
+from diffbackbone import DiffusionBackbone
 from diffbackbone.features import CacheError, Listing
 
-CLASSES, TRAIN, VAL, SIZE = 3, 6, 3, 32
+TRAIN, VAL, SIZE = 6, 3, 32
 SMALL = [
     "--unet", "tiny", "--image-size", "32", "--workers", "0", "--device", "cpu", "--epochs", "2",
     "--batch-size", "10", "--width", "32", "--num-heads", "2", "--layers", "1",
 ]  # fmt: skip
-
-
-def write_folder(root: Path, per_class: int, seed: int, suffix: str = ".png") -> None:
-    random = np.random.default_rng(seed)
-    for c in range(CLASSES):
-        folder = root / f"class{c}"
-        folder.mkdir(parents=True)
-        for i in range(per_class):
-            pixels = random.integers(0, 120, (40, 36, 3))
-            pixels[:, : 10 + 8 * c, c] += 120
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}{suffix}")
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +63,7 @@ def own_data(tmp_path, data):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Guided-diffusion weights of a tiny U-Net whose residual branches do something."""
-    torch.manual_seed(3)
-    unet = UNet(UNetConfig.from_preset("tiny"))
-    for parameter in unet.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    torch.save(unet.state_dict(), path)
-    return path
+    return write_weights(tmp_path_factory.mktemp("weights") / "tiny.pt")
 
 
 @pytest.fixture(autouse=True)

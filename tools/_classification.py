@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -88,19 +89,25 @@ def find_folders(data: str | None, train: str | None, val: str | None) -> tuple[
     Raises:
         ToolError: One is not given or not there.
     """
-    folders = []
-    for name, given in (("train", train), ("val", val)):
-        if given is None and data is None:
-            raise ToolError(f"give --data DIR (with DIR/train and DIR/val), or --{name}-dir")
-        folder = Path(given if given is not None else os.path.join(str(data), name)).expanduser()
-        if not folder.is_dir():
-            hint = ""
-            if folder.parent.is_dir():
-                inside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())[:8]
-                hint = f"; {folder.parent} holds {', '.join(inside) or 'no folders'}"
-            raise ToolError(f"there is no folder {folder} of {name} images{hint}")
-        folders.append(folder)
-    return folders[0], folders[1]
+    return find_folder("train", data, train), find_folder("val", data, val)
+
+
+def find_folder(name: str, data: str | None, given: str | None) -> Path:
+    """Folder of training or validation images.
+
+    Raises:
+        ToolError: It is not given or not there.
+    """
+    if given is None and data is None:
+        raise ToolError(f"give --data DIR (with DIR/train and DIR/val), or --{name}-dir")
+    folder = Path(given if given is not None else os.path.join(str(data), name)).expanduser()
+    if not folder.is_dir():
+        hint = ""
+        if folder.parent.is_dir():
+            inside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())[:8]
+            hint = f"; {folder.parent} holds {', '.join(inside) or 'no folders'}"
+        raise ToolError(f"there is no folder {folder} of {name} images{hint}")
+    return folder
 
 
 def list_folder(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
@@ -129,34 +136,57 @@ def list_folder(root: Path, classes: Sequence[str] | None = None) -> ImageFolder
         )
     elif not folders:
         raise ToolError(f"{root} has no folders of classes: {root}/<class>/*.jpg")
-    paths: list[str] = []
+    paths: list[Path] = []
     labels: list[int] = []
-    stats: list[os.stat_result] = []
-    index = {name: i for i, name in enumerate(classes)}
     for name in folders:
-        before = len(paths)
-        for folder, inside, files in os.walk(root / name, followlinks=True):
-            inside.sort()
-            for file in sorted(files):
-                if file.startswith(".") or not file.lower().endswith(SUFFIXES):
-                    continue
-                path = Path(folder, file)
-                paths.append(path.relative_to(root).as_posix())
-                labels.append(index[name])
-                stats.append(_stat(path))
-        if len(paths) == before:
+        found = _find_images(root / name)
+        if not found:
             raise ToolError(
                 f"the class folder {root / name} has no images ({', '.join(SUFFIXES)}): remove it "
                 "or fill it"
             )
-    listing = Listing(
-        tuple(paths),
+        paths += found
+        labels += [classes.index(name)] * len(found)
+    return ImageFolder(root, _listing(root, paths, labels, classes))
+
+
+def list_images(root: Path) -> ImageFolder:
+    """List all images of a folder, however deep, as images of one class without a name.
+
+    Raises:
+        ToolError: It is no folder or has no images, or one is empty.
+    """
+    if not root.is_dir():
+        raise ToolError(f"there is no folder {root} of images")
+    paths = _find_images(root)
+    if not paths:
+        raise ToolError(f"{root} has no images ({', '.join(SUFFIXES)})")
+    return ImageFolder(root, _listing(root, paths, [0] * len(paths), ("",)))
+
+
+def _find_images(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    for inside, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        found += [
+            Path(inside, file)
+            for file in sorted(files)
+            if not file.startswith(".") and file.lower().endswith(SUFFIXES)
+        ]
+    return found
+
+
+def _listing(
+    root: Path, paths: Sequence[Path], labels: Sequence[int], classes: Sequence[str]
+) -> Listing:
+    stats = [_stat(path) for path in paths]
+    return Listing(
+        tuple(path.relative_to(root).as_posix() for path in paths),
         tuple(labels),
         tuple(s.st_size for s in stats),
         tuple(s.st_mtime_ns for s in stats),
         tuple(classes),
     )
-    return ImageFolder(root, listing)
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -244,6 +274,12 @@ def prepare_image(image: Image.Image, size: int, seed: Sequence[int] | None = No
     return image.crop((x, y, x + size, y + size))
 
 
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as the backbone takes it: (3, H, W) float32 in [-1, 1]."""
+    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
 class RowImages(Dataset):
     """Images by row, as a feature cache counts: image = row modulo N, mirrored from row N on.
 
@@ -264,10 +300,8 @@ class RowImages(Dataset):
         index = row % len(self.folder.listing)
         seed = None if self.seed is None else (self.seed, epoch, _CROP, row)
         image = prepare_image(load_image(self.folder.path(index)), self.size, seed)
-        pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
-        if row >= len(self.folder.listing):
-            pixels = pixels[:, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        pixels = to_tensor(image)
+        return pixels.flip(-1) if row >= len(self.folder.listing) else pixels
 
 
 def image_batches(
@@ -486,13 +520,13 @@ class Processes:
         if self.first:
             tqdm.write(text)
 
-    def bar(self, items: Iterable[Any], total: int, desc: str) -> tqdm:
+    def bar(self, items: Iterable[Any], total: int, desc: str, unit: str = "batch") -> tqdm:
         """Progress bar, of the first process and on a terminal only."""
         return tqdm(
             items,
             total=total,
             desc=desc,
-            unit="batch",
+            unit=unit,
             leave=False,
             disable=None if self.first else True,
         )
@@ -552,28 +586,61 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_common(args: argparse.Namespace) -> None:
-    """Check what can be checked without reading anything, and fill in what follows.
+def check_backbone(args: argparse.Namespace) -> None:
+    """Check the arguments of :func:`add_backbone_arguments` without reading anything.
 
     Raises:
         ToolError: A value is out of range.
     """
     if args.unet not in PRESETS:
         raise ToolError(f"--unet {args.unet}: choose from {', '.join(PRESETS)}")
+    if args.seed < 0:
+        raise ToolError(f"--seed must be at least 0, got {args.seed}")
+    for name in ("timesteps", "blocks"):
+        check_different(args, name)
+
+
+def check_different(args: argparse.Namespace, name: str) -> None:
+    """Check that no value of a list is given twice.
+
+    Raises:
+        ToolError: One is.
+    """
+    values = getattr(args, name)
+    if values is not None and len(set(values)) != len(values):
+        option = name.replace("_", "-")
+        raise ToolError(f"--{option} {' '.join(map(str, values))}: one comes twice")
+
+
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Check counts of the command line.
+
+    Raises:
+        ToolError: One is below 1.
+    """
+    for name in names:
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise ToolError(f"--{option} must be at least 1, got {getattr(args, name)}")
+
+
+def check_common(args: argparse.Namespace) -> None:
+    """Check what can be checked without reading anything, and fill in what follows.
+
+    Raises:
+        ToolError: A value is out of range.
+    """
+    check_backbone(args)
     if args.image_size is None:
         args.image_size = PRESETS[args.unet].image_size
     if args.image_size < 32:
         raise ToolError(f"--image-size must be at least 32, got {args.image_size}")
     if args.workers is None:
         args.workers = min(4, (os.cpu_count() or 1) - 1)
-    if args.workers < 0 or args.seed < 0:
-        raise ToolError("--workers and --seed must be at least 0")
-    if not args.shard_mib > 0:
+    if args.workers < 0:
+        raise ToolError(f"--workers must be at least 0, got {args.workers}")
+    if args.shard_mib is not None and not args.shard_mib > 0:
         raise ToolError(f"--shard-mib must be above 0, got {args.shard_mib}")
-    for name in ("timesteps", "blocks"):
-        values = getattr(args, name)
-        if values is not None and len(set(values)) != len(values):
-            raise ToolError(f"--{name} {' '.join(map(str, values))}: one comes twice")
 
 
 def build_backbone(
@@ -611,6 +678,14 @@ def build_backbone(
         raise ToolError(str(error)) from error
     except ValueError as error:
         raise ToolError(str(error)) from error
+
+
+def warn_random(args: argparse.Namespace, processes: Processes) -> None:
+    """Say where no weights were given."""
+    if not args.checkpoint:
+        processes.say(
+            "warning: no --checkpoint, so the U-Net's weights are random; they follow from --seed"
+        )
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -666,6 +741,24 @@ class FeatureOptions:
         return {tap: x[:count] for tap, x in features.items()}
 
 
+def cache_settings(
+    images: ImageFolder, backbone: DiffusionBackbone, options: FeatureOptions, copies: int = 1
+) -> dict[str, Any]:
+    """Everything that determines the content of a cache of these images."""
+    return feature_cache.feature_settings(
+        backbone,
+        options.timesteps,
+        options.blocks,
+        images.listing,
+        image_size=options.image_size,
+        pool=options.pool,
+        dtype=options.dtype,
+        copies=copies,
+        preprocessing=PREPROCESSING,
+        precision="float32" if options.compute is None else str(options.compute),
+    )
+
+
 def open_cache(
     folder: Path,
     images: ImageFolder,
@@ -679,18 +772,7 @@ def open_cache(
     overwrite: bool = False,
 ) -> FeatureCache:
     """Open a cache of the images' features; write first what is missing of it."""
-    settings = feature_cache.feature_settings(
-        backbone,
-        options.timesteps,
-        options.blocks,
-        images.listing,
-        image_size=options.image_size,
-        pool=options.pool,
-        dtype=options.dtype,
-        copies=copies,
-        preprocessing=PREPROCESSING,
-        precision="float32" if options.compute is None else str(options.compute),
-    )
+    settings = cache_settings(images, backbone, options, copies)
     rows = RowImages(images, options.image_size)
     device = processes.device
 
@@ -766,10 +848,19 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             partial.unlink(missing_ok=True)
         if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises RuntimeError
             raise ToolError(
-                f"cannot write {path}: {error}; what was saved before is kept, --resume goes on "
-                "from it"
+                f"cannot write {path}: {error}; what was saved before is kept, and can be gone on "
+                "from"
             ) from error
         raise
+
+
+def finite(value: Any) -> Any:
+    """Replace numbers that JSON does not know by null."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -819,9 +910,8 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Image.Image:
         for i, name in enumerate(names):
             y = margin + i * cell + cell // 2 - 7
             pen.text((margin - 6 - font.getlength(name), y), name, fill="black", font=font)
-            column = Image.new("RGB", (margin - 8, 16), "white")
-            ImageDraw.Draw(column).text((0, 1), name, fill="black", font=font)
-            picture.paste(column.rotate(90, expand=True), (margin + i * cell + cell // 2 - 8, 2))
+            column = vertical_text(name, font, margin - 8)
+            picture.paste(column, (margin + i * cell + cell // 2 - 8, 2))
             for j in range(number):
                 if counts[i, j]:
                     text = str(int(counts[i, j]))
@@ -829,6 +919,160 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Image.Image:
                     colour = "white" if shares[i, j] > 0.5 else "black"
                     pen.text((x, y), text, fill=colour, font=small)
     return picture
+
+
+def vertical_text(text: str, font: Any, length: int) -> Image.Image:
+    """Text on white that reads from bottom to top, from the bottom of ``length`` pixels."""
+    picture = Image.new("RGB", (length, round(1.35 * font.size)), "white")
+    ImageDraw.Draw(picture).text((0, 1), text, fill="black", font=font)
+    return picture.rotate(90, expand=True)
+
+
+def shorten(text: str, font: Any, width: float) -> str:
+    """Text that fits into a width, its end cut off if need be."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+COLOURS = ((250, 251, 240), (190, 223, 192), (99, 181, 187), (42, 118, 174), (20, 44, 104))
+"""From low to high values, ever darker."""
+BEST_COLOUR, CHEAPER_COLOUR, MISSING_COLOUR = (232, 84, 16), (206, 40, 166), (222, 222, 222)
+_INK = (40, 40, 40)
+
+
+def colour_of(value: float, low: float, high: float) -> tuple[int, int, int]:
+    """Colour of a value; what lies outside takes the nearest end, NaN is grey."""
+    if math.isnan(value):
+        return MISSING_COLOUR
+    share = (value - low) / (high - low) if high > low else 0.5
+    at = min(max(share, 0.0), 1.0) * (len(COLOURS) - 1)
+    first = min(int(at), len(COLOURS) - 2)
+    mixed = (a + (at - first) * (b - a) for a, b in zip(COLOURS[first], COLOURS[first + 1]))
+    red, green, blue = (round(x) for x in mixed)
+    return red, green, blue
+
+
+def draw_heatmap(
+    values: np.ndarray,
+    rows: Sequence[Any],
+    columns: Sequence[Any],
+    title: str,
+    *,
+    row_name: str,
+    column_name: str,
+    caption: str = "",
+    texts: Sequence[Sequence[str]] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    marks: Mapping[tuple[int, int], tuple[int, int, int]] | None = None,
+    legend: Sequence[tuple[tuple[int, int, int], str]] = (),
+    scale: str = "{:.2f}",
+) -> Image.Image:
+    """Picture of a table of numbers: a colour for each, with the number in it and a colour bar.
+
+    Args:
+        values: (R, C); NaN where there is none.
+        rows: Labels of the R rows, from the top.
+        columns: Labels of the C columns.
+        title: Above all.
+        row_name: What the rows are.
+        column_name: What the columns are.
+        caption: A second, smaller line.
+        texts: What is written into the cells, several lines if need be; None formats the values
+            as on the colour bar. Left out where it does not fit.
+        low: Value of the lightest colour; None takes the smallest.
+        high: Value of the darkest; None takes the largest.
+        marks: Colour of a frame around a cell (row, column).
+        legend: What the colours of frames mean.
+        scale: Format of the numbers on the colour bar.
+    """
+    head, label, small = (ImageFont.load_default(size) for size in (25, 19, 16))
+    known = values[~np.isnan(values)]
+    low = float(known.min()) if low is None and known.size else float(low or 0.0)
+    high = float(known.max()) if high is None and known.size else float(high or 1.0)
+    if texts is None:
+        texts = [["" if math.isnan(v) else scale.format(v) for v in row] for row in values]
+    cell = max(26, min(84, 1400 // len(columns)))
+    tall = max(22, min(54, 1000 // len(rows)))
+    left = 56 + round(max(label.getlength(str(name)) for name in rows))
+    top = 62 + (24 if caption else 0)
+    width, height = cell * len(columns), tall * len(rows)
+    ends = [scale.format(low + (high - low) * share) for share in (1, 0.75, 0.5, 0.25, 0)]
+    tick = max(label.getlength(text) for text in ends)
+    right = left + width + 84 + round(tick)
+    wide = [16 + head.getlength(title), 16 + small.getlength(caption)]
+    wide += [left + 30 + label.getlength(text) for _, text in legend]
+    bottom = top + height + 72 + 28 * len(legend)
+    picture = Image.new("RGB", (max(right, *(16 + round(w) for w in wide)), bottom), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((16, 12), title, fill="black", font=head)
+    pen.text((16, 48), caption, fill=(90, 90, 90), font=small)
+    for i, j in np.ndindex(*values.shape):
+        x, y = left + j * cell, top + i * tall
+        colour = colour_of(float(values[i, j]), low, high)
+        pen.rectangle((x, y, x + cell - 1, y + tall - 1), fill=colour)
+        lines = texts[i][j].split("\n")
+        fonts = [font for font in (label, small) if _fits(lines, font, cell - 6, tall - 4)]
+        if fonts:
+            ink = "white" if _luminance(colour) < 140 else _INK
+            step = fonts[0].size + 2
+            for n, line in enumerate(lines):
+                at = y + tall / 2 + (n - (len(lines) - 1) / 2) * step
+                pen.text((x + cell / 2, at), line, fill=ink, font=fonts[0], anchor="mm")
+    for (i, j), colour in (marks or {}).items():
+        x, y = left + j * cell, top + i * tall
+        pen.rectangle((x, y, x + cell - 1, y + tall - 1), outline="white", width=6)
+        pen.rectangle((x + 1, y + 1, x + cell - 2, y + tall - 2), outline=colour, width=4)
+    pen.rectangle((left - 1, top - 1, left + width, top + height), outline=_INK)
+    for i, name in enumerate(rows):
+        at = (left - 10, top + (i + 0.5) * tall)
+        pen.text(at, str(name), fill="black", font=label, anchor="rm")
+    longest = max(label.getlength(str(name)) for name in columns)
+    every = max(1, math.ceil((longest + 8) / cell))
+    for j, name in list(enumerate(columns))[::every]:
+        at = (left + (j + 0.5) * cell, top + height + 8)
+        pen.text(at, str(name), fill="black", font=label, anchor="ma")
+    at = (left + width / 2, top + height + 38)
+    pen.text(at, column_name, fill="black", font=label, anchor="ma")
+    name = vertical_text(row_name, label, round(label.getlength(row_name)) + 2)
+    picture.paste(name, (12, max(top, top + (height - name.height) // 2)))
+    _draw_colour_bar(pen, (left + width + 28, top, left + width + 50, top + height), ends, label)
+    for n, (colour, text) in enumerate(legend):
+        y = top + height + 72 + 28 * n
+        pen.rectangle((left, y, left + 22, y + 18), outline=colour, width=4)
+        pen.text((left + 32, y + 9), text, fill="black", font=label, anchor="lm")
+    return picture
+
+
+def _draw_colour_bar(
+    pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], ends: Sequence[str], font: Any
+) -> None:
+    """A bar from high (top) to low, with numbers at equal distances, as many as there is room."""
+    left, top, right, bottom = box
+    for y in range(top, bottom):
+        share = (bottom - 1 - y) / max(1, bottom - 1 - top)
+        pen.line((left, y, right, y), fill=colour_of(share, 0.0, 1.0))
+    pen.rectangle((left - 1, top - 1, right + 1, bottom), outline=_INK)
+    if bottom - top < 5 * font.size:
+        ends = (ends[0], ends[-1])
+    for n, text in enumerate(ends):
+        y = top + (bottom - top) * n / (len(ends) - 1)
+        anchor = {0: "lt", len(ends) - 1: "lb"}.get(n, "lm")
+        pen.text((right + 8, y), text, fill="black", font=font, anchor=anchor)
+
+
+def _fits(lines: Sequence[str], font: Any, width: float, height: float) -> bool:
+    return (
+        max(font.getlength(line) for line in lines) <= width
+        and len(lines) * (font.size + 2) <= height
+    )
+
+
+def _luminance(colour: tuple[int, int, int]) -> float:
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 
 
 def draw_bars(title: str, values: Mapping[str, float]) -> Image.Image:

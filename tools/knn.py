@@ -259,16 +259,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.timesteps = args.timesteps or [90]
     args.blocks = args.blocks or [19]
     common.check_common(args)
-    for name in ("chunk", "batch_size", "pool"):
-        if getattr(args, name) < 1:
-            raise ToolError(f"--{name.replace('_', '-')} must be at least 1")
-    if min(args.k) < 1:
-        raise ToolError(f"--k must be at least 1, got {min(args.k)}")
+    common.check_at_least_one(args, "chunk", "batch_size", "pool")
+    check_neighbours(args, args.k)
+    return args
+
+
+def check_neighbours(args: argparse.Namespace, ks: Sequence[int]) -> None:
+    """Check what neighbours are asked for, without looking at the images.
+
+    Raises:
+        ToolError: A value is out of range.
+    """
+    if ks and min(ks) < 1:
+        raise ToolError(f"--k must be at least 1, got {min(ks)}")
     if not (args.temperature > 0 and math.isfinite(args.temperature)):
         raise ToolError(f"--temperature must be above 0, got {args.temperature}")
     if args.noise == "random":
-        raise ToolError("--noise random: neighbours need features that stay; take fixed or none")
-    return args
+        raise ToolError("--noise random: features have to stay the same; take fixed or none")
 
 
 def run(args: argparse.Namespace, processes: Processes) -> list[dict[str, Any]]:
@@ -287,8 +294,7 @@ def run(args: argparse.Namespace, processes: Processes) -> list[dict[str, Any]]:
     if max(args.k) > len(train.listing):
         raise ToolError(f"--k {max(args.k)}: there are {len(train.listing)} training images only")
     backbone = common.build_backbone(args)
-    if not args.checkpoint:
-        processes.say("warning: no --checkpoint, so the U-Net's weights are random")
+    common.warn_random(args, processes)
     options = FeatureOptions(
         tuple(args.timesteps),
         tuple(args.blocks),

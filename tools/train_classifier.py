@@ -208,10 +208,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     several = len(args.lr) > 1
     if args.select_on == "auto":
         args.select_on = "heldout" if several else "none"
-    for name in ("epochs", "batch_size", "step", "eval_every", "pool", "width", "layers"):
-        if getattr(args, name) < 1:
-            option = name.replace("_", "-")
-            raise ToolError(f"--{option} must be at least 1, got {getattr(args, name)}")
+    counts = ("epochs", "batch_size", "step", "eval_every", "pool", "width", "layers")
+    common.check_at_least_one(args, *counts)
     rates = [*args.lr, *([] if args.backbone_lr is None else [args.backbone_lr])]
     if any(not 0 < lr < 1e30 for lr in rates) or len(set(args.lr)) < len(args.lr):
         raise ToolError(f"learning rates must be different and above 0, got {rates}")
@@ -552,10 +550,7 @@ def run(
         learn_from, held_out = common.split_holdout(train.labels, args.holdout, args.seed)
     model = build_model(args, len(train.listing.classes), compute, len(args.lr))
     model.options.batch = math.ceil(args.batch_size / processes.world_size)
-    if not args.checkpoint:
-        processes.say(
-            "warning: no --checkpoint, so the U-Net's weights are random; they follow from --seed"
-        )
+    common.warn_random(args, processes)
     cached = args.cache and all((Path(args.cache, p) / "manifest.json").is_file() for p in SPLITS)
     if processes.first and not cached and caches is None:
         common.check_images(train)
@@ -748,7 +743,7 @@ class _Run:
             if improved:
                 self._save_best()
             self._save_last()
-            common.write_lines(self.out / "metrics.jsonl", map(_finite, self.history))
+            common.write_lines(self.out / "metrics.jsonl", map(common.finite, self.history))
             if board is not None:
                 self._log(board, record)
         self._say(record)
@@ -905,15 +900,6 @@ def _order(record: Mapping[str, Any], on: str, index: int) -> list[float]:
     return [scores["top1"], -scores["loss"]] if finite else [-1.0, 0.0]
 
 
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not know by null."""
-    if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _write_results(
     out: Path,
     results: Mapping[str, Any],
@@ -924,7 +910,9 @@ def _write_results(
     if processes.first:
         assert counts is not None
         _common.save_picture(common.draw_confusion(counts, classes), out / "confusion.png")
-        common.write_json(out / "results.json", _finite({**results, "confusion": counts.tolist()}))
+        common.write_json(
+            out / "results.json", common.finite({**results, "confusion": counts.tolist()})
+        )
     processes.barrier()
 
 
@@ -952,9 +940,20 @@ def _load_weights(model: Classifier, saved: Mapping[str, Any], index: int) -> No
     Raises:
         ToolError: They are of another model.
     """
+    head = saved["heads"][index] if "heads" in saved else saved["head"]
+    load_weights(model.heads[0], head)
+    load_weights(model.backbone, saved["backbone"])
+
+
+def load_weights(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Load what a checkpoint of this tool holds of a head or backbone.
+
+    Raises:
+        CheckpointError: A frozen U-Net has other weights than in training.
+        ToolError: It is of another model.
+    """
     try:
-        model.heads[0].load_state_dict(saved["heads"][index] if "heads" in saved else saved["head"])
-        model.backbone.load_state_dict(saved["backbone"])
+        module.load_state_dict(dict(state_dict))
     except CheckpointError:
         raise
     except RuntimeError as error:
