@@ -110,7 +110,7 @@ class DiffusionObjective:
         log_variance = share * table["log_beta"] + (1 - share) * table["log_posterior"]
         excess = table["log_posterior"] - log_variance
         distance = (true_mean - mean).square() * torch.exp(-log_variance)
-        divergence = 0.5 * (torch.exp(excess) - 1 - excess + distance)
+        divergence = 0.5 * (torch.expm1(excess) - excess + distance)
         likelihood = _log_likelihood(x_start, mean, 0.5 * log_variance)
         last = (t == 0)[:, None, None, None]
         return torch.where(last, -likelihood, divergence).flatten(1).mean(1) / math.log(2)
