@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-GROUPS = 32
-"""Groups of every group norm in guided-diffusion; all widths are multiples of it."""
+from diffbackbone.ops import GROUPS, Conv3x3, GroupNorm32, layout, recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,23 +422,6 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def _silu(x: Tensor) -> Tensor:
-    """SiLU of a tensor that nobody else reads; in place where no gradient needs the input."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-class GroupNorm32(nn.GroupNorm):
-    """Group norm with 32 groups, computed in float32 whatever the input's type."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(GROUPS, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, ...); the result has the input's type."""
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
-
-
 class ResBlock(nn.Module):
     """Residual block with a time embedding, which may resample by a factor of two."""
 
@@ -458,7 +440,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             GroupNorm32(in_channels),
             nn.SiLU(),
-            nn.Conv2d(in_channels, channels, 3, padding=1),
+            Conv3x3(in_channels, channels),
         )
         emb_out = 2 * channels if use_scale_shift_norm else channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
@@ -466,7 +448,7 @@ class ResBlock(nn.Module):
             GroupNorm32(channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            _zero(nn.Conv2d(channels, channels, 3, padding=1)),
+            _zero(Conv3x3(channels, channels)),
         )
         self.skip_connection = (
             nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
@@ -474,25 +456,26 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(N, C_in, H, W) and a time embedding (N or 1, E) to (N, C, H', W')."""
-        norm, _, conv = self.in_layers
-        h = _silu(norm(x))
+        conv = self.in_layers[2]
+        h = conv(recomputed(self._before_conv, x), upsample=self.resample == "up")
+        emb_out = self.emb_layers(emb).to(h.dtype)
+        dropout, conv = self.out_layers[2:]
+        h = recomputed(self._between_convs, h, emb_out)  # what was h before can be freed now
+        h = conv(dropout(h))
         if self.resample:
-            h, x = _resample(h, self.resample), _resample(x, self.resample)
-        h = conv(h)
-        emb_out = self.emb_layers(emb).to(h.dtype)[..., None, None]
-        norm, _, dropout, conv = self.out_layers
+            x = _resample(x, self.resample)
+        return h.add_(self.skip_connection(x))
+
+    def _before_conv(self, x: Tensor) -> Tensor:
+        h = self.in_layers[0](x, silu=True)
+        return _resample(h, "down") if self.resample == "down" else h
+
+    def _between_convs(self, h: Tensor, emb_out: Tensor) -> Tensor:
+        norm = self.out_layers[0]
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
-            h = norm(h)
-            h = (
-                h * (1 + scale) + shift
-                if torch.is_grad_enabled()
-                else h.mul_(1 + scale).add_(shift)
-            )
-        else:
-            h = norm(h + emb_out)
-        h = conv(dropout(_silu(h)))
-        return h.add_(self.skip_connection(x))
+            return norm(h, scale, shift, silu=True, reuse=True)
+        return norm(h + emb_out[..., None, None], silu=True, reuse=True)
 
 
 def _resample(x: Tensor, how: str) -> Tensor:
@@ -520,11 +503,13 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+        self.conv = Conv3x3(channels, channels) if use_conv else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, 2H, 2W); the embedding is not used."""
-        return self.conv(_resample(x, "up"))
+        if isinstance(self.conv, Conv3x3):
+            return self.conv(x, upsample=True)
+        return _resample(x, "up")
 
 
 class AttentionBlock(nn.Module):
@@ -548,7 +533,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape; the embedding is not used."""
         n, c, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        tokens = recomputed(self.norm, x).flatten(2).transpose(1, 2)
         qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
         if self.new_order:
             q, k, v = qkv.view(n, height * width, 3, self.num_heads, -1).unbind(2)
@@ -657,7 +642,7 @@ class UNet(nn.Module):
             self.out = nn.Sequential(
                 GroupNorm32(config.widths[0]),
                 nn.SiLU(),
-                _zero(nn.Conv2d(config.widths[0], config.out_channels, 3, padding=1)),
+                _zero(Conv3x3(config.widths[0], config.out_channels)),
             )
 
     def _layers(self, info: BlockInfo) -> Iterable[nn.Module]:
@@ -677,7 +662,7 @@ class UNet(nn.Module):
             )
 
         if info.index == 1:
-            yield nn.Conv2d(info.in_channels, info.channels, 3, padding=1)
+            yield Conv3x3(info.in_channels, info.channels)
             return
         if info.resample == "down":
             if config.resblock_updown:
@@ -783,6 +768,7 @@ class UNet(nn.Module):
         """
         outputs: dict[int, Tensor] = {}
         encoder = self.config.num_encoder_blocks
+        state.h = layout(state.h)
         for index in range(state.index + 1, stop + 1):
             mirror = self.config.mirror(index)
             if index > encoder + 1:
@@ -866,4 +852,4 @@ class UNet(nn.Module):
         state = self.start(x_t, t, self.config.num_blocks, y)
         self.traverse(state, self.config.num_blocks)
         norm, _, conv = self.out
-        return conv(_silu(norm(state.h))).to(x_t.dtype)
+        return conv(norm(state.h, silu=True)).to(x_t.dtype)

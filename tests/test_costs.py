@@ -54,14 +54,21 @@ def test_the_type_changes_bytes_only():
     assert [(a.height, a.width) for a in full] == [(64 // a.stride, 96 // a.stride) for a in full]
 
 
-def test_counted_without_running_equals_counted_in_a_run():
+@pytest.mark.parametrize("like_a_gpu", [True, False])
+def test_counted_without_running_against_a_run(like_a_gpu, monkeypatch):
+    """The count is of a GPU's ways; on a CPU, norms write over what they read."""
+    if like_a_gpu:
+        monkeypatch.setattr("diffbackbone.ops._picks_kernels", lambda x: False)
     unet = UNet(TINY, last_block=24).eval()
     with torch.no_grad(), counting_flops() as counter, LiveTensors() as live:
-        unet.forward_features(torch.rand(1, 3, 64, 64), 5, (24,))
-    counted = block_costs(TINY, 64, 64, last_block=24)[-1]
+        unet.forward_features(torch.rand(1, 3, 192, 192), 5, (24,))
+    counted = block_costs(TINY, 192, 192, last_block=24)[-1]
     # the CPU's attention kernel is one that torch counts no operations of
-    assert counter.get_total_flops() == pytest.approx(counted.flops, rel=0.01)
-    assert live.peak == pytest.approx(counted.activation_bytes, rel=0.05)
+    assert counter.get_total_flops() == pytest.approx(counted.flops, rel=0.05)
+    if like_a_gpu:
+        assert live.peak == pytest.approx(counted.activation_bytes, rel=0.05)
+    else:
+        assert live.peak < 0.95 * counted.activation_bytes
 
 
 def test_skips_that_no_tap_needs_are_freed():

@@ -85,12 +85,14 @@ def test_shared_start_changes_neither_values_nor_gradients(mapping):
         results.append((features, {name: p.grad for name, p in gradients.items()}))
     (plain, expected), (ours, gradients) = results
     for b in taps:
-        assert torch.allclose(ours[b], plain[b], rtol=1e-5, atol=1e-6), b
+        assert (ours[b] - plain[b]).abs().max() < 5e-6 * plain[b].abs().max(), b
+    # a bias before a norm with one channel in a group has no gradient but rounding
+    largest = max(grad.abs().max().item() for grad in expected.values() if grad is not None)
     for name, grad in expected.items():
         assert (grad is None) == (gradients[name] is None), name
         if grad is not None:
             scale = max(grad.abs().max().item(), 1e-8)
-            assert (grad - gradients[name]).abs().max() < 1e-4 * scale + 1e-9, name
+            assert (grad - gradients[name]).abs().max() < 1e-4 * scale + 1e-6 * largest, name
 
 
 def runs(feedback: Feedback, unet: UNet, taps) -> Counter:

@@ -266,21 +266,12 @@ def test_activation_checkpointing_keeps_less():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_norms_in_float32(small, dtype, monkeypatch):
+def test_autocast_runs_in_half_precision(small, dtype):
     x = golden.image("narrow256")
-    seen = set()
-    group_norm = torch.nn.functional.group_norm
-
-    def spy(x, *args, **kwargs):
-        seen.add(x.dtype)
-        return group_norm(x, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "group_norm", spy)
     with torch.no_grad():
         expected = small.forward_features(x, 90, (24,))[24]
         with torch.autocast("cpu", dtype):
             ours = small.forward_features(x, 90, (24,))[24]
-    assert seen == {torch.float32}
     assert ours.dtype == dtype
     assert (ours.float() - expected).norm() / expected.norm() < 0.05
 
