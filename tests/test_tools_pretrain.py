@@ -26,7 +26,7 @@ TOOLS = ROOT / "tools"
 sys.path.append(str(TOOLS))
 
 import pretrain
-from _classification import ToolError
+from _classification import ToolError, list_images
 
 from diffbackbone import DiffusionBackbone, UNet, UNetConfig, load_checkpoint
 from diffbackbone.checkpoint import read_unet_config
@@ -199,14 +199,13 @@ def test_presets_are_listed(capsys):
 
 def crops(data, **options):
     settings = {"size": 16, "seed": 0, "flip": False, **options}
-    return pretrain.Crops(pretrain.find_images(data), **settings)
+    return pretrain.Crops(list_images(data), **settings)
 
 
 def test_images_are_found_however_deep(data):
-    folder = pretrain.find_images(data)
-    assert len(folder.listing) == COUNT
-    assert "deep/deeper/0.png" in folder.listing.paths
-    assert "1.jpg" in folder.listing.paths
+    paths = crops(data).folder.listing.paths
+    assert len(paths) == COUNT
+    assert {"deep/deeper/0.png", "1.jpg"} <= set(paths)
 
 
 def test_epoch_has_each_image_once_in_another_order(data):
@@ -342,16 +341,34 @@ def test_learned_variance_has_six_channels_and_a_bound(data, tmp_path):
     assert flags["learn_sigma"] is True
 
 
-def test_samples_are_of_the_averaged_weights(unbroken):
+def test_samples_are_of_the_averaged_weights(data, tmp_path):
+    out = tmp_path / "out"
+    train(data, out, "--lr", 0.02, "--iterations", 8, "--sample-steps", 4)
     config = UNetConfig(**FIELDS).replace(out_channels=3)
-    unet = UNet(config).eval()
-    load_checkpoint(unet, unbroken / "unet.pt")
     seed = pretrain._generator_seed(0, pretrain._SAMPLES, 0)
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-    schedule = pretrain.NoiseSchedule("linear")
-    expected = np.asarray(pretrain.draw_grid(sample_ddim(unet, schedule, noise, 2)), dtype=int)
-    with Image.open(unbroken / "samples" / "0000006.png") as picture:
-        assert np.abs(np.asarray(picture, dtype=int) - expected).max() <= 1
+    differences = []
+    for name in ("ema", "unet"):
+        unet = UNet(config).eval()
+        unet.load_state_dict(saved(out)[name])
+        made = sample_ddim(unet, pretrain.NoiseSchedule("linear"), noise, 4)
+        with Image.open(out / "samples" / "0000008.png") as picture:
+            difference = np.asarray(picture, dtype=int) - np.asarray(pretrain.draw_grid(made))
+        differences.append(np.abs(difference).max())
+    assert differences[0] <= 1
+    assert differences[1] > 5
+
+
+def test_rate_and_clipping_reach_the_optimizer(data, tmp_path):
+    options = ["--lr", 1e-2, "--warmup", 4, "--lr-decay", 2, "--log-every", 1]
+    train(data, tmp_path / "out", *options)
+    rates = [record["lr"] for record in saved(tmp_path / "out")["history"]]
+    assert rates == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 5e-3])
+    train(data, tmp_path / "clipped", *options, "--clip", 1e-12)  # far below Adam's epsilon
+    train(data, tmp_path / "start", *options, "--lr", 1e-12)
+    start = weights(tmp_path / "start")
+    assert changes(weights(tmp_path / "out"), start) > 1e-3
+    assert changes(weights(tmp_path / "clipped"), start) < 1e-5
 
 
 def test_pictures_come_as_often_as_asked(data, tmp_path):

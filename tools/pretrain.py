@@ -54,7 +54,6 @@ from torch.utils.data import DataLoader, Dataset
 from diffbackbone.backbone import _resolve_config
 from diffbackbone.checkpoint import load_checkpoint
 from diffbackbone.diffusion import NoiseSchedule
-from diffbackbone.features import Listing
 from diffbackbone.pretraining import (
     DiffusionObjective,
     Ema,
@@ -239,36 +238,6 @@ def list_presets() -> str:
 # ------------------------------------------------------------------------------------------- data
 
 
-def find_images(root: Path) -> ImageFolder:
-    """All images below a folder, in the order of their paths.
-
-    Raises:
-        ToolError: There is no folder, or no image in it, or an image is empty.
-    """
-    if not root.is_dir():
-        raise ToolError(f"--data {root}: there is no such folder")
-    paths = []
-    for folder, inside, files in os.walk(root, followlinks=True):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        paths += [
-            Path(folder, file)
-            for file in files
-            if not file.startswith(".") and file.lower().endswith(common.SUFFIXES)
-        ]
-    if not paths:
-        raise ToolError(f"{root} has no images ({', '.join(common.SUFFIXES)})")
-    paths.sort(key=lambda path: path.relative_to(root).as_posix())
-    stats = [common._stat(path) for path in paths]
-    listing = Listing(
-        tuple(path.relative_to(root).as_posix() for path in paths),
-        (0,) * len(paths),
-        tuple(s.st_size for s in stats),
-        tuple(s.st_mtime_ns for s in stats),
-        ("images",),
-    )
-    return ImageFolder(root, listing)
-
-
 def _random(seed: int, kind: int, number: int) -> np.random.Generator:
     return np.random.default_rng([seed, kind, number])
 
@@ -367,7 +336,7 @@ class Pretraining:
         self.device = processes.device
         self.config = read_unet(args.unet, args.size, args.learn_variance)
         self.schedule = NoiseSchedule(self.config.noise_schedule)
-        self.folder = find_images(Path(args.data).expanduser())
+        self.folder = common.list_images(Path(args.data).expanduser())
         self.settings = self._settings()
         self.dtype = self._compute_dtype()
         saved = self._find_run()
