@@ -56,7 +56,7 @@ def test_the_type_changes_bytes_only():
 
 @pytest.mark.parametrize("like_a_gpu", [True, False])
 def test_counted_without_running_against_a_run(like_a_gpu, monkeypatch):
-    """The count is of a GPU's ways; on a CPU, norms write over what they read."""
+    """The count is of a GPU's ways; a CPU's don't take more."""
     if like_a_gpu:
         monkeypatch.setattr("diffbackbone.ops._picks_kernels", lambda x: False)
     unet = UNet(TINY, last_block=24).eval()
@@ -65,10 +65,7 @@ def test_counted_without_running_against_a_run(like_a_gpu, monkeypatch):
     counted = block_costs(TINY, 192, 192, last_block=24)[-1]
     # the CPU's attention kernel is one that torch counts no operations of
     assert counter.get_total_flops() == pytest.approx(counted.flops, rel=0.05)
-    if like_a_gpu:
-        assert live.peak == pytest.approx(counted.activation_bytes, rel=0.05)
-    else:
-        assert live.peak < 0.95 * counted.activation_bytes
+    assert live.peak == pytest.approx(counted.activation_bytes, rel=0.05)
 
 
 def test_skips_that_no_tap_needs_are_freed():
