@@ -203,9 +203,10 @@ def test_rotation_start_and_scaling_change_no_score(count, width):
 
 
 def test_features_are_standardised_by_the_training_images():
-    x = 5 + normal(0, 50, 8) * torch.arange(1, 9)
-    x[:, 3] = 0.1  # constant, and no number that is exact
-    other = normal(1, 7, 8)
+    x = 5 + normal(0, 50, 8).double() * torch.arange(1, 9)
+    x[:, 3] = 0.1
+    x[::2, 3] = float(np.nextafter(0.1, 1))  # constant but for rounding
+    other = normal(1, 7, 8).double()
     a, b = _analysis.standardise(x, [other])
     assert torch.allclose(a.mean(0), torch.zeros(8).double(), atol=1e-12)
     assert float(a.square().sum(1).mean()) == pytest.approx(1)
@@ -322,3 +323,10 @@ def test_heatmap_of_many_cells_and_of_one_value():
     assert max(many.size) < 2600
     one = common.draw_heatmap(np.ones((1, 1)), [1], [1], "t", row_name="r", column_name="c")
     assert one.size[0] > 100
+    square = np.asarray(
+        common.draw_heatmap(
+            np.eye(4), range(4), range(4), "t", row_name="r", column_name="c", square=True
+        )
+    )
+    left, top, right, bottom = find_grid(square)
+    assert right - left == bottom - top

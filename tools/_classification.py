@@ -970,6 +970,7 @@ def draw_heatmap(
     marks: Mapping[tuple[int, int], tuple[int, int, int]] | None = None,
     legend: Sequence[tuple[tuple[int, int, int], str]] = (),
     scale: str = "{:.2f}",
+    square: bool = False,
 ) -> Image.Image:
     """Picture of a table of numbers: a colour for each, with the number in it and a colour bar.
 
@@ -988,6 +989,7 @@ def draw_heatmap(
         marks: Colour of a frame around a cell (row, column).
         legend: What the colours of frames mean.
         scale: Format of the numbers on the colour bar.
+        square: Make the cells as high as wide.
     """
     head, label, small = (ImageFont.load_default(size) for size in (25, 19, 16))
     known = values[~np.isnan(values)]
@@ -995,8 +997,8 @@ def draw_heatmap(
     high = float(known.max()) if high is None and known.size else float(high or 1.0)
     if texts is None:
         texts = [["" if math.isnan(v) else scale.format(v) for v in row] for row in values]
-    cell = max(26, min(84, 1400 // len(columns)))
-    tall = max(22, min(54, 1000 // len(rows)))
+    cell = max(26, min(60 if square else 84, 1400 // len(columns)))
+    tall = cell if square else max(22, min(54, 1000 // len(rows)))
     left = 56 + round(max(label.getlength(str(name)) for name in rows))
     top = 62 + (24 if caption else 0)
     width, height = cell * len(columns), tall * len(rows)

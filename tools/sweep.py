@@ -19,6 +19,10 @@ each combination and seed), ``results.json``, ``linear_pool2.png`` and the like 
 * **cka**: linear CKA between flattened maps (``--cka-pool``), with the unbiased HSIC estimator
   over minibatches (Nguyen et al. 2021), on the validation images. It needs no labels.
 
+The backbone's fixed noise is the same for every image, so a large timestep costs less accuracy
+than with noise of each image's own, as in the paper's figures: choose the timestep with the noise
+that you will use it with.
+
 A seed draws ``--subset`` (the labels there are) and the held-out share; the features are
 those of ``--seed``. A run that was killed goes on from whole shards of the cache and from the
 combinations that are done: run the same command again. Pools and seeds may be added later on;
@@ -568,6 +572,7 @@ class Similarity:
                 caption=caption,
                 low=0.0,
                 high=1.0,
+                square=True,
             )
             _common.save_picture(picture, out / self.file(kind, at))
             rows += [
