@@ -35,8 +35,9 @@ import sweep
 from _classification import Processes, ToolError
 from image_folders import CLASSES, write_folder, write_weights
 
-from diffbackbone import UNetConfig
+from diffbackbone import UNet, UNetConfig
 from diffbackbone.features import CacheError, FeatureCache, Listing, write_cache
+from diffbackbone.pretraining import save_safetensors
 
 TRAIN, VAL = 6, 4
 SMALL = [
@@ -379,6 +380,24 @@ def test_a_cells_neighbours_are_the_knn_commands(data, tmp_path, weights):
     (own,) = (c for c in results["cells"] if (c["b"], c["t"], c["pool"]) == (24, 90, 2))
     assert own["knn"] == row["top1"]
     assert not list((tmp_path / "out").glob("cka*"))
+
+
+def test_architecture_may_come_from_a_pretrained_file(data, tmp_path):
+    config = UNetConfig.from_preset("tiny").replace(num_res_blocks=1, noise_schedule="cosine")
+    torch.manual_seed(5)
+    unet = UNet(config)
+    path = tmp_path / "unet.safetensors"
+    save_safetensors(path, unet.state_dict(), config, torch.float32)
+    options = ["--unet", path, "--checkpoint", path, "--no-cka", "--measures", "knn"]
+    results = run(data, tmp_path / "out", *options)
+    features = results["settings"]["features"]
+    assert features["unet"]["num_res_blocks"] == 1
+    assert features["schedule"][0] == "cosine"
+    assert config.num_blocks < 33
+    message = fails("--data", data, "--out", tmp_path / "x", *options, "--blocks", 33)
+    assert f"from 1 to {config.num_blocks}" in message
+    assert "give a .safetensors file" in fails("--data", data, "--unet", "unet.pt")
+    assert "there is no checkpoint" in fails("--data", data, "--unet", "gone.safetensors")
 
 
 def test_cka_of_a_sweep_is_that_of_its_taps(data, tmp_path, weights):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -37,9 +38,10 @@ except ImportError as error:
 
 from diffbackbone import CheckpointError, DiffusionBackbone, NoiseSchedule
 from diffbackbone import features as feature_cache
+from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.diffusion import NOISE_POLICIES
 from diffbackbone.features import CacheError, FeatureCache, Listing, Tap
-from diffbackbone.unet import PRESETS
+from diffbackbone.unet import PRESETS, UNetConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 CHECK_WHOLE = 20_000
@@ -549,8 +551,10 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that say which features are taken."""
     group = parser.add_argument_group("backbone")
     group.add_argument(
-        "--unet", default="gd256_uncond", metavar="PRESET", help=f"one of {', '.join(PRESETS)}"
-    )
+        "--unet", default="gd256_uncond", metavar="PRESET",
+        help=f"one of {', '.join(PRESETS)}; or a .safetensors of tools/pretrain.py, which tells "
+        "its own architecture",
+    )  # fmt: skip
     group.add_argument(
         "--checkpoint", metavar="FILE", help="guided-diffusion weights; without, they are random"
     )
@@ -586,14 +590,32 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@functools.lru_cache
+def unet_config(unet: str) -> UNetConfig:
+    """The architecture that ``--unet`` names.
+
+    Raises:
+        ToolError: It is neither a preset nor a file that could tell it.
+        CheckpointError: The file is damaged or of something else.
+    """
+    if unet in PRESETS:
+        return PRESETS[unet]
+    if not unet.endswith(".safetensors"):
+        raise ToolError(
+            f"--unet {unet}: choose from {', '.join(PRESETS)}, or give a .safetensors file of "
+            "tools/pretrain.py"
+        )
+    _common.check_checkpoint(unet)
+    return read_unet_config(unet)
+
+
 def check_backbone(args: argparse.Namespace) -> None:
     """Check the arguments of :func:`add_backbone_arguments` without reading anything.
 
     Raises:
         ToolError: A value is out of range.
     """
-    if args.unet not in PRESETS:
-        raise ToolError(f"--unet {args.unet}: choose from {', '.join(PRESETS)}")
+    unet_config(args.unet)
     if args.seed < 0:
         raise ToolError(f"--seed must be at least 0, got {args.seed}")
     for name in ("timesteps", "blocks"):
@@ -632,7 +654,7 @@ def check_common(args: argparse.Namespace) -> None:
     """
     check_backbone(args)
     if args.image_size is None:
-        args.image_size = PRESETS[args.unet].image_size
+        args.image_size = unet_config(args.unet).image_size
     if args.image_size < 32:
         raise ToolError(f"--image-size must be at least 32, got {args.image_size}")
     if args.workers is None:
@@ -654,14 +676,15 @@ def build_backbone(
     if args.checkpoint:
         _common.check_checkpoint(args.checkpoint)
     torch.manual_seed(args.seed)
-    schedule = NoiseSchedule(PRESETS[args.unet].noise_schedule)
+    config = unet_config(args.unet)
+    schedule = NoiseSchedule(config.noise_schedule)
     try:
         for t in args.timesteps:
             schedule.check_timestep(t)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said below in the tool's words
             return DiffusionBackbone(
-                args.unet,
+                config,
                 checkpoint=args.checkpoint,
                 timestep=args.timesteps[0],
                 blocks=args.blocks,

@@ -59,7 +59,7 @@ from diffbackbone.features import (
     setting_differences,
     tap_shapes,
 )
-from diffbackbone.unet import PRESETS, UNetConfig
+from diffbackbone.unet import UNetConfig
 
 FORMAT = "diffbackbone sweep 1"
 BLOCKS = (6, 9, 12, 15, 18, 19, 21, 24, 27, 30, 33, 36)
@@ -648,7 +648,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--cka-images", type=int, default=2500, help="images at most")
     args = parser.parse_args(argv)
     common.check_common(args)
-    count = PRESETS[args.unet].num_blocks
+    count = common.unet_config(args.unet).num_blocks
     args.timesteps = args.timesteps or list(TIMESTEPS)
     args.blocks = args.blocks or [b for b in BLOCKS if b <= count]
     args.seeds = args.seeds or [args.seed]
@@ -656,7 +656,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("pools", "seeds", "l2", "measures"):
         common.check_different(args, name)
     try:
-        PRESETS[args.unet].check_blocks(args.blocks)
+        common.unet_config(args.unet).check_blocks(args.blocks)
     except ValueError as error:
         raise ToolError(str(error)) from error
     if min(args.pools) < 1 or min(args.seeds) < 0:
@@ -710,7 +710,7 @@ class _Sweep:
         if not args.cka_only:
             self._draw()
         # the whole U-Net, so that its digest, and with it what was measured, outlasts other blocks
-        whole = [PRESETS[args.unet].num_blocks]
+        whole = [common.unet_config(args.unet).num_blocks]
         self.backbone = common.build_backbone(argparse.Namespace(**{**vars(args), "blocks": whole}))
         self.taps: list[Tap] = [(t, b) for b in args.blocks for t in args.timesteps]
         config = self.backbone.unet.config
@@ -793,7 +793,8 @@ class _Sweep:
     def _title(self) -> str:
         args = self.args
         weights = Path(args.checkpoint).name if args.checkpoint else "random weights"
-        return f"Features of `{args.unet}` ({weights}), {args.image_size} px, noise {args.noise}"
+        unet = Path(args.unet).name
+        return f"Features of `{unet}` ({weights}), {args.image_size} px, noise {args.noise}"
 
     def _open_caches(self) -> list[FeatureCache]:
         args = self.args
@@ -935,7 +936,7 @@ class _Sweep:
         for measure, advice in zip(args.measures, advices):
             for pool in args.pools:
                 file = f"{measure}_pool{pool}.png"
-                short = f"{args.unet}, {args.image_size} px, {caption}"
+                short = f"{Path(args.unet).name}, {args.image_size} px, {caption}"
                 picture = draw_accuracy(cells, measure, pool, advice, short)
                 _common.save_picture(picture, self.out / file)
                 heading = f"## Top-1 in % by {MEASURES[measure]}, pooled to {pool}x{pool}"
@@ -979,7 +980,9 @@ class _Sweep:
             ),
         )
         images = min(args.cka_images, len(cache.listing))
-        caption = f"{args.unet}, {args.image_size} px, {images:,} images, maps pooled to "
+        caption = (
+            f"{Path(args.unet).name}, {args.image_size} px, {images:,} images, maps pooled to "
+        )
         caption += f"{args.cka_pool}x{args.cka_pool}"
         found.write(self.out, caption)
         results["cka"] = found.to_json()

@@ -38,7 +38,6 @@ from torch import Tensor
 from diffbackbone import DiffusionBackbone
 from diffbackbone.backbone import MIN_SIZE
 from diffbackbone.feedback import STRATEGIES
-from diffbackbone.unet import PRESETS
 
 BLOCKS = (12, 19, 24, 27, 30, 33)
 TIMESTEPS = (10, 90, 300)
@@ -313,7 +312,7 @@ def _build(args: argparse.Namespace, processes: Processes) -> DiffusionBackbone:
         saved = train_classifier.read_checkpoint(Path(args.classifier))
         built.blocks, freeze = saved["settings"]["blocks"], saved["settings"]["freeze"]
     elif built.blocks is None:
-        count = PRESETS[args.unet].num_blocks
+        count = common.unet_config(args.unet).num_blocks
         built.blocks = [b for b in BLOCKS if b <= count]
     backbone = common.build_backbone(built, feedback, freeze)
     last = backbone.unet.last_block
