@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import Feedback
-from diffbackbone.unet import UNet, UNetConfig, resize
+from diffbackbone.ops import as_type
+from diffbackbone.unet import UNet, UNetConfig, check_budget, resize
 
 MIN_SIZE = 32
 """Smallest height and width of an image, in pixels."""
@@ -56,6 +57,11 @@ class DiffusionBackbone(nn.Module):
         first_pass_grad: DifFeed: let gradients through the first pass too (the paper does not).
         activation_checkpointing: Recompute the U-Net's blocks in the backward pass: less memory,
             more time.
+        activation_budget: GB of activations that a pass of the U-Net may keep for the backward
+            pass: only as many blocks are recomputed as that takes, whatever the image's size.
+        dtype: Type that a frozen U-Net is stored and computed in: ``"float32"``, ``"bfloat16"`` or
+            ``"float16"``, which take half the memory. Norms are computed in float32; maps have the
+            images' type.
         schedule: Noise schedule; None takes the one the weights were trained with.
         save_frozen: Whether ``state_dict()`` holds the weights of a frozen U-Net that came from
             ``checkpoint``. Without them a training checkpoint is gigabytes smaller; it then holds
@@ -89,6 +95,8 @@ class DiffusionBackbone(nn.Module):
         class_label: int | None = None,
         first_pass_grad: bool = False,
         activation_checkpointing: bool = False,
+        activation_budget: float | None = None,
+        dtype: str | torch.dtype = "float32",
         schedule: NoiseSchedule | None = None,
         save_frozen: bool = True,
     ) -> None:
@@ -112,6 +120,8 @@ class DiffusionBackbone(nn.Module):
         self.frozen = freeze
         self.save_frozen = save_frozen
         self._digest: Tensor | None = None  # of the weights that a file brought
+        self._dtype = _check_dtype(dtype, freeze)
+        self._field: tuple[Any, Tensor] | None = None  # fixed noise of the largest size seen
 
         taps = [config.blocks[b] for b in self.blocks]
         self.strides = _check_strides(out_strides, taps)
@@ -131,8 +141,10 @@ class DiffusionBackbone(nn.Module):
                 raise ValueError(f"block {last} is needed, but the U-Net ends at {unet.last_block}")
             self.unet = unet
             unet.activation_checkpointing |= activation_checkpointing
+            if activation_budget is not None:
+                unet.activation_budget = check_budget(activation_budget)
         else:
-            self.unet = UNet(config, last, activation_checkpointing)
+            self.unet = UNet(config, last, activation_checkpointing, activation_budget)
         self.proj = None
         if out_channels is not None:
             self.proj = nn.ModuleList(nn.Conv2d(tap.channels, out_channels, 1) for tap in taps)
@@ -144,6 +156,8 @@ class DiffusionBackbone(nn.Module):
             self.load(checkpoint)
         elif not isinstance(unet, UNet):
             self._warn_random()
+        if self._dtype is not None:
+            self.unet.to(self._dtype)
 
     def _freeze_unused(self) -> None:
         """Turn gradients off for the U-Net where it is frozen, else for what none reaches."""
@@ -165,9 +179,13 @@ class DiffusionBackbone(nn.Module):
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
         """Load guided-diffusion weights into the U-Net; see :func:`load_checkpoint`."""
+        if self._dtype is not None:
+            self.unet.float()
         report = load_checkpoint(self.unet, checkpoint, prefix)
         if self.frozen and not self.save_frozen:
-            self._digest = _weights_digest(self.unet)
+            self._digest = _weights_digest(self.unet)  # of float32, whatever type is computed in
+        if self._dtype is not None:
+            self.unet.to(self._dtype)
         return report
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -185,7 +203,8 @@ class DiffusionBackbone(nn.Module):
         """Let a frozen U-Net keep its weights where the state dict has only their digest."""
         digest = state_dict.pop(prefix + _DIGEST, None)
         if digest is not None:
-            if not torch.equal(digest.cpu(), _weights_digest(self.unet)):
+            mine = _weights_digest(self.unet) if self._digest is None else self._digest
+            if not torch.equal(digest.cpu(), mine):
                 raise CheckpointError(
                     "these weights were trained on a frozen U-Net, whose own weights they don't "
                     "include, and this backbone's U-Net has others: build it with the checkpoint "
@@ -227,10 +246,10 @@ class DiffusionBackbone(nn.Module):
                 if stride > tap_stride:  # shrink first, the projection is cheaper then
                     x, size = resize(x, size), None
             if self.proj is not None:
-                x = self.proj[i](x)
+                x = self.proj[i](as_type(x, self.proj[i].weight.dtype))
             if size is not None:
                 x = resize(x, size)
-            maps.append(_crop(x, height, width, stride))
+            maps.append(as_type(_crop(x, height, width, stride), images.dtype))
         return maps
 
     def forward_taps(
@@ -265,7 +284,7 @@ class DiffusionBackbone(nn.Module):
             self.schedule.check_timestep(t)
         height, width = images.shape[-2:]
         return {
-            (t, b): _crop(x, height, width, self.unet.blocks[b].stride)
+            (t, b): as_type(_crop(x, height, width, self.unet.blocks[b].stride), images.dtype)
             for t in steps
             for b, x in self._run(images, t, chosen, y).items()
         }
@@ -283,12 +302,26 @@ class DiffusionBackbone(nn.Module):
         if self.noise == "random":
             noise = torch.randn_like(x_start)
         elif self.noise == "fixed":
-            noise = coordinate_noise(*x_start.shape[1:], seed=self.seed, device=x_start.device)
+            noise = self._fixed_noise(*x_start.shape[-2:], x_start.device)
         x_t = self.schedule.add_noise(x_start, t, noise)
         if self.feedback is not None:
             return self.feedback(self.unet, x_t, t, blocks, y)
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             return self.unet.forward_features(x_t, t, blocks, y)
+
+    def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Noise (3, H, W) that a pixel's coordinates determine, kept for the largest size seen."""
+        if torch.compiler.is_compiling():
+            return coordinate_noise(3, height, width, seed=self.seed, device=device)
+        made_for = (self.seed, device)
+        if self._field is None or self._field[0] != made_for:
+            self._field = made_for, torch.empty(3, 0, 0, device=device)
+        field = self._field[1]
+        if field.shape[1] < height or field.shape[2] < width:
+            size = max(field.shape[1], height), max(field.shape[2], width)
+            field = coordinate_noise(3, *size, seed=self.seed, device=device)
+            self._field = made_for, field
+        return field[:, :height, :width]
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
@@ -318,6 +351,25 @@ def _resolve_config(unet: str | UNetConfig | Mapping[str, Any] | UNet) -> UNetCo
         "unet must be a preset's name, a UNetConfig, a dict of its fields or a UNet, got "
         f"{type(unet).__name__}"
     )
+
+
+def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
+    """The type that a frozen U-Net is kept in; None for float32, which needs no conversion."""
+    names = {str(t).removeprefix("torch."): t for t in _DTYPES}
+    chosen = names.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise ValueError(f"dtype must be one of {', '.join(names)}, got {dtype!r}")
+    if chosen == torch.float32:
+        return None
+    if not freeze:
+        raise ValueError(
+            f"dtype={dtype!r} needs freeze=True: weights that are trained need float32, and "
+            "automatic mixed precision computes in half precision all the same"
+        )
+    return chosen
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_label(label: int | None, config: UNetConfig) -> int | None:
@@ -364,6 +416,8 @@ def check_images(images: Tensor) -> None:
         raise ValueError(
             f"images must be at least {MIN_SIZE} x {MIN_SIZE} px, got {tuple(images.shape[-2:])}"
         )
+    if images.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a CUDA graph: no value can be looked at
     low, high = (float(bound) for bound in torch.aminmax(images.detach()))
     if math.isnan(low) or math.isnan(high):
         raise ValueError(f"{what}; there are NaN values in the batch")

@@ -436,7 +436,9 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     CLASS_LABEL                Label given to a class-conditional U-Net; -1 for none
     FREEZE                     Keep the U-Net as it is
     SAVE_FROZEN                Keep a frozen U-Net's weights in training checkpoints
+    DTYPE                      Of a frozen U-Net: "float32", "bfloat16" or "float16"
     ACTIVATION_CHECKPOINTING   Recompute blocks in the backward pass
+    ACTIVATION_BUDGET          GB that they may keep for it instead; -1.0 for no limit
     PADDING                    "separate", "reflect" or "keep"
     SCALE_FACTORS              Levels of the simple feature pyramid
     TOP_BLOCK                  "maxpool", "p6p7" or "none", on both pyramids
@@ -473,7 +475,9 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     node.CLASS_LABEL = -1
     node.FREEZE = False
     node.SAVE_FROZEN = False
+    node.DTYPE = "float32"
     node.ACTIVATION_CHECKPOINTING = False
+    node.ACTIVATION_BUDGET = -1.0
     node.PADDING = "separate"
     node.SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
     node.TOP_BLOCK = "maxpool"
@@ -531,6 +535,8 @@ def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DiffusionB
             class_label=None if node.CLASS_LABEL < 0 else node.CLASS_LABEL,
             first_pass_grad=node.FIRST_PASS_GRAD,
             activation_checkpointing=node.ACTIVATION_CHECKPOINTING,
+            activation_budget=None if node.ACTIVATION_BUDGET < 0 else node.ACTIVATION_BUDGET,
+            dtype=node.DTYPE,
             padding=node.PADDING,
             save_frozen=node.SAVE_FROZEN,
         )

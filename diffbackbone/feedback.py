@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffbackbone.ops import as_type
 from diffbackbone.unet import UNet, UNetConfig
 
 STRATEGIES = ("all", "bottleneck", "windowed", "multi-scale")
@@ -177,7 +178,9 @@ class Feedback(nn.ModuleDict):
         del first
         maps: dict[int, list[Tensor]] = {}
         for source, target in self.mapping.items():
-            maps.setdefault(target, []).append(self[str(source)](features.pop(source)))
+            layers = self[str(source)]
+            feature = as_type(features.pop(source), layers[0].weight.dtype)
+            maps.setdefault(target, []).append(layers(feature))
         second = unet.fork(state, end)
         del state
         second.inject(maps.pop(start))

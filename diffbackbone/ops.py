@@ -55,8 +55,25 @@ def _picks_kernels(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+        and not autocasts(x)
     )
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    try:
+        return torch.is_autocast_enabled(x.device.type)
+    except TypeError:  # torch before 2.4
+        return (
+            torch.is_autocast_cpu_enabled()
+            if x.device.type == "cpu"
+            else (torch.is_autocast_enabled())
+        )
+
+
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in another type, unless autocast is on, which sees to types itself."""
+    return x if x.dtype == dtype or autocasts(x) else x.to(dtype)
 
 
 class GroupNorm32(nn.GroupNorm):

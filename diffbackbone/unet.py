@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from diffbackbone.ops import GROUPS, Conv3x3, GroupNorm32, layout, recomputed
+from diffbackbone.ops import GROUPS, Conv3x3, GroupNorm32, autocasts, layout, recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +212,39 @@ class UNetConfig:
         if decoder and self.num_heads_upsample is not None:
             return self.num_heads_upsample
         return self.num_heads
+
+    def kept_values(self, index: int) -> float:
+        """Values that training a block (1-based) keeps for its backward pass, for each pixel.
+
+        What its norms and convolutions read, the attention's q, k, v and result; not the weights.
+        The memory is this times the pixels of the batch times the bytes of a value.
+        """
+        info = self.blocks[index]
+        before = info.in_channels / self.stride_before(index) ** 2
+        after = info.channels / info.stride**2
+        if index == 1:
+            return before
+        if info.resample == "down":
+            if not self.resblock_updown:
+                return before
+            return before + info.in_channels / info.stride**2 + 2 * after
+        inner = info.channels / self.stride_before(index) ** 2
+        kept = before + before + 2 * inner  # norm, convolution; norm, convolution
+        if info.attention:
+            kept += 6 * inner  # norm, tokens, q, k, v, result
+        if info.name == "middle_block":
+            kept += 4 * inner
+        if info.resample == "up":
+            kept += inner
+            if self.resblock_updown:
+                kept += 3 * after
+            elif self.conv_resample:
+                kept += after
+        return kept
+
+    def stride_before(self, index: int) -> int:
+        """Stride of what a block (1-based) reads."""
+        return self.blocks[index - 1].stride if index > 1 else 1
 
     def check_blocks(self, blocks: Iterable[int], what: str = "blocks") -> tuple[int, ...]:
         """Validate block numbers.
@@ -575,6 +608,7 @@ class TraversalState:
         last: The last block that anybody will ask for; skips that only later blocks read are not
             kept.
         skips: Encoder outputs that a block up to ``last`` still reads, by block number.
+        recompute: Blocks that the backward pass computes again, by number.
     """
 
     index: int
@@ -582,6 +616,7 @@ class TraversalState:
     emb: Tensor
     last: int
     skips: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    recompute: frozenset[int] = frozenset()
 
     def inject(self, maps: Sequence[Tensor]) -> None:
         """Add maps to the last block's output, resized bilinearly; the skip carries the sum."""
@@ -589,6 +624,20 @@ class TraversalState:
             self.h = self.h + resize(extra, self.h.shape[-2:]).to(self.h.dtype)
         if self.index in self.skips:
             self.skips[self.index] = self.h
+
+
+def check_budget(budget: float | None) -> float | None:
+    """Validate GB of activations to keep; None for no limit.
+
+    Raises:
+        ValueError: Not a number from 0.
+    """
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if budget is not None and not (number and budget >= 0):
+        raise ValueError(
+            f"activation_budget must be a number of GB from 0, or None for no limit, got {budget!r}"
+        )
+    return budget
 
 
 class UNet(nn.Module):
@@ -599,12 +648,15 @@ class UNet(nn.Module):
         last_block: Build blocks 1 to this one (1-based) and no output layer; None builds all.
         activation_checkpointing: Recompute each block in the backward pass instead of keeping its
             activations.
+        activation_budget: GB of activations that a run may keep for the backward pass. As many
+            blocks are recomputed as that takes, those with the largest maps first: they free the
+            most memory for the time. None sets no limit.
 
     Attributes:
         blocks: The table of all blocks of the architecture, by 1-based number.
 
     Raises:
-        ValueError: ``last_block`` is not a block number.
+        ValueError: ``last_block`` is not a block number, or the budget is negative.
     """
 
     def __init__(
@@ -612,6 +664,7 @@ class UNet(nn.Module):
         config: UNetConfig,
         last_block: int | None = None,
         activation_checkpointing: bool = False,
+        activation_budget: float | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -620,6 +673,7 @@ class UNet(nn.Module):
         if last_block is not None:
             (self.last_block,) = config.check_blocks([last_block], "last_block")
         self.activation_checkpointing = activation_checkpointing
+        self.activation_budget = check_budget(activation_budget)
 
         emb_channels = 4 * config.model_channels
         self.time_embed = nn.Sequential(
@@ -745,7 +799,32 @@ class UNet(nn.Module):
             )
         emb = self.embed(t, y, x_t.device)
         x_t = x_t.to(self.time_embed[0].weight.dtype)
-        return TraversalState(0, x_t, emb, last)
+        state = TraversalState(0, x_t, emb, last)
+        if torch.is_grad_enabled():
+            state.recompute = self._recomputed_blocks(x_t, last)
+        return state
+
+    def _recomputed_blocks(self, x_t: Tensor, last: int) -> frozenset[int]:
+        """The blocks to recompute in the backward pass of a run to block ``last``."""
+        if self.activation_checkpointing:
+            return frozenset(range(1, last + 1))
+        if self.activation_budget is None:
+            return frozenset()
+        bytes_each = x_t.element_size()
+        if autocasts(x_t):
+            bytes_each = 2
+        pixels = x_t.shape[0] * x_t.shape[2] * x_t.shape[3]
+        kept = {b: bytes_each * pixels * self.config.kept_values(b) for b in range(1, last + 1)}
+        budget, chosen = self.activation_budget * 1e9, set()
+        for index in sorted(kept, key=lambda b: (self.blocks[b].stride, b)):
+            if sum(kept.values()) <= budget:
+                break
+            info = self.blocks[index]  # what it reads is kept all the same
+            kept[index] = (
+                bytes_each * pixels * info.in_channels / self.config.stride_before(index) ** 2
+            )
+            chosen.add(index)
+        return frozenset(chosen)
 
     def traverse(
         self,
@@ -773,7 +852,7 @@ class UNet(nn.Module):
             mirror = self.config.mirror(index)
             if index > encoder + 1:
                 state.h = torch.cat([state.h, state.skips.pop(mirror)], dim=1)
-            state.h = self._run_block(index, state.h, state.emb)
+            state.h = self._run_block(index, state)
             state.index = index
             if index <= encoder and mirror <= state.last:
                 state.skips[index] = state.h
@@ -791,13 +870,13 @@ class UNet(nn.Module):
             last: The last block that the copy will be asked for (1-based).
         """
         skips = {i: skip for i, skip in state.skips.items() if self.config.mirror(i) <= last}
-        return TraversalState(state.index, state.h, state.emb, last, skips)
+        return dataclasses.replace(state, last=last, skips=skips)
 
-    def _run_block(self, index: int, h: Tensor, emb: Tensor) -> Tensor:
+    def _run_block(self, index: int, state: TraversalState) -> Tensor:
         block = self.module(index)
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return activation_checkpoint(block, h, emb, use_reentrant=False)
-        return block(h, emb)
+        if index in state.recompute and torch.is_grad_enabled():
+            return activation_checkpoint(block, state.h, state.emb, use_reentrant=False)
+        return block(state.h, state.emb)
 
     def forward_features(
         self,

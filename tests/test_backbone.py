@@ -281,6 +281,71 @@ def test_size_of_the_whole_system():
     assert round((count + feedback) / 1e6, 1) == 555.6
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", torch.bfloat16])
+@pytest.mark.parametrize("feedback", [None, "windowed"])
+@pytest.mark.parametrize("out_channels", [None, 48])
+def test_a_frozen_u_net_in_half_precision(dtype, feedback, out_channels):
+    settings = {"freeze": True, "feedback": feedback, "out_channels": out_channels}
+    full, half = build(**settings).eval(), build(**settings, dtype=dtype).eval()
+    chosen = getattr(torch, str(dtype).removeprefix("torch."))
+    assert {p.dtype for p in half.unet.parameters()} == {chosen}
+    others = [p for name, p in half.named_parameters() if not name.startswith("unet.")]
+    assert all(p.dtype == torch.float32 for p in others)
+    with torch.no_grad():
+        for ours, expected in zip(half(images()), full(images())):
+            assert ours.dtype == torch.float32
+            assert (ours - expected).norm() / expected.norm() < 0.05
+        assert half.forward_taps(images(), blocks=(24,))[90, 24].dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert half(images())[0].dtype != torch.float32
+    if others:
+        sum(x.square().mean() for x in half.train()(images())).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in others)
+
+
+def test_half_precision_keeps_the_weights_of_a_file(tmp_path):
+    path = tmp_path / "unet.pt"
+    torch.save(golden.fill(UNet(SMALL)).state_dict(), path)
+    settings = {"checkpoint": path, "freeze": True, "save_frozen": False, "out_channels": 8}
+    full, half = (DiffusionBackbone(SMALL, dtype=t, **settings) for t in ("float32", "bfloat16"))
+    weight = "input_blocks.3.0.in_layers.2.weight"
+    expected = full.unet.state_dict()[weight].bfloat16()
+    assert torch.equal(half.unet.state_dict()[weight], expected)
+    half.load(path)
+    assert torch.equal(half.unet.state_dict()[weight], expected)
+    full.load_state_dict(half.state_dict())  # the same U-Net, in whatever type it is computed
+    half.load_state_dict(full.state_dict())
+
+
+def test_fixed_noise_is_computed_once_for_the_largest_size(monkeypatch):
+    made = []
+
+    def spy(*args, **kwargs):
+        made.append(args)
+        return coordinate_noise(*args, **kwargs)
+
+    monkeypatch.setattr("diffbackbone.backbone.coordinate_noise", spy)
+    backbone = build(blocks=(5,), out_strides=(8,))
+    for height, width in ((64, 64), (32, 64), (64, 64), (128, 32), (96, 64), (128, 64)):
+        with torch.no_grad():
+            backbone(images(1, height, width))
+    assert made == [(3, 64, 64), (3, 128, 64)]
+    seeded = backbone._fixed_noise(64, 32, torch.device("cpu"))
+    assert torch.equal(seeded, coordinate_noise(3, 64, 32, seed=0))
+    backbone.seed = 1
+    assert torch.equal(
+        backbone._fixed_noise(64, 32, torch.device("cpu")), coordinate_noise(3, 64, 32, seed=1)
+    )
+    assert not any("field" in key for key in backbone.state_dict())
+
+
+def test_activation_budget_reaches_the_u_net():
+    assert build(activation_budget=1.5).unet.activation_budget == 1.5
+    unet = UNet(SMALL)
+    assert DiffusionBackbone(unet, activation_budget=2).unet.activation_budget == 2
+    assert DiffusionBackbone(unet).unet.activation_budget == 2
+
+
 def test_random_weights_are_announced():
     with pytest.warns(UserWarning, match="RANDOM"):
         DiffusionBackbone(SMALL)
@@ -303,6 +368,9 @@ def test_random_weights_are_announced():
         ({"unet": "gd255"}, "unknown preset 'gd255'"),
         ({"unet": {"preset": "tiny", "width": 3}}, "the fields are preset, model_channels"),
         ({"unet": 3}, "unet must be a preset's name"),
+        ({"dtype": "int8", "freeze": True}, "float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' needs freeze=True"),
+        ({"activation_budget": -2}, "a number of GB from 0, or None for no limit, got -2"),
     ],
 )
 def test_bad_settings(kwargs, message):

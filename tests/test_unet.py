@@ -248,21 +248,75 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.allclose(grad, gradients[1][name], rtol=1e-4, atol=1e-7), name
 
 
+def kept_bytes(unet, size=128, blocks=(24,)):
+    """Bytes that autograd saves in a forward pass, parameters left out."""
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        maps = unet.forward_features(torch.randn(1, 3, size, size), 90, blocks)
+    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+    maps.clear()
+    return sum(x.untyped_storage().nbytes() for key, x in saved.items() if key not in weights)
+
+
 def test_activation_checkpointing_keeps_less():
-    def kept(checkpointing: bool) -> int:
-        unet = UNet(SMALL, 24, activation_checkpointing=checkpointing).train()
-        saved: dict[int, int] = {}
+    kept = [kept_bytes(UNet(SMALL, 24, checkpointing)) for checkpointing in (True, False)]
+    assert kept[0] < 0.4 * kept[1]
 
-        def pack(tensor):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            unet.forward_features(torch.randn(1, 3, 128, 128), 90, (24,))
-        weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
-        return sum(size for pointer, size in saved.items() if pointer not in weights)
+@pytest.mark.parametrize("last", [1, 5, 19, 24, 33, 37])
+@pytest.mark.parametrize("updown", [True, False])
+def test_what_a_block_keeps_is_known_beforehand(last, updown, monkeypatch):
+    monkeypatch.setattr("diffbackbone.ops._picks_kernels", lambda x: False)  # as on a GPU
+    config = SMALL.replace(resblock_updown=updown)
+    expected = 4 * 128**2 * sum(config.kept_values(b) for b in range(1, last + 1))
+    assert kept_bytes(UNet(config, last), blocks=(last,)) == pytest.approx(expected, rel=0.05)
 
-    assert kept(True) < 0.4 * kept(False)
+
+def test_activation_budget_is_kept_by_recomputing_as_little_as_it_takes(monkeypatch):
+    monkeypatch.setattr("diffbackbone.ops._picks_kernels", lambda x: False)  # as on a GPU
+    free = kept_bytes(UNet(SMALL, 24))
+    counts = []
+    for share in (1.1, 0.8, 0.5, 0.3):
+        budget = share * free / 1e9
+        unet = UNet(SMALL, 24, activation_budget=budget)
+        assert kept_bytes(unet) < 1.05 * budget * 1e9
+        recomputed = unet.start(torch.randn(1, 3, 128, 128), 90, 24).recompute
+        counts.append(len(recomputed))
+        # the largest maps first
+        assert recomputed == set(
+            sorted(range(1, 25), key=lambda b: unet.blocks[b].stride)[: len(recomputed)]
+        )
+    assert counts[0] == 0 < counts[1] < counts[2] < counts[3]
+    # twice the images need more of it; without gradients there is nothing to keep
+    unet = UNet(SMALL, 24, activation_budget=0.8 * free / 1e9)
+    assert len(unet.start(torch.randn(2, 3, 128, 128), 90, 24).recompute) > counts[1]
+    with torch.no_grad():
+        assert unet.start(torch.randn(1, 3, 128, 128), 90, 24).recompute == frozenset()
+
+
+def test_activation_budget_changes_no_gradient():
+    gradients = []
+    for budget in (None, 0.002, 0):
+        unet = golden.fill(UNet(SMALL, 24, activation_budget=budget)).train()
+        maps = unet.forward_features(golden.image("narrow256"), golden.T, (24,))
+        maps[24].square().mean().backward()
+        gradients.append({name: p.grad for name, p in unet.named_parameters()})
+    for other in gradients[1:]:
+        for name, grad in gradients[0].items():
+            assert torch.allclose(grad, other[name], rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("budget", [-1, "8 GB", True])
+def test_bad_activation_budgets(budget):
+    with pytest.raises(
+        ValueError, match=f"a number of GB from 0, or None for no limit, got {budget!r}"
+    ):
+        UNet(SMALL, activation_budget=budget)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
