@@ -519,6 +519,28 @@ def test_pools_and_seeds_may_be_added(data, tmp_path, weights, monkeypatch):
     assert not asked
 
 
+def test_other_blocks_and_timesteps_need_a_pass_but_no_cell_again(
+    data, tmp_path, weights, monkeypatch
+):
+    monkeypatch.setattr(sweep, "_all_flops", lambda *_: {12: 1, 30: 2})  # slow, and not the point
+    options = ["--checkpoint", weights, "--no-cka", "--timesteps", 90]
+    run(data, tmp_path / "out", *options, "--blocks", 12)
+    with pytest.raises(CacheError, match=r"blocks: the cache has \[12\], wanted is \[12, 30\]"):
+        run(data, tmp_path / "out", *options, "--blocks", 12, 30)
+    measured = []
+    original = sweep.Judge.measure
+
+    def spy(self, tap, wanted):
+        measured.append(tap)
+        return original(self, tap, wanted)
+
+    monkeypatch.setattr(sweep.Judge, "measure", spy)
+    grown = run(data, tmp_path / "out", *options, "--blocks", 12, 30, "--overwrite-cache")
+    assert measured == [(90, 30)]
+    whole = run(data, tmp_path / "whole", *options, "--blocks", 12, 30)
+    assert grown["cells"] == whole["cells"]
+
+
 def test_other_settings_are_not_mixed(data, tmp_path, weights):
     out = tmp_path / "out"
     options = ["--data", data, "--out", out, "--checkpoint", weights, "--no-cka"]
