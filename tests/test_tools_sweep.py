@@ -67,6 +67,20 @@ def few_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """Taps that are measured, each with the pools and seeds asked for."""
+    calls = []
+    original = sweep.Judge.measure
+
+    def spy(self, tap, wanted):
+        calls.append((tap, list(wanted)))
+        return original(self, tap, wanted)
+
+    monkeypatch.setattr(sweep.Judge, "measure", spy)
+    return calls
+
+
 def parse(data, out, *options):
     return sweep.parse(["--data", str(data), "--out", str(out), *SMALL, *map(str, options)])
 
@@ -493,20 +507,13 @@ def test_one_image_a_class_takes_one_strength(data, tmp_path, weights, capsys):
 # --------------------------------------------------------------------------------- interruptions
 
 
-def test_pools_and_seeds_may_be_added(data, tmp_path, weights, monkeypatch):
+def test_pools_and_seeds_may_be_added(data, tmp_path, weights, measured):
     out = tmp_path / "out"
     options = ["--checkpoint", weights, "--no-cka"]
     run(data, out, *options, "--pools", 2)
-    asked = []
-    original = sweep.Judge.measure
-
-    def spy(self, tap, wanted):
-        asked.extend(wanted)
-        return original(self, tap, wanted)
-
-    monkeypatch.setattr(sweep.Judge, "measure", spy)
+    measured.clear()
     run(data, out, *options, "--pools", 1, 2, "--seeds", 0, 4)
-    assert set(asked) == {(1, 0), (1, 4), (2, 4)}
+    assert {cell for _, wanted in measured for cell in wanted} == {(1, 0), (1, 4), (2, 4)}
     whole = tmp_path / "whole"
     run(data, whole, *options, "--pools", 1, 2, "--seeds", 0, 4)
     ours, theirs = content(out), content(whole)
@@ -514,29 +521,22 @@ def test_pools_and_seeds_may_be_added(data, tmp_path, weights, monkeypatch):
         theirs.pop("cells.jsonl").splitlines()
     )
     assert ours == theirs
-    asked.clear()
+    measured.clear()
     run(data, out, *options, "--pools", 1, 2, "--seeds", 0, 4)
-    assert not asked
+    assert not measured
 
 
 def test_other_blocks_and_timesteps_need_a_pass_but_no_cell_again(
-    data, tmp_path, weights, monkeypatch
+    data, tmp_path, weights, measured, monkeypatch
 ):
     monkeypatch.setattr(sweep, "_all_flops", lambda *_: {12: 1, 30: 2})  # slow, and not the point
     options = ["--checkpoint", weights, "--no-cka", "--timesteps", 90]
     run(data, tmp_path / "out", *options, "--blocks", 12)
     with pytest.raises(CacheError, match=r"blocks: the cache has \[12\], wanted is \[12, 30\]"):
         run(data, tmp_path / "out", *options, "--blocks", 12, 30)
-    measured = []
-    original = sweep.Judge.measure
-
-    def spy(self, tap, wanted):
-        measured.append(tap)
-        return original(self, tap, wanted)
-
-    monkeypatch.setattr(sweep.Judge, "measure", spy)
+    measured.clear()
     grown = run(data, tmp_path / "out", *options, "--blocks", 12, 30, "--overwrite-cache")
-    assert measured == [(90, 30)]
+    assert [tap for tap, _ in measured] == [(90, 30)]
     whole = run(data, tmp_path / "whole", *options, "--blocks", 12, 30)
     assert grown["cells"] == whole["cells"]
 
@@ -559,7 +559,7 @@ def test_other_settings_are_not_mixed(data, tmp_path, weights):
     assert {record["l2"] for record in records} == {0.1}
 
 
-def test_sigkill_and_rerun_end_as_an_unbroken_run(data, tmp_path, weights, monkeypatch):
+def test_sigkill_and_rerun_end_as_an_unbroken_run(data, tmp_path, weights, measured):
     options = ["--checkpoint", str(weights), "--seeds", "0", "1"]
     run(data, tmp_path / "whole", *options)
     out = tmp_path / "killed"
@@ -581,17 +581,10 @@ def test_sigkill_and_rerun_end_as_an_unbroken_run(data, tmp_path, weights, monke
     }
     assert 0 < len(done) < 6
     assert not (out / "results.json").exists()
-    measured = []
-    original = sweep.Judge.measure
-
-    def spy(self, tap, wanted):
-        measured.append(tap)
-        return original(self, tap, wanted)
-
-    monkeypatch.setattr(sweep.Judge, "measure", spy)
+    measured.clear()
     run(data, out, *options)
     assert len(measured) == 6 - len(done)
-    assert not done & set(measured)
+    assert not done & {tap for tap, _ in measured}
     assert content(out) == content(tmp_path / "whole")
 
 
