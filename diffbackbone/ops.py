@@ -50,10 +50,10 @@ def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _picks_kernels(x: Tensor) -> bool:
-    """Whether it is on us to pick kernels: eager float32 on a CPU, whose library was measured."""
+    """Whether it is on us to pick kernels: eagerly on a CPU, in a type that was measured."""
     return (
         x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.compiler.is_compiling()
         and not autocasts(x)
     )
@@ -172,7 +172,7 @@ def _norm_rows(
     """
     size = max(1, CACHED // x.shape[1])
     pieces = x.split(size)
-    stats = [torch.batch_norm_update_stats(piece, None, None, 0.0) for piece in pieces]
+    stats = [torch.batch_norm_update_stats(piece.float(), None, None, 0.0) for piece in pieces]
     mean, var = (torch.stack(s).view(len(pieces), groups, -1) for s in zip(*stats))
     share = mean.new_tensor([len(piece) for piece in pieces]) / (len(x) * mean.shape[2])
     share = share[:, None, None]
@@ -182,9 +182,14 @@ def _norm_rows(
     offset = (bias.view(1, groups, -1) - centre * factor).flatten()
     factor = factor.flatten()
     for piece, target in zip(pieces, y.split(size)):
-        torch.addcmul(offset, piece, factor, out=target)
+        out = (
+            target if target.dtype == torch.float32 else torch.empty_like(piece, dtype=offset.dtype)
+        )
+        torch.addcmul(offset, piece.float(), factor, out=out)
         if silu:
-            F.silu(target, inplace=True)
+            F.silu(out, inplace=True)
+        if out is not target:
+            target.copy_(out)
 
 
 class Conv3x3(nn.Conv2d):
@@ -198,7 +203,7 @@ class Conv3x3(nn.Conv2d):
         picks = _picks_kernels(x) and self.weight.dtype == x.dtype
         positions = x.shape[0] * x.shape[2] * x.shape[3]
         if upsample:
-            if picks and positions >= UPSAMPLE_POSITIONS:
+            if picks and x.dtype == torch.float32 and positions >= UPSAMPLE_POSITIONS:
                 return self._before_upsampling(x)
             x, positions = F.interpolate(x, scale_factor=2.0, mode="nearest"), 4 * positions
         if picks and positions <= PRODUCT_POSITIONS and self.weight.is_contiguous():

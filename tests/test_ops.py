@@ -111,9 +111,11 @@ def test_one_row_of_scale_costs_no_pass_over_the_map():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_norm_in_half_precision(dtype, grad, device, monkeypatch):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, NHWC])
+def test_norm_in_half_precision(dtype, grad, device, memory_format):
     norm = filled(GroupNorm32(64))
     x = seeded(2, 64, 24, 20, offset=200.0).to(dtype)  # squares add up to more than float16 holds
+    x = x.to(memory_format=memory_format)
     with torch.set_grad_enabled(grad):
         if device == "meta":
             y = norm.to("meta")(x.to("meta"), silu=True)
@@ -190,6 +192,18 @@ def test_convolution_is_the_plain_one(grad, upsample, memory_format, shape, batc
     assert error(y, plain(conv, x, upsample)) < 2e-6
 
 
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("size", [8, 40])
+def test_convolution_in_bfloat16(upsample, size):
+    conv, x = filled(Conv3x3(24, 40)).bfloat16(), seeded(1, 24, size, size).bfloat16()
+    with torch.no_grad(), Calls() as calls:
+        y = conv(x, upsample=upsample)
+    assert y.dtype == torch.bfloat16
+    assert error(y, plain(conv, x, upsample)) < 2 * torch.finfo(torch.bfloat16).eps
+    assert ("baddbmm" in calls.names) == (size == 8)
+    assert ("upsample_nearest2d" in calls.names) == upsample  # sums of rounded weights lose digits
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 4), (1, 40, 40), (2, 32, 16)])
 @pytest.mark.parametrize("upsample", [False, True])
 def test_convolution_passes_gradients_like_the_plain_one(shape, upsample):
@@ -225,11 +239,11 @@ def test_small_maps_are_one_matrix_product(size, upsample, kernel):
     assert ("upsample_nearest2d" in calls.names) == (upsample and size < 32)
 
 
-@pytest.mark.parametrize("what", ["bfloat16", "autocast", "strided weight"])
+@pytest.mark.parametrize("what", ["float16", "autocast", "strided weight"])
 def test_other_types_take_the_library_s_convolution(what):
     conv, x = Conv3x3(8, 8), seeded(1, 8, 8, 8)
-    if what == "bfloat16":
-        conv, x = conv.bfloat16(), x.bfloat16()
+    if what == "float16":
+        conv, x = conv.half(), x.half()
     if what == "strided weight":
         conv = conv.to(memory_format=NHWC)
     with torch.no_grad(), torch.autocast("cpu", enabled=what == "autocast"), Calls() as calls:
