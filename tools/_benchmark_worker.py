@@ -194,10 +194,10 @@ class Implementation:
     def step(self, record: Callable[[Sequence[Tensor]], None] | None = None) -> float:
         """One step as it is timed; gives its seconds."""
         self.model.zero_grad(set_to_none=True)
-        _synchronize(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         self.run(self.call, self.inputs, record)
-        _synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter() - start
 
     def flops(self) -> int:
@@ -506,10 +506,10 @@ def peaks(device: str, dtype: str, seconds: float) -> dict[str, float]:
             call()
             took, spent = float("inf"), 0.0
             while spent < 2 * seconds:
-                _synchronize(device)
+                synchronize(device)
                 start = time.perf_counter()
                 call()
-                _synchronize(device)
+                synchronize(device)
                 once = time.perf_counter() - start
                 took, spent = min(took, once), spent + max(once, seconds / 10)
             highest = max(highest, flops / took)
@@ -520,7 +520,8 @@ def peaks(device: str, dtype: str, seconds: float) -> dict[str, float]:
         return {"matmul": best(matmul), "convolution": best(convolution)}
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done what it was asked for."""
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -599,12 +600,16 @@ class Worker:
         """See :func:`prepare`."""
         prepare(**arguments)
 
+    def begin(self, device: str) -> None:
+        """What this process holds by now, its code, is no part of what is measured."""
+        reset_peak(device)
+        self.baseline = peak_bytes(device) if device == "cpu" else 0
+
     def load(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Build the implementation; the memory to load it does not count, its weights do."""
         import diffbackbone.backbone  # noqa: F401  the code is no part of what is measured
 
-        reset_peak(job["device"])
-        self.baseline = peak_bytes(job["device"]) if job["device"] == "cpu" else 0
+        self.begin(job["device"])
         self.implementation = IMPLEMENTATIONS[job["implementation"]](job)
         return {"dtype": self.implementation.dtype}
 
@@ -671,14 +676,14 @@ def answers(worker: Worker, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield {"error": kind, "message": f"{type(error).__name__}: {first}".rstrip(": ")}
 
 
-def main() -> None:
+def main(kind: type[Worker] = Worker) -> None:
     """Answer commands until there are no more."""
     with contextlib.suppress(OSError):  # where memory runs out, it shall be this process that ends
         Path("/proc/self/oom_score_adj").write_text("1000")
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
         os.dup2(2, 1)  # what the code under test prints is no answer
         settings = json.loads(sys.stdin.readline())
-        for answer in answers(Worker(**settings), iter(sys.stdin.readline, "")):
+        for answer in answers(kind(**settings), iter(sys.stdin.readline, "")):
             channel.write(json.dumps(answer) + "\n")
             channel.flush()
 

@@ -32,24 +32,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
-import io
 import itertools
-import json
 import math
-import os
-import shlex
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _benchmark
 import _common
+from _benchmark import DTYPES, WorkerError
 
 OURS = "ours"
 CASES: dict[str, tuple[tuple[int, ...], str | None]] = {
@@ -59,7 +51,6 @@ CASES: dict[str, tuple[tuple[int, ...], str | None]] = {
     "windowed": ((24,), "windowed"),
 }
 """Blocks, 1-based, and feedback of each case."""
-DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("forward", "frozen", "finetuned")
 EXECUTIONS = ("eager", "compiled")
 REFERENCES = {
@@ -75,7 +66,13 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.03}
 GRADIENT_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.3, "float16": 0.1}
 """Likewise of gradients."""
 TIMESTEP = 90
-WORKER = Path(__file__).with_name("_benchmark_worker.py")
+
+
+class Worker(_benchmark.Worker):
+    """A process that runs one implementation; see ``_benchmark_worker.Worker``."""
+
+    script = Path(__file__).with_name("_benchmark_worker.py")
+    settings = ("threads", "cudnn_benchmark")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,99 +148,6 @@ class Row:
         if self.status == "ok":
             self.status = error.kind
         self.message = "; ".join(filter(None, [self.message, f"{who}: {error}"]))
-
-
-class WorkerError(Exception):
-    """A worker could not do what it was asked for.
-
-    Args:
-        kind: ``"out of memory"``, ``"error"`` or ``"skipped"``.
-        message: What happened.
-    """
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-class Worker:
-    """A process that runs one implementation and answers commands.
-
-    Args:
-        args: The command line.
-        log: File for what it prints.
-    """
-
-    def __init__(self, args: argparse.Namespace, log: Path) -> None:
-        environment = dict(os.environ)
-        if args.threads:
-            environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(args.threads)
-        self.log = log
-        self.timeout = args.timeout
-        with log.open("w") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, str(WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env=environment,
-                start_new_session=True,  # an interruption is this process's to handle
-            )
-        with contextlib.suppress(BrokenPipeError):
-            self._send({"threads": args.threads, "cudnn_benchmark": args.cudnn_benchmark})
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
-
-    def ask(self, command: str, **arguments: Any) -> Any:
-        """Run a command; see ``_benchmark_worker.Worker``.
-
-        Raises:
-            WorkerError: It failed, or the process ended or took too long.
-        """
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            self.process.kill()
-
-        timer = threading.Timer(self.timeout, stop)
-        timer.daemon = True
-        timer.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                self._send({"command": command, **arguments})
-            line = self.process.stdout.readline()
-        finally:
-            timer.cancel()
-        if late.is_set():
-            raise WorkerError("error", f"{command} took more than {self.timeout:g} s")
-        if not line:
-            raise self._death(command)
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"], answer["message"])
-        return answer["result"]
-
-    def _death(self, command: str) -> WorkerError:
-        code = self.process.wait()
-        if code == -signal.SIGKILL:
-            what = "was killed (signal 9), as systems do when memory runs out"
-            return WorkerError("out of memory", f"the process {what}, in {command!r}")
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        last = f": {lines[-1]}" if lines else ""
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return WorkerError("error", f"the process ended ({how}) in {command!r}{last}")
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -414,34 +318,23 @@ def difference(ours: Any, theirs: Any) -> float:
 # reports
 
 
-def report(machine: Mapping[str, Any], rows: Sequence[Row], planned: int) -> dict[str, Any]:
-    """Everything that was found, for JSON."""
-    content = []
-    for row in rows:
-        entry = dataclasses.asdict(row)
-        content.append({**entry.pop("case"), **entry})
-    return {"machine": dict(machine), "planned": planned, "rows": content}
+COLUMNS = {
+    "case": "---", "px": "--:", "batch": "--:", "type": "---", "mode": "---", "execution": "---",
+    "against": "---", "ratio": "--:", "seconds": "--:", "peak memory (GB)": "--:", "TFLOP": "--:",
+    "FLOP/s": "--:", "of matmul peak": "--:", "of convolution peak": "--:", "difference": "--:",
+    "note": "---",
+}  # fmt: skip
 
 
 def format_markdown(machine: Mapping[str, Any], rows: Sequence[Row], planned: int) -> str:
     """The machine and a table of the rows, in Markdown."""
-    lines = ["# Benchmark", ""]
-    lines += [f"* {name}: {_plain(value)}" for name, value in machine.items() if name != "peaks"]
-    for dtype, peak in machine["peaks"].items():
-        reached = ", ".join(f"{kind} {_si(value)}FLOP/s" for kind, value in peak.items())
-        lines.append(f"* peak in {dtype}: {reached}")
-    if len(rows) < planned:
-        lines.append(f"* not finished: {len(rows)} of {planned} rows")
-    lines += [
-        "",
+    lines = [
+        *_benchmark.heading("Benchmark", machine, rows, planned),
         "Seconds are medians of a step; the ratio is the reference's time by ours (lowest to "
         "highest of the rounds). Where two numbers stand, the first is ours.",
         "",
-        "| case | px | batch | type | mode | execution | against | ratio | seconds | peak memory "
-        "(GB) | TFLOP | FLOP/s | of matmul peak | of convolution peak | difference | note |",
-        "|---|--:|--:|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+        *_benchmark.table(COLUMNS, [list(_cells(row)) for row in rows]),
     ]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -470,27 +363,14 @@ def _cells(row: Row) -> Iterator[str]:
     yield pair(row.peak_bytes, ".2f", 1e9)
     yield pair(row.flops, ".3g", 1e12)
     yield " / ".join(
-        f"{_si(row.flops_per_second[name])}" if name in row.flops_per_second else "-"
+        _benchmark.si(row.flops_per_second[name]) if name in row.flops_per_second else "-"
         for name in ([OURS, *filter(None, [case.reference])] if row.flops_per_second else [])
     )
     yield pair(row.matmul_share, ".0%")
     yield pair(row.convolution_share, ".0%")
     found = [row.difference, row.gradient_difference]
     yield ", gradients ".join(f"{value:.1e}" for value in found if value is not None)
-    yield _plain(row.message)
-
-
-def _plain(value: object) -> str:
-    """Text that does not end a cell of a table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _si(value: float) -> str:
-    """1.2e12 as ``1.2 T``."""
-    for prefix, unit in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= unit:
-            return f"{value / unit:.3g} {prefix}"
-    return f"{value:.3g} "
+    yield _benchmark.plain(row.message)
 
 
 def chart(machine: Mapping[str, Any], rows: Sequence[Row]) -> Any:
@@ -506,104 +386,37 @@ def chart(machine: Mapping[str, Any], rows: Sequence[Row]) -> Any:
         text = row.status
         if value is not None:
             text = f"{value:.2f}x" if compared else f"{value:.3g} s"
-        bars.append((str(row.case), value, text))
+        bars.append(([value or 0.0], text))
     title = "time of the reference by ours" if compared else "seconds a step"
     title += f", {machine.get('gpu', machine['cpu'])}"
-    try:
-        return _chart_matplotlib(title, bars, compared)
-    except ImportError:
-        pass
-    try:
-        return _chart_pil(title, bars, compared)
-    except ImportError:
-        return None
-
-
-def _chart_matplotlib(title: str, bars: Sequence[tuple[str, float | None, str]], line: bool) -> Any:
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    figure = Figure(figsize=(9, 1.2 + 0.32 * len(bars)), layout="constrained")
-    axes = figure.add_subplot()
-    values = [value or 0.0 for _, value, _ in bars]
-    drawn = axes.barh([name for name, _, _ in bars], values, color="#3b6fb6")
-    axes.bar_label(drawn, [text for _, _, text in bars], padding=4)
-    axes.margins(x=0.15)
-    axes.invert_yaxis()
-    if line:
-        axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_title(title, fontsize="medium")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return Image.open(buffer)
-
-
-def _chart_pil(title: str, bars: Sequence[tuple[str, float | None, str]], line: bool) -> Any:
-    from PIL import Image, ImageDraw
-
-    step, margin, length = 22, 12, 420
-    measure_text = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
-    left = 2 * margin + round(max(measure_text(name) for name, _, _ in bars))
-    right = 2 * margin + round(max(measure_text(text) for _, _, text in bars))
-    width = max(left + length + right, round(measure_text(title)) + 2 * margin)
-    image = Image.new("RGB", (width, step * len(bars) + 40 + margin), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((margin, margin), title, fill="black")
-    highest = max([1.0 if line else 0.0, *(value or 0.0 for _, value, _ in bars)]) or 1.0
-    for index, (name, value, text) in enumerate(bars):
-        top = 40 + index * step
-        end = left + round(length * (value or 0.0) / highest)
-        draw.text((margin, top), name, fill="black")
-        draw.rectangle((left, top, end, top + step - 8), fill="#3b6fb6")
-        draw.text((end + 6, top), text, fill="black")
-    if line:
-        at = left + round(length / highest)
-        draw.line((at, 34, at, image.height - margin), fill="black")
-    return image
+    panel = _benchmark.Panel(title, bars, line=1.0 if compared else None)
+    return _benchmark.draw([str(row.case) for row in rows], [panel])
 
 
 def write_reports(out: Path, machine: Mapping[str, Any], rows: Sequence[Row], planned: int) -> None:
     """Write JSON, Markdown and the chart; each whole or not at all."""
-    content = json.dumps(report(machine, rows, planned), indent=1)
-    _common.write_text(out / "benchmark.json", content + "\n")
-    _common.write_text(out / "benchmark.md", format_markdown(machine, rows, planned))
-    picture = chart(machine, rows)
-    if picture is not None:
-        _common.save_picture(picture, out / "benchmark.png")
+    markdown, picture = format_markdown(machine, rows, planned), chart(machine, rows)
+    _benchmark.write_reports(out / "benchmark", machine, rows, planned, markdown, picture)
 
 
 # --------------------------------------------------------------------------------------------------
 # command line
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-_positive.__name__ = "positive number"
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _benchmark.make_parser(__doc__)
     what = parser.add_argument_group("what to measure; every combination is measured")
     what.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    what.add_argument("--sizes", nargs="+", type=_positive, default=[256], help="px, such as 512")
+    what.add_argument(
+        "--sizes", nargs="+", type=_benchmark.positive, default=[256], help="px, such as 512"
+    )
     what.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     what.add_argument("--modes", nargs="+", choices=MODES, default=["forward"])
     what.add_argument("--execution", nargs="+", choices=EXECUTIONS, default=["eager"])
-    what.add_argument("--batch", type=_positive, default=1, help="images in a batch")
+    what.add_argument("--batch", type=_benchmark.positive, default=1, help="images in a batch")
     what.add_argument("--list", action="store_true", help="print the rows and measure nothing")
-    model = parser.add_argument_group("models")
-    model.add_argument("--unet", default="gd256_uncond", help="a preset's name")
-    model.add_argument("--checkpoint", help="its weights; random ones if left out")
+    model = _benchmark.add_model_options(parser)
     for name, (_, get) in REFERENCES.items():
         model.add_argument(f"--reference-{name}", metavar="DIR", help=f"checkout: {get}")
     model.add_argument("--channels-last", action="store_true", help="ours in this memory format")
@@ -611,11 +424,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--activation-checkpointing", action="store_true",
         help="ours recomputes blocks in the backward pass",
     )  # fmt: skip
-    how = parser.add_argument_group("how to measure")
-    how.add_argument("--device", choices=("cpu", "cuda"), help="a GPU if there is one")
-    how.add_argument("--threads", type=_positive, help="of the CPU; torch's choice if left out")
-    how.add_argument("--repeats", type=_positive, default=5, help="rounds")
-    how.add_argument("--warmup", type=int, default=1, help="steps before the first round")
+    how = _benchmark.add_measuring_options(parser, 5, "work_dirs/benchmark")
     how.add_argument(
         "--min-seconds", type=float, default=0.2,
         help="a short step is repeated for so long in every round",
@@ -624,16 +433,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--peak-seconds", type=float, default=0.25,
         help="the machine's peak: how long a product or convolution may take",
     )  # fmt: skip
-    how.add_argument("--timeout", type=float, default=3600, help="seconds that anything may take")
     how.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN tries its kernels out")
-    parser.add_argument("--out", type=Path, default="work_dirs/benchmark", help="folder")
-    args = parser.parse_args(argv)
-    if args.warmup < 0:
-        parser.error(f"--warmup can't be negative, got {args.warmup}")
-    for name in ("min_seconds", "peak_seconds", "timeout"):
-        if not 0 < getattr(args, name) < threading.TIMEOUT_MAX:
-            option = "--" + name.replace("_", "-")
-            parser.error(f"{option} must be positive, got {getattr(args, name)}")
+    seconds = ("min_seconds", "peak_seconds", "timeout")
+    args = _benchmark.parse(parser, argv, "benchmark.py", seconds)
     args.references = {}
     for name, (file, get) in REFERENCES.items():
         folder = getattr(args, f"reference_{name.replace('-', '_')}")
@@ -643,7 +445,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             if not Path(folder, needed).is_file():
                 parser.error(f"--reference-{name} {folder}: there is no {needed}; {get}")
         args.references[name] = str(Path(folder).resolve())
-    args.command_line = shlex.join(["benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
@@ -654,17 +455,10 @@ def find_config(args: argparse.Namespace) -> Any:
         SystemExit: An option does not fit.
     """
     _common.add_root()
-    import torch
-
     from diffbackbone.feedback import feedback_map
     from diffbackbone.unet import UNetConfig
 
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda: torch sees no GPU on this machine")
-    if args.checkpoint is not None:
-        _common.check_checkpoint(args.checkpoint)
+    _benchmark.check_machine(args)
     try:
         config = UNetConfig.from_preset(args.unet).replace(num_classes=None)
         for name in args.cases:
@@ -674,9 +468,7 @@ def find_config(args: argparse.Namespace) -> Any:
                 feedback_map(config, feedback)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    deepest = max(block.stride for block in config.blocks.values())
-    if wrong := [size for size in args.sizes if size % deepest]:
-        raise SystemExit(f"error: --sizes must be multiples of {deepest}, got {wrong}")
+    _benchmark.check_sizes(config, args.sizes)
     return config
 
 
@@ -725,15 +517,7 @@ def find_machine(args: argparse.Namespace, config: Any, folder: Path) -> dict[st
         raise SystemExit(f"error: {error}") from error
     finally:
         worker.close()
-    return {
-        "command": args.command_line,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "unet": args.unet,
-        "weights": args.checkpoint or "random",
-        "device": args.device,
-        **machine,
-        "peaks": peaks,
-    }
+    return {**_benchmark.describe(args, machine), "peaks": peaks}
 
 
 def entry(argv: Sequence[str] | None = None) -> None:
@@ -744,25 +528,13 @@ def entry(argv: Sequence[str] | None = None) -> None:
     if args.list:
         print("\n".join(map(str, cases)))
         return
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"error: {error}; pip install tqdm") from error
-    if threading.current_thread() is threading.main_thread():  # leave no processes or weights
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="diffbackbone-benchmark-") as folder:
-        try:
-            machine = find_machine(args, config, Path(folder))
-            with tqdm(cases, unit="row", file=sys.stderr) as bar:
-                for case in bar:
-                    bar.set_postfix_str(str(case))
-                    rows.append(measure(case, args, config, Path(folder), machine["peaks"]))
-                    write_reports(args.out, machine, rows, len(cases))
-        except KeyboardInterrupt:
-            kept = f"; {args.out} holds {len(rows)} of {len(cases)} rows" if rows else ""
-            print(f"interrupted{kept}", file=sys.stderr)
-            raise SystemExit(130) from None
+    machine, rows = _benchmark.run(
+        args.out,
+        cases,
+        lambda folder: find_machine(args, config, folder),
+        lambda case, folder, machine: measure(case, args, config, folder, machine["peaks"]),
+        lambda machine, rows: write_reports(args.out, machine, rows, len(cases)),
+    )
     print(format_markdown(machine, rows, len(cases)))
     print(f"written to {args.out}: benchmark.json, benchmark.md, benchmark.png")
 
