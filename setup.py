@@ -41,7 +41,7 @@ setup(
     license="MIT",
     python_requires=">=3.9,<3.14",
     packages=find_packages(include=["diffbackbone", "diffbackbone.*"]),
-    package_data={"diffbackbone": ["py.typed"]},
+    package_data={"diffbackbone": ["py.typed", "weights/*"]},
     install_requires=["torch>=2.6", "numpy", "safetensors"],
     extras_require={
         "mmseg": MMSEG,

@@ -35,6 +35,8 @@ RELEASED_CHECKPOINTS: dict[str, str] = {
 }
 """Where OpenAI serves the weights of each preset."""
 
+PACKAGED = "diffbackbone://"
+"""What the address of weights that come with this package begins with."""
 METADATA_KEY = "unet_config"
 """Metadata of a safetensors file that hold the fields of :class:`UNetConfig` as JSON."""
 _ANCHOR = "time_embed.0.weight"  # every guided-diffusion model has it, at its root
@@ -232,6 +234,8 @@ def _find_file(source: str | os.PathLike[str], config: UNetConfig | None = None)
     name = os.fspath(source)
     if name.startswith(("http://", "https://")):
         return _download(name)
+    if name.startswith(PACKAGED):
+        return _find_packaged(name)
     path = Path(name).expanduser()
     if path.is_dir():
         raise CheckpointError(f"checkpoint {name} is a folder, expected a file")
@@ -322,6 +326,19 @@ def _fitting_presets(found: Mapping[str, Any]) -> str:
         if all(getattr(preset, field) == value for field, value in found.items())
     ]
     return f"It looks like {' or '.join(names)}; " if names else ""
+
+
+def _find_packaged(name: str) -> Path:
+    """The file of an address such as ``diffbackbone://tiny.safetensors``."""
+    folder = Path(__file__).parent / "weights"
+    files = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
+    wanted = name[len(PACKAGED) :]
+    if wanted not in files:
+        raise FileNotFoundError(
+            f"checkpoint {name} does not exist; this package comes with "
+            f"{', '.join(PACKAGED + file for file in files) or 'none'}"
+        )
+    return files[wanted]
 
 
 def _where_to_get(config: UNetConfig | None) -> str:
