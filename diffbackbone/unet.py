@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from reprlib import repr as shorten
 from typing import Any
 
 import torch
@@ -95,15 +96,14 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention_strides"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise ValueError(f"{name} must be a list of numbers, got {shorten(given)}")
+            object.__setattr__(self, name, tuple(given))
         for name in ("num_head_channels", "num_heads_upsample"):  # guided-diffusion writes -1
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, None)
-        for name in ("model_channels", "num_res_blocks", "in_channels", "out_channels"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        if not self.channel_mult:
-            raise ValueError("channel_mult needs at least one level")
+        _check_fields(self)
         for level, width in enumerate(self.widths):
             if width < GROUPS or width % GROUPS:
                 raise ValueError(
@@ -125,7 +125,7 @@ class UNetConfig:
             )
         if self.noise_schedule not in ("linear", "cosine"):
             raise ValueError(
-                f"noise_schedule must be 'linear' or 'cosine', got {self.noise_schedule!r}"
+                f"noise_schedule must be 'linear' or 'cosine', got {shorten(self.noise_schedule)}"
             )
 
     @classmethod
@@ -141,8 +141,8 @@ class UNetConfig:
         Raises:
             ValueError: Unknown preset; the message lists the known ones.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"unknown preset {shorten(name)}; choose from {', '.join(PRESETS)}")
         return PRESETS[name]
 
     @classmethod
@@ -264,6 +264,55 @@ class UNetConfig:
         return numbers
 
 
+_LARGEST = {
+    "model_channels": 8192,
+    "num_res_blocks": 64,
+    "in_channels": 1024,
+    "out_channels": 1024,
+    "num_head_channels": 8192,
+    "num_heads": 8192,
+    "num_heads_upsample": 8192,
+    "num_classes": 1_000_000,
+    "image_size": 65536,
+}
+"""Whole numbers of a configuration, each from 1: far more than any U-Net has, but no more than can
+be counted, so that a slip of the pen is an error and not a machine without memory."""
+_MAY_BE_NONE = ("num_head_channels", "num_heads_upsample", "num_classes")
+_FLAGS = ("use_scale_shift_norm", "resblock_updown", "conv_resample", "use_new_attention_order")
+_MAX_LEVELS, _MAX_WIDTH = 10, 16384
+
+
+def is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _check_fields(config: UNetConfig) -> None:
+    """Types and bounds of the single fields."""
+    for name, largest in _LARGEST.items():
+        value = getattr(config, name)
+        optional = name in _MAY_BE_NONE
+        if not ((optional and value is None) or (is_number(value, int) and 1 <= value <= largest)):
+            raise ValueError(
+                f"{name} must be a positive integer{' or None' * optional}, got {shorten(value)} "
+                f"(at most {largest})"
+            )
+    for name in _FLAGS:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be True or False, got {shorten(getattr(config, name))}")
+    mults, strides = config.channel_mult, config.attention_strides
+    numbers = all(is_number(m) and m * config.model_channels <= _MAX_WIDTH for m in mults)
+    if not 1 <= len(mults) <= _MAX_LEVELS or not numbers:
+        raise ValueError(
+            f"channel_mult must hold a number for each level, 1 to {_MAX_LEVELS} of them (at most "
+            f"{_MAX_WIDTH} channels: model_channels={config.model_channels}), got {shorten(mults)}"
+        )
+    if not all(is_number(stride, int) for stride in strides):
+        raise ValueError(f"attention_strides must be integers, got {shorten(strides)}")
+    if not is_number(config.dropout) or not 0 <= config.dropout <= 1:
+        raise ValueError(f"dropout must be a number from 0 to 1, got {shorten(config.dropout)}")
+
+
 _NOT_IN_SHAPES = {
     "num_heads",
     "num_heads_upsample",
@@ -372,11 +421,13 @@ def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
                 f"not a guided-diffusion U-Net: {key!r} is missing (first keys: "
                 f"{', '.join(list(state_dict)[:4]) or 'none'})"
             )
+        if 0 in state_dict[key].shape:
+            raise ValueError(f"not a guided-diffusion U-Net: {key!r} has no values")
         return tuple(state_dict[key].shape)
 
     def indices(part: str) -> list[int]:
         keys = (key.split(".") for key in state_dict if key.startswith(part + "."))
-        return sorted({int(parts[1]) for parts in keys if len(parts) > 1 and parts[1].isdigit()})
+        return sorted({int(parts[1]) for parts in keys if len(parts) > 1 and parts[1].isdecimal()})
 
     def upsamples(index: int) -> bool:
         names = (f"output_blocks.{index}.{i}.{n}" for i in (1, 2) for n in ("conv", "in_layers.0"))
@@ -392,7 +443,7 @@ def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     if not encoder:
         raise ValueError("not a guided-diffusion U-Net: there are no input_blocks")
     size = encoder[-1] + 1  # blocks of encoder and of decoder: levels * (num_res_blocks + 1)
-    if decoder != list(range(size)) or "out.2.weight" not in state_dict:
+    if len(decoder) != size or decoder[-1] != size - 1 or "out.2.weight" not in state_dict:
         return {}
     gaps = sorted(set(range(size)) - set(encoder))  # pooling has no parameters, hence no keys
     ups = [index for index in decoder if upsamples(index)]
