@@ -18,6 +18,7 @@ import diffbackbone.mmpretrain as adapter
 
 # isort: split
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
@@ -32,6 +33,13 @@ HEADS = {
     "DiffusionCNNHead": {"hidden": (8, 8)},
     "DiffusionAttentionHead": {"size": 4, "width": 32},
 }
+
+
+@pytest.fixture(autouse=True)
+def in_mmpretrain_s_scope():
+    """Whatever other tests left as MMEngine's default scope."""
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        yield
 
 
 def tiny_channels(block):
