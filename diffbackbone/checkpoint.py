@@ -136,7 +136,7 @@ def load_checkpoint(
         if not hasattr(unet, "out"):
             config = config.replace(out_channels=found.get("out_channels", config.out_channels))
     except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{source}: {_first_line(error)}") from error
+        raise CheckpointError(f"{source}: {first_line(error)}") from error
     differences = [
         f"{name}: the file has {value!r}, this U-Net {getattr(config, name)!r}"
         for name, value in found.items()
@@ -205,7 +205,7 @@ def read_unet_config(
     try:
         return UNetConfig.from_state_dict(state_dict, **rest)
     except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{source}: {_first_line(error)}") from error
+        raise CheckpointError(f"{source}: {first_line(error)}") from error
 
 
 def check_finite(source: object, weights: Mapping[str, Any]) -> None:
@@ -227,12 +227,16 @@ def check_finite(source: object, weights: Mapping[str, Any]) -> None:
         )
 
 
-def read_checkpoint(source: str | os.PathLike[str], config: UNetConfig | None = None) -> Any:
+def read_checkpoint(
+    source: str | os.PathLike[str], config: UNetConfig | None = None, mapped: bool = True
+) -> Any:
     """Read a file as weights only, on the CPU.
 
     Args:
         source: Path or URL.
         config: The architecture wanted, to name OpenAI's address if the file is absent.
+        mapped: Leave the values in the file until they are used, where its format allows; then the
+            file has to stay as long as they are in use.
 
     Raises:
         FileNotFoundError: No such file.
@@ -247,23 +251,23 @@ def read_checkpoint(source: str | os.PathLike[str], config: UNetConfig | None = 
             return load_file(path)
         _check_torch_file(path)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6
     except OSError as error:
-        raise CheckpointError(f"{name} can't be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{name} can't be read: {first_line(error)}") from error
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             reason = "holds more than weights (a pickle with code); nothing in it was run"
         else:
             reason = "is truncated, damaged or no checkpoint"
-        raise CheckpointError(f"{name} {reason}: {_first_line(error)}") from error
+        raise CheckpointError(f"{name} {reason}: {first_line(error)}") from error
     except Exception as error:  # a damaged file can fail in the reader in any way
         kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint"
         raise CheckpointError(
-            f"{name} is truncated, damaged or no {kind}: {_first_line(error)}"
+            f"{name} is truncated, damaged or no {kind}: {first_line(error)}"
         ) from error
 
 
@@ -342,7 +346,7 @@ def _stored_config(path: Path) -> UNetConfig | None:
         return UNetConfig(**json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: the metadata {METADATA_KEY!r} describe no U-Net: {_first_line(error)}"
+            f"{path}: the metadata {METADATA_KEY!r} describe no U-Net: {first_line(error)}"
         ) from error
 
 
@@ -481,6 +485,7 @@ def _download(url: str) -> Path:
     return path
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line that is not long."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 300 else f"{line[:297]}..."

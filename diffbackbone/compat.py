@@ -234,10 +234,10 @@ def _checkpoint_globals() -> frozenset[Any]:
         "mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer,
         "builtins.getattr": _history_buffer_method,
         "numpy.ndarray": uncallable_array,
-        "numpy.dtype": _number_dtype,
+        "numpy.dtype": number_dtype,
     }
     for core in ("numpy._core", "numpy.core"):  # as numpy 2 and numpy 1 write it
-        names[f"{core}.multiarray._reconstruct"] = _empty_array
+        names[f"{core}.multiarray._reconstruct"] = empty_array
         names[f"{core}.multiarray.scalar"] = make_scalar
     # Classes whose instances get their state from the file. A name in a file has a dot, so these
     # names are in reach of none, and the classes can't be called.
@@ -259,7 +259,12 @@ def _history_buffer_method(owner: Any, name: Any) -> Callable[..., Any]:
     return getattr(HistoryBuffer, name)
 
 
-def _number_dtype(code: Any, *_: Any) -> Any:
+def number_dtype(code: Any, *_: Any) -> Any:
+    """Stands for ``np.dtype`` in a pickle: numbers only.
+
+    Raises:
+        pickle.UnpicklingError: It is another type.
+    """
     import numpy as np
 
     if not isinstance(code, str) or np.dtype(code).kind not in "biufc":
@@ -267,7 +272,8 @@ def _number_dtype(code: Any, *_: Any) -> Any:
     return np.dtype(code, False, True)  # a copy, which may take a byte order
 
 
-def _empty_array(*_: Any) -> Any:
+def empty_array(*_: Any) -> Any:
+    """Stands for numpy's ``_reconstruct`` in a pickle: an array that gets size and values next."""
     import numpy as np
 
     return np.empty(0)

@@ -17,7 +17,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffbackbone.detectron2  # noqa: F401  says what is missing, and registers
 
@@ -55,7 +55,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 
-from diffbackbone.checkpoint import CheckpointError
+from diffbackbone import compat
+from diffbackbone.checkpoint import CheckpointError, check_finite, first_line, read_checkpoint
 from diffbackbone.detectron2 import get_optimizer_params
 
 logger = logging.getLogger(__name__)
@@ -475,19 +476,45 @@ class Checkpointer(DetectionCheckpointer):
         finally:
             self.strict = strict
 
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load a checkpoint, and the state of the run that is in it.
+
+        Raises:
+            CheckpointError: It can't be read or doesn't fit.
+        """
+        try:
+            return super().load(path, checkpointables)
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:  # what a file holds can be anything
+            raise CheckpointError(
+                f"{path} does not fit this model or this run: {first_line(error)}"
+            ) from error
+        finally:
+            self._parsed_url_during_load = None  # else the next file can't be loaded
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             content = self._read(filename)
-        except _UNREADABLE as error:
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:  # a damaged file can fail in the reader in any way
             raise CheckpointError(
                 f"{filename} is truncated, damaged, no checkpoint, or holds more than weights "
-                f"(nothing in it was run): {str(error).splitlines()[0] if str(error) else error!r}"
+                f"(nothing in it was run): {first_line(error)}"
             ) from error
         if not isinstance(content["model"], dict) or not content["model"]:
             raise CheckpointError(f"{filename} holds no weights by name")
         return content
 
     def _read(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pyth"):  # pycls
+            weights = {
+                key: value
+                for key, value in self._torch_load(filename)["model_state"].items()
+                if not key.endswith("num_batches_tracked")
+            }
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
         content = read_numbers(filename)
@@ -497,6 +524,9 @@ class Checkpointer(DetectionCheckpointer):
         if isinstance(blobs, dict):
             blobs = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
         return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _torch_load(self, f: str) -> Any:
+        return read_checkpoint(f, mapped=False)
 
     def _load_model(self, checkpoint: Any) -> Any:
         own = len(self.model.state_dict())
@@ -516,6 +546,7 @@ class Checkpointer(DetectionCheckpointer):
                 + "\n  ".join(problems[:8])
                 + more
             )
+        check_finite("the checkpoint", self.model.state_dict())
         return incompatible
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -540,21 +571,34 @@ class Checkpointer(DetectionCheckpointer):
         _write_whole(path, lambda partial: partial.write_text(last_filename_basename))
 
 
-_UNREADABLE = (
-    pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError
-)  # fmt: skip
-"""What comes of reading a file that is no checkpoint."""
-_NUMPY = {
-    *(f"{core}.{name}" for core in ("numpy", "numpy._core", "numpy.core")
-      for name in ("multiarray._reconstruct", "multiarray.scalar", "ndarray", "dtype")),
-    "collections.OrderedDict",
-    "_codecs.encode",
-}  # fmt: skip
+def _refuse(*_: Any) -> Any:
+    raise pickle.UnpicklingError("it asks for memory, not for numbers")
 
 
-class _NumbersUnpickler(pickle.Unpickler):
+_NUMPY: dict[str, Any] = {
+    "ndarray": type("ndarray", (), {"__new__": _refuse}),
+    "dtype": compat.number_dtype,
+    "multiarray._reconstruct": compat.empty_array,
+    "multiarray.scalar": np.float64(0).__reduce__()[0],
+}
+
+
+class _NumbersUnpickler(pickle._Unpickler):
+    """Makes arrays of numbers, as large as the file's own bytes; python's, as C's obeys any size.
+
+    C's unpickler makes room for as many memos as a file names, this one for those it gives.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: _refuse,
+    }
+
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in _NUMPY:
+        full = re.sub(r"^numpy\.(_?core\.)?", "", f"{module}.{name}")
+        if module.split(".")[0] == "numpy" and full in _NUMPY:
+            return _NUMPY[full]
+        if full not in ("collections.OrderedDict", "_codecs.encode"):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
 
@@ -563,7 +607,8 @@ def read_numbers(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a pickle of numpy arrays, as Detectron2's model zoo has them, and nothing else.
 
     Raises:
-        pickle.UnpicklingError: It holds something else, or is damaged.
+        pickle.UnpicklingError: It holds something else. Other errors are possible in a damaged
+            file, too.
     """
     with open(path, "rb") as file:
         content = _NumbersUnpickler(file, encoding="latin1").load()

@@ -765,7 +765,8 @@ def test_nothing_in_weights_runs(refused, small, tmp_path, suffix, only):
         torch.save(content, path)
     flags = ["--eval-only"] if only else []
     message = refused("--config", SAMPLE, *flags, *small, "MODEL.WEIGHTS", path)
-    assert f"{path} is truncated, damaged, no checkpoint, or holds more than weights" in message
+    assert str(path) in message
+    assert "holds more than weights" in message
     assert "nothing in it was run" in message
     assert not (tmp_path / "ran").exists()
 
@@ -808,7 +809,7 @@ def test_damaged_weights_are_refused(refused, small, tmp_path):
     path = tmp_path / "model.pth"
     path.write_bytes(b"PK\3\4 half a checkpoint")
     message = refused("--config", SAMPLE, "--eval-only", *small, "MODEL.WEIGHTS", path)
-    assert f"{path} is truncated, damaged, no checkpoint" in message
+    assert f"{path} is truncated, damaged" in message
 
 
 def test_no_space_left_keeps_what_was_there(tmp_path, monkeypatch):
