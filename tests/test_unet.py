@@ -297,6 +297,8 @@ def test_activation_budget_is_kept_by_recomputing_as_little_as_it_takes(monkeypa
     assert len(unet.start(torch.randn(2, 3, 128, 128), 90, 24).recompute) > counts[1]
     with torch.no_grad():
         assert unet.start(torch.randn(1, 3, 128, 128), 90, 24).recompute == frozenset()
+    with torch.autocast("cpu", torch.bfloat16):  # half the bytes, so twice the images
+        assert len(unet.start(torch.randn(2, 3, 128, 128), 90, 24).recompute) == counts[1]
 
 
 def test_activation_budget_changes_no_gradient():
