@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import InProcess
 
 from diffbackbone.costs import counting_flops
 from diffbackbone.unet import UNet, UNetConfig
@@ -138,31 +139,17 @@ def asked(tool, worker, monkeypatch):
             if name.split(".")[0] in ("guided_diffusion", "ssl_diff", *worker.STAND_INS):
                 monkeypatch.delitem(sys.modules, name)
 
-    class InProcess:
+    class Ours(InProcess):
         def on_ask(self, command):
             if command == "flops":
                 raise tool.WorkerError("error", "that takes a second")
 
-        def __init__(self, args, log):
+        def make(self, args):
             forget()
-            self.who, self.line = log.stem, ""
-            self.worker = worker.Worker(args.threads, args.cudnn_benchmark)
-            self.answers = worker.answers(self.worker, iter(lambda: self.line, None))
+            return worker.Worker(args.threads, args.cudnn_benchmark)
 
-        def ask(self, command, **arguments):
-            assert self.answers is not None
-            commands.append((self.who, command))
-            self.on_ask(command)
-            self.line = json.dumps({"command": command, **arguments})
-            answer = json.loads(json.dumps(next(self.answers)))
-            if "error" in answer:
-                raise tool.WorkerError(answer["error"], answer["message"])
-            return answer["result"]
-
-        def close(self):
-            self.answers = None
-
-    monkeypatch.setattr(tool, "Worker", InProcess)
+    Ours.tool, Ours.worker, Ours.commands = tool, worker, commands
+    monkeypatch.setattr(tool, "Worker", Ours)
     monkeypatch.setattr(tool, "chart", lambda machine, rows: None)  # takes longer than a row
     yield commands
     forget()

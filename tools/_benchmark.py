@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import _common
 
 DTYPES = ("float32", "bfloat16", "float16")
-COLORS = ("#3b6fb6", "#e0a03c", "#8a8a8a")
+COLORS = ("#3b6fb6", "#9dbce0", "#8a8a8a", "#e0a03c")
 """Of the parts of a bar."""
 
 CaseType = TypeVar("CaseType")
@@ -313,11 +313,15 @@ def _draw_matplotlib(names: Sequence[str], panels: Sequence[Panel]) -> Any:
             drawn = axes.barh(names, widths, left=lefts, color=COLORS[index], label=label)
             lefts = [left + width for left, width in zip(lefts, widths)]
         axes.bar_label(drawn, [text for _, text in panel.bars], padding=4)
-        axes.margins(x=0.15)
+        longest = max(len(text) for _, text in panel.bars)
+        axes.set_xlim(0, 1.05 * (axes.dataLim.x1 or 1.0) / max(1 - 0.017 * longest, 0.3))
         if panel.line is not None:
             axes.axvline(panel.line, color="black", linewidth=0.8)
         if panel.parts:
-            axes.legend(fontsize="small")
+            axes.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(panel.parts),
+                fontsize="small",
+            )  # fmt: skip
         axes.set_title(panel.title, fontsize="medium")
     axes.invert_yaxis()
     buffer = io.BytesIO()
