@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffbackbone import ops
 from diffbackbone.costs import LiveTensors, counting_flops
 from diffbackbone.ops import Conv3x3, GroupNorm32, recomputed
-from diffbackbone.unet import ResBlock, UNet, UNetConfig
+from diffbackbone.unet import AttentionBlock, ResBlock, UNet, UNetConfig
 
 NHWC = torch.channels_last
 
@@ -303,6 +303,15 @@ def test_a_residual_block_keeps_what_its_convolutions_read(resample, dtype):
     expected = whole + 3 * conv  # norm, convolution, norm, convolution
     found = kept_bytes(lambda: block(x, emb), block)
     assert expected <= found < expected + 0.1 * whole
+
+
+def test_attention_keeps_no_copy_in_float32():
+    """In float16 a CPU takes a GPU's way through the norm: by float32, which is not kept."""
+    block, kept = AttentionBlock(64, 2, False).half(), []
+    x = seeded(1, 64, 16, 16).half().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        block(x, x)
+    assert {t.dtype for t in kept if t.numel() >= x.numel()} == {torch.float16}
 
 
 def test_recomputing_changes_no_gradient(monkeypatch):
