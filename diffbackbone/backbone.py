@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from reprlib import repr as shorten
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import Feedback
 from diffbackbone.ops import as_type
-from diffbackbone.unet import UNet, UNetConfig, check_budget, resize
+from diffbackbone.unet import UNet, UNetConfig, check_budget, is_number, resize
 
 MIN_SIZE = 32
 """Smallest height and width of an image, in pixels."""
@@ -101,6 +103,16 @@ class DiffusionBackbone(nn.Module):
         save_frozen: bool = True,
     ) -> None:
         super().__init__()
+        _check_kinds(
+            {
+                "freeze": freeze,
+                "first_pass_grad": first_pass_grad,
+                "activation_checkpointing": activation_checkpointing,
+                "save_frozen": save_frozen,
+            },
+            seed,
+            schedule,
+        )
         config = _resolve_config(unet)
         if class_label is None and config.num_classes is not None:
             if isinstance(unet, UNet):
@@ -110,11 +122,13 @@ class DiffusionBackbone(nn.Module):
                 )
             config = config.replace(num_classes=None)
         self.class_label = _check_label(class_label, config)
-        self.blocks = config.check_blocks((blocks,) if isinstance(blocks, int) else blocks)
+        self.blocks = config.check_blocks(_as_tuple("blocks", blocks))
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
         self.timestep = self.schedule.check_timestep(timestep)
         if noise not in NOISE_POLICIES:
-            raise ValueError(f"noise must be one of {', '.join(NOISE_POLICIES)}, got {noise!r}")
+            raise ValueError(
+                f"noise must be one of {', '.join(NOISE_POLICIES)}, got {shorten(noise)}"
+            )
         self.noise = noise
         self.seed = seed
         self.frozen = freeze
@@ -126,13 +140,13 @@ class DiffusionBackbone(nn.Module):
         taps = [config.blocks[b] for b in self.blocks]
         self.strides = _check_strides(out_strides, taps)
         self.resizes = out_strides is not None
-        if out_channels is not None and (not isinstance(out_channels, int) or out_channels < 1):
-            raise ValueError(f"out_channels must be a positive integer or None, got {out_channels}")
+        check_channels("out_channels", out_channels)
         self.channels = tuple(out_channels or tap.channels for tap in taps)
 
         self.feedback = None
         last = max(self.blocks)
         if feedback is not None:
+            _check_feedback(feedback)
             self.feedback = Feedback(config, feedback, first_pass_grad)
             self.feedback.check_taps(self.blocks)
             last = max(last, self.feedback.last_source)
@@ -331,6 +345,82 @@ class DiffusionBackbone(nn.Module):
         )
 
 
+MAX_CHANNELS = 8192
+"""The most channels that a map can be given."""
+
+
+def check_channels(name: str, channels: int | None) -> None:
+    """Check a number of channels; None keeps what there is.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if channels is not None and not (is_number(channels, int) and 1 <= channels <= MAX_CHANNELS):
+        raise ValueError(
+            f"{name} must be a positive integer or None, got {shorten(channels)} (at most "
+            f"{MAX_CHANNELS})"
+        )
+
+
+def check_names(where: str, noun: str, given: Iterable[Any], allowed: Iterable[str]) -> None:
+    """Check names that a config gives.
+
+    Args:
+        where: What the names are of, for the message.
+        noun: What they are: "field", "argument" or "key".
+        given: The names.
+        allowed: Those that there are.
+
+    Raises:
+        ValueError: There is no such name; the message has the closest, and all.
+    """
+    allowed = list(allowed)
+    for name in given:
+        if name not in allowed:
+            close = difflib.get_close_matches(str(name).lower(), map(str.lower, allowed), 1)
+            hint = [name for name in allowed if name.lower() in close]
+            raise ValueError(
+                f"{where} has no {noun} {shorten(name)}"
+                f"{f' (did you mean {hint[0]!r}?)' if hint else ''}; the {noun}s are "
+                f"{', '.join(allowed)}"
+            )
+
+
+def _check_kinds(flags: Mapping[str, Any], seed: Any, schedule: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):  # the string "False" would count as true
+            raise ValueError(f"{name} must be True or False, got {shorten(value)}")
+    if not is_number(seed, int):
+        raise ValueError(f"seed must be an integer, got {shorten(seed)}")
+    if schedule is not None and not isinstance(schedule, NoiseSchedule):
+        raise ValueError(f"schedule must be a NoiseSchedule or None, got {shorten(schedule)}")
+
+
+def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """A tuple of a config's list; a number by itself is one of one."""
+    if isinstance(values, int):
+        return (values,)
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list of integers, got {shorten(values)}")
+    return tuple(values)
+
+
+def _check_feedback(feedback: Any) -> None:
+    """Check that what stands in a map of blocks are integers; config files write them as strings.
+
+    Raises:
+        ValueError: They are something else.
+    """
+    pairs = feedback.items() if isinstance(feedback, Mapping) else ()
+    for number in (number for pair in pairs for number in pair):
+        written = isinstance(number, str) and number.isdecimal() and len(number) < 9
+        if not written and not is_number(number, int):
+            raise ValueError(
+                f"feedback must map block numbers to block numbers, got {shorten(number)} in "
+                f"{shorten(dict(feedback))}"
+            )
+
+
 def _resolve_config(unet: str | UNetConfig | Mapping[str, Any] | UNet) -> UNetConfig:
     if isinstance(unet, UNet):
         return unet.config
@@ -345,8 +435,9 @@ def _resolve_config(unet: str | UNetConfig | Mapping[str, Any] | UNet) -> UNetCo
             base = UNetConfig() if preset is None else UNetConfig.from_preset(preset)
             return base.replace(**fields)
         except TypeError as error:
-            allowed = ", ".join(["preset", *UNetConfig.__dataclass_fields__])
-            raise ValueError(f"unet: {error}; the fields are {allowed}") from error
+            allowed = ["preset", *UNetConfig.__dataclass_fields__]
+            check_names("unet", "field", fields, allowed)
+            raise ValueError(f"unet: {error}; the fields are {', '.join(allowed)}") from error
     raise ValueError(
         "unet must be a preset's name, a UNetConfig, a dict of its fields or a UNet, got "
         f"{type(unet).__name__}"
@@ -358,7 +449,7 @@ def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
     names = {str(t).removeprefix("torch."): t for t in _DTYPES}
     chosen = names.get(str(dtype).removeprefix("torch."))
     if chosen is None:
-        raise ValueError(f"dtype must be one of {', '.join(names)}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(names)}, got {shorten(dtype)}")
     if chosen == torch.float32:
         return None
     if not freeze:
@@ -376,16 +467,18 @@ def _check_label(label: int | None, config: UNetConfig) -> int | None:
     if label is None:
         return None
     if config.num_classes is None:
-        raise ValueError(f"class_label={label} was given, but the U-Net is not class-conditional")
+        raise ValueError(
+            f"class_label={shorten(label)} was given, but the U-Net is not class-conditional"
+        )
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < config.num_classes:
-        raise ValueError(f"class_label must be 0 to {config.num_classes - 1}, got {label!r}")
+        raise ValueError(f"class_label must be 0 to {config.num_classes - 1}, got {shorten(label)}")
     return label
 
 
 def _check_strides(out_strides: Sequence[int] | None, taps: Sequence[Any]) -> tuple[int, ...]:
     if out_strides is None:
         return tuple(tap.stride for tap in taps)
-    strides = tuple(out_strides)
+    strides = _as_tuple("out_strides", out_strides)
     if len(strides) != len(taps):
         raise ValueError(
             f"out_strides {strides} has {len(strides)} entries for {len(taps)} blocks "

@@ -16,10 +16,12 @@ Importing this module also registers the sample data by name (:data:`SAMPLE_DATA
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 from diffbackbone import compat
@@ -39,7 +41,14 @@ from detectron2.solver.build import get_default_optimizer_params  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
-from diffbackbone.backbone import layer_scales, pad_to_multiple, pad_to_size  # noqa: E402
+from diffbackbone.backbone import (  # noqa: E402
+    check_channels,
+    check_names,
+    layer_scales,
+    pad_to_multiple,
+    pad_to_size,
+)
+from diffbackbone.unet import UNetConfig, is_number  # noqa: E402
 
 PADDINGS = ("separate", "reflect", "keep")
 """What is done about the padding that brings images of unequal size into one batch."""
@@ -219,14 +228,15 @@ class DiffusionBackbone(_DiffusionBackbone, _WholeBatches):
         save_frozen: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_names("DiffusionBackbone", "argument", kwargs, _ARGUMENTS)
         super().__init__(
-            unet if isinstance(unet, (str, nn.Module)) else dict(unet),
+            _plain(unet),
             checkpoint,
             timestep,
-            blocks if isinstance(blocks, int) else tuple(blocks),
-            feedback if isinstance(feedback, (str, type(None))) else dict(feedback),
+            _plain(blocks),
+            _plain(feedback),
             out_channels,
-            None if out_strides is None else tuple(out_strides),
+            _plain(out_strides),
             noise,
             freeze,
             save_frozen=save_frozen,
@@ -256,6 +266,45 @@ class DiffusionBackbone(_DiffusionBackbone, _WholeBatches):
 
     def _named_maps(self, images: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._out_features, _DiffusionBackbone.forward(self, images)))
+
+
+_ARGUMENTS = (
+    *(name for name in inspect.signature(_DiffusionBackbone.__init__).parameters if name != "self"),
+    "padding",
+)
+
+
+def _plain(value: Any) -> Any:
+    """A dict or tuple in place of a config's own container; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return tuple(map(_plain, value))
+    return value
+
+
+NORMS = (
+    "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"
+)  # fmt: skip
+"""Detectron2's norms by name."""
+
+
+def _check_pyramid(out_channels: Any, norm: Any) -> None:
+    """Check what both pyramids take: Detectron2 gives a bare KeyError for an unknown norm.
+
+    Raises:
+        ValueError: It can't be used.
+    """
+    named = isinstance(norm, str) and norm in ("", *NORMS)
+    if not named and (isinstance(norm, str) or not callable(norm)):
+        raise ValueError(
+            f"there is no norm {shorten(norm)} (MODEL.FPN.NORM); choose from {', '.join(NORMS)}"
+        )
+    if out_channels is None:
+        raise ValueError("out_channels must be a positive integer, got None")
+    check_channels("out_channels", out_channels)
+    if norm == "GN" and out_channels % 32:
+        raise ValueError(f"norm 'GN' needs out_channels in multiples of 32, got {out_channels}")
 
 
 class _Pyramid(_WholeBatches):
@@ -307,9 +356,14 @@ class DiffusionSimpleFeaturePyramid(_Pyramid, SimpleFeaturePyramid):
         in_feature = in_feature or next(iter(shapes))
         if in_feature not in shapes:
             raise ValueError(f"in_feature must be one of {list(shapes)}, got {in_feature!r}")
-        unknown = [scale for scale in scale_factors if scale not in (4.0, 2.0, 1.0, 0.5)]
-        if unknown or not scale_factors:
-            raise ValueError(f"scale factors must be of 4, 2, 1, 0.5, got {list(scale_factors)}")
+        scale_factors = _plain(scale_factors)
+        known = isinstance(scale_factors, tuple) and all(
+            is_number(scale) and scale in (4.0, 2.0, 1.0, 0.5) for scale in scale_factors
+        )
+        if not known or not scale_factors or len(set(scale_factors)) < len(scale_factors):
+            given = list(scale_factors) if isinstance(scale_factors, tuple) else scale_factors
+            raise ValueError(f"scale factors must be of 4, 2, 1, 0.5, got {shorten(given)}")
+        _check_pyramid(out_channels, norm or "")
         if not norm:
             raise ValueError(
                 "Detectron2's simple feature pyramid needs a norm, such as 'LN' (MODEL.FPN.NORM)"
@@ -368,6 +422,11 @@ class DiffusionFPN(_Pyramid, FPN):
         fuse_type: str = "sum",
     ) -> None:
         shapes = bottom_up.output_shape()
+        if isinstance(in_features, str) or not isinstance(in_features, (Sequence, type(None))):
+            raise ValueError(f"in_features must be a list of names, got {shorten(in_features)}")
+        _check_pyramid(out_channels, norm or "")
+        if fuse_type not in ("sum", "avg"):
+            raise ValueError(f"fuse_type must be sum or avg, got {shorten(fuse_type)}")
         names = list(in_features or sorted(shapes, key=lambda name: shapes[name].stride))
         unknown = [name for name in names if name not in shapes]
         if unknown:
@@ -510,15 +569,19 @@ def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DiffusionB
         )
     node = cfg.MODEL.DIFFUSION
     _check_pixels(cfg, input_shape)
+    _check_node(node)
     if node.FEEDBACK and node.FEEDBACK_MAP:
         raise ValueError(
             f"MODEL.DIFFUSION.FEEDBACK {node.FEEDBACK!r} and FEEDBACK_MAP "
             f"{list(node.FEEDBACK_MAP)} exclude each other"
         )
-    if any(not isinstance(p, (list, tuple)) or len(p) != 2 for p in node.FEEDBACK_MAP):
+    pairs = [p for p in node.FEEDBACK_MAP if isinstance(p, (list, tuple)) and len(p) == 2]
+    if len(pairs) < len(node.FEEDBACK_MAP) or any(
+        not is_number(number, int) for pair in pairs for number in pair
+    ):
         raise ValueError(
             "MODEL.DIFFUSION.FEEDBACK_MAP must hold pairs (source block, target block), got "
-            f"{list(node.FEEDBACK_MAP)}"
+            f"{shorten(list(node.FEEDBACK_MAP))}"
         )
     with _named_keys():
         return DiffusionBackbone(
@@ -558,7 +621,7 @@ def build_diffusion_sfp_backbone(
         pyramid = DiffusionSimpleFeaturePyramid(
             net,
             out_channels=channels,
-            scale_factors=[float(scale) for scale in scales],
+            scale_factors=scales,
             top_block=_top_block(cfg.MODEL.DIFFUSION.TOP_BLOCK, channels, None),
             norm=cfg.MODEL.FPN.NORM,
         )
@@ -599,13 +662,44 @@ def _named_keys() -> Iterator[None]:
         raise
 
 
+def _check_node(node: CfgNode) -> None:
+    """Check types: yacs lets None pass for any key, and a config made in Python anything.
+
+    Raises:
+        ValueError: Names the key, what it was given and what it takes.
+    """
+    defaults = CfgNode()
+    defaults.MODEL, defaults.SOLVER, defaults.INPUT = CfgNode(), CfgNode(), CfgNode()
+    defaults.SOLVER.AMP = CfgNode()
+    add_diffusion_config(defaults)
+    names = {bool: "True or False", int: "an integer", float: "a number", str: "a string",
+             tuple: "a list", CfgNode: "keys and values"}  # fmt: skip
+    known = defaults.MODEL.DIFFUSION
+    check_names("MODEL.DIFFUSION", "key", node, known)
+    for key, default in known.items():
+        value, kind = node.get(key), type(default)
+        if kind in (int, float):
+            fits = is_number(value, int if kind is int else (int, float))
+        else:
+            fits = isinstance(value, (tuple, list) if kind is tuple else kind)
+        if not fits:
+            raise ValueError(
+                f"MODEL.DIFFUSION.{key} must be {names[kind]}, such as the default "
+                f"{default!r}, got {shorten(value)}"
+            )
+    fields = UNetConfig.__dataclass_fields__
+    check_names("MODEL.DIFFUSION.UNET_OPTIONS", "field", node.UNET_OPTIONS, fields)
+
+
 def _check_pixels(cfg: CfgNode, input_shape: ShapeSpec) -> None:
     model = cfg.MODEL
     for name, wanted in (("PIXEL_MEAN", PIXEL_MEAN), ("PIXEL_STD", PIXEL_STD)):
         given = getattr(model, name)
-        if len(given) != 3 or any(abs(a - b) > 0.5 for a, b in zip(given, wanted)):
+        numbers = isinstance(given, (list, tuple)) and all(map(is_number, given))
+        if not numbers or len(given) != 3 or any(abs(a - b) > 0.5 for a, b in zip(given, wanted)):
+            shown = list(given) if numbers else shorten(given)
             raise ValueError(
-                f"MODEL.{name} is {list(given)}; diffusion U-Nets take pixels in [-1, 1], which is "
+                f"MODEL.{name} is {shown}; diffusion U-Nets take pixels in [-1, 1], which is "
                 f"MODEL.PIXEL_MEAN {list(PIXEL_MEAN)} and MODEL.PIXEL_STD {list(PIXEL_STD)}"
             )
     if cfg.INPUT.FORMAT != "RGB" or input_shape.channels not in (None, 3):
@@ -613,6 +707,7 @@ def _check_pixels(cfg: CfgNode, input_shape: ShapeSpec) -> None:
 
 
 def _top_block(name: str, channels: int, tap: tuple[str, ShapeSpec] | None) -> nn.Module | None:
+    _check_pyramid(channels, "")
     if name not in TOP_BLOCKS:
         raise ValueError(f"TOP_BLOCK must be one of {', '.join(TOP_BLOCKS)}, got {name!r}")
     if name == "p6p7":

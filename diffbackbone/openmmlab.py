@@ -8,8 +8,11 @@ first; with mmdet, :mod:`diffbackbone.openmmlab` itself.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+import os
 from collections.abc import Mapping
+from reprlib import repr as shorten
 from typing import Any
 
 from diffbackbone import compat
@@ -23,7 +26,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor  # noqa: E402
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 from torch import nn  # noqa: E402
 
-from diffbackbone.backbone import RANDOM_WEIGHTS, layer_scales  # noqa: E402
+from diffbackbone.backbone import RANDOM_WEIGHTS, check_names, layer_scales  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
 
 IGNORE_LABEL = 255
@@ -54,8 +57,10 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         pretrained: str | None = None,
         **kwargs: Any,
     ) -> None:
+        check_names("DiffusionBackbone", "argument", kwargs, _ARGUMENTS)
         checkpoint = kwargs.pop("checkpoint", None)
         checkpoint = checkpoint if pretrained is None else pretrained
+        _check_init(init_cfg, checkpoint)
         super().__init__(unet, **kwargs)
         if checkpoint is not None:
             init_cfg = {"type": "Pretrained", "checkpoint": checkpoint}
@@ -86,6 +91,37 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         self.is_init = True
         if not pretrained:
             print_log(RANDOM_WEIGHTS, logger="current", level=logging.WARNING)
+
+
+_ARGUMENTS = (
+    *(name for name in inspect.signature(_DiffusionBackbone.__init__).parameters if name != "self"),
+    "init_cfg",
+    "pretrained",
+)
+
+
+def _check_init(init_cfg: Any, checkpoint: Any) -> None:
+    """Check what says where the weights come from.
+
+    Raises:
+        ValueError: It is of another type than MMEngine takes.
+    """
+    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+        raise ValueError(f"a checkpoint is a path or URL, got {shorten(checkpoint)}")
+    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    for cfg in cfgs if init_cfg is not None else ():
+        if not isinstance(cfg, Mapping) or "type" not in cfg:
+            raise ValueError(
+                "init_cfg must be dict(type='Pretrained', checkpoint=...), or a list of MMEngine's "
+                f"initializers, got {shorten(cfg)}"
+            )
+        if cfg["type"] in ("Pretrained", PretrainedInit):
+            check_names("init_cfg", "key", cfg, ("type", "checkpoint", "prefix", "map_location"))
+            if not isinstance(cfg.get("checkpoint"), (str, os.PathLike)):
+                raise ValueError(
+                    "init_cfg needs a checkpoint, a path or URL, got "
+                    f"{shorten(cfg.get('checkpoint'))}"
+                )
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -259,7 +259,7 @@ class UNetConfig:
             raise ValueError(
                 f"{what} must be block numbers from 1 to {self.num_blocks} (1-based: encoder 1-"
                 f"{self.num_encoder_blocks}, middle {self.num_encoder_blocks + 1}, decoder "
-                f"{self.num_encoder_blocks + 2}-{self.num_blocks}), got {list(numbers)}"
+                f"{self.num_encoder_blocks + 2}-{self.num_blocks}), got {shorten(list(numbers))}"
             )
         return numbers
 

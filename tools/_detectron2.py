@@ -153,7 +153,9 @@ def load_yaml(config_file: str, options: Sequence[str]) -> Any:
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{config_file} is no config of keys and values: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{config_file}: _BASE_ leads back to the file itself") from error
+        raise ValueError(
+            f"{config_file}: _BASE_ leads back to the file itself, or values are nested too deeply"
+        ) from error
     except (ValueError, AssertionError, OSError) as error:
         raise ValueError(f"{config_file}: {_short(error)}") from error
     except Exception as error:
