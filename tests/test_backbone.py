@@ -346,6 +346,30 @@ def test_activation_budget_reaches_the_u_net():
     assert DiffusionBackbone(unet).unet.activation_budget == 2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"feedback": {5: 2}},
+        {"freeze": True, "dtype": "bfloat16"},
+        {"activation_budget": 0.001},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_as_one_graph(settings, autocast):
+    """Captured whole (fullgraph); code generation is left out to keep this quick."""
+    config = UNetConfig(32, (1, 1), 1, (2,), num_head_channels=16)
+    backbone = build(unet=config, blocks=(6,), out_strides=(2,), **settings).eval()
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    x = images(1, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (expected,), (ours,) = backbone(x), compiled(x)
+    assert ours.dtype == expected.dtype
+    assert torch.allclose(ours, expected, rtol=1e-2 if autocast else 1e-4, atol=1e-5)
+    if ours.requires_grad:
+        ours.float().sum().backward()
+
+
 def test_random_weights_are_announced():
     with pytest.warns(UserWarning, match="RANDOM"):
         DiffusionBackbone(SMALL)
