@@ -347,15 +347,14 @@ def test_activation_budget_reaches_the_u_net():
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "autocast"),
     [
-        {"feedback": {5: 2}},
-        {"freeze": True, "dtype": "bfloat16"},
-        {"activation_budget": 0.001},
+        ({"feedback": {5: 2}}, False),
+        ({"freeze": True, "dtype": "bfloat16"}, False),
+        ({"activation_budget": 0.001}, True),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_as_one_graph(settings, autocast):
     """Captured whole (fullgraph); code generation is left out to keep this quick."""
     config = UNetConfig(32, (1, 1), 1, (2,), num_head_channels=16)
@@ -365,7 +364,8 @@ def test_compiles_as_one_graph(settings, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         (expected,), (ours,) = backbone(x), compiled(x)
     assert ours.dtype == expected.dtype
-    assert torch.allclose(ours, expected, rtol=1e-2 if autocast else 1e-4, atol=1e-5)
+    half = autocast or "dtype" in settings
+    assert (ours - expected).norm() < (2e-2 if half else 1e-5) * expected.norm()
     if ours.requires_grad:
         ours.float().sum().backward()
 
