@@ -432,6 +432,22 @@ def test_large_images_take_more_memory(worker, job, modules):
     assert peaks[1] > peaks[0] + 20e6
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak can be begun anew on Linux only")
+def test_the_first_step_is_no_part_of_the_peak(worker):
+    started, sizes = worker.StepsWorker(1), iter([50_000_000, 5_000_000])
+
+    def update(_=None):
+        torch.ones(next(sizes))
+        return {"step": 1.0}
+
+    watch = types.SimpleNamespace(time=update)
+    started.training = types.SimpleNamespace(job={"device": "cpu"}, stopwatch=watch, update=None)
+    started.begin("cpu")
+    started.first()
+    assert started.time(1) == {"step": 1.0}
+    assert 15e6 < started.peak()["peak_bytes"] < 100e6
+
+
 def test_a_peak_on_a_gpu(worker, monkeypatch):
     started = worker.StepsWorker(1)
     started.training = types.SimpleNamespace(job={"device": "cuda"})
