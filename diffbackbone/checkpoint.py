@@ -66,8 +66,9 @@ _WRAPPERS = (  # averaged weights first: they are what samples and features are 
     "weights",
 )
 _MAX_WRAPPERS = 8  # a pickle can hold itself
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ZIP = b"PK\x03\x04"
+_ZIP_HEADER = 30 + 2 * 65535  # at most, in front of a part
 # the one thing that torch's weights-only unpickler calls with a size it is told, and fills
 _BYTEARRAY = re.compile(rb"\nbytearray\n")
 
@@ -156,13 +157,13 @@ def load_checkpoint(
         whole = UNet(config).state_dict()
     own = unet.state_dict()
     problems = [f"missing: {key}" for key in own if key not in state_dict]
-    problems += [f"unexpected: {_some([key])}" for key in state_dict if key not in whole]
+    problems += [f"unexpected: {some_keys([key])}" for key in state_dict if key not in whole]
     for key, value in state_dict.items():
         if key in whole and value.shape != whole[key].shape:
             shapes = f"{tuple(value.shape)}, expected {tuple(whole[key].shape)}"
             problems.append(f"shape of {key}: {shapes}")
-        elif key in own and value.dtype not in _WEIGHT_DTYPES:
-            types = ", ".join(map(str, _WEIGHT_DTYPES))
+        elif key in own and value.dtype not in WEIGHT_DTYPES:
+            types = ", ".join(map(str, WEIGHT_DTYPES))
             problems.append(f"type of {key}: {value.dtype}, expected one of {types}")
     if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -223,7 +224,7 @@ def check_finite(source: object, weights: Mapping[str, Any]) -> None:
     if broken:
         raise CheckpointError(
             f"{source} holds weights that are NaN or infinite, in {len(broken)} of {len(weights)} "
-            f"tensors: {_some(broken)}"
+            f"tensors: {some_keys(broken)}"
         )
 
 
@@ -281,30 +282,31 @@ def _check_torch_file(path: Path) -> None:
         pickle.UnpicklingError: Something is wrong.
         zipfile.BadZipFile: The archive can't be read. Other errors are possible, too.
     """
-    with open(path, "rb") as file:
-        if file.read(len(_ZIP)) != _ZIP:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                _refuse_bytearray(content)
-            return
-        with zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-            packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-            if packed or sum(part.file_size for part in parts) > os.path.getsize(path):
-                raise pickle.UnpicklingError(
-                    "its parts are compressed, or larger than the file, which torch never writes"
-                )
-            if any(part.CRC for part in parts):  # torch.save can be told to leave them out
-                damaged = archive.testzip()
-                if damaged:
-                    raise pickle.UnpicklingError(f"{damaged} doesn't have its checksum")
-            for part in parts:
-                if part.filename.endswith("data.pkl"):
-                    _refuse_bytearray(archive.read(part))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        pickles = [(0, len(content))]
+        if content[: len(_ZIP)] == _ZIP:
+            with zipfile.ZipFile(file) as archive:
+                _check_archive(archive, len(content))
+                pickles = [
+                    (part.header_offset, part.header_offset + part.file_size + _ZIP_HEADER)
+                    for part in archive.infolist()
+                    if part.filename.endswith("data.pkl")
+                ]
+        if any(_BYTEARRAY.search(content, *span) for span in pickles):
+            raise pickle.UnpicklingError("it asks for a bytearray, which is no weight")
 
 
-def _refuse_bytearray(content: bytes | mmap.mmap) -> None:
-    if _BYTEARRAY.search(content):
-        raise pickle.UnpicklingError("it asks for a bytearray, which has no place among weights")
+def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
+    parts = archive.infolist()
+    packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    if packed or sum(part.file_size for part in parts) > size:
+        raise pickle.UnpicklingError(
+            "its parts are compressed, or larger than the file, which torch never writes"
+        )
+    if any(part.CRC for part in parts):  # torch.save can be told to leave them out
+        damaged = archive.testzip()
+        if damaged:
+            raise pickle.UnpicklingError(f"{damaged} doesn't have its checksum")
 
 
 def _find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) -> Path:
@@ -321,10 +323,11 @@ def _find_file(source: str | os.PathLike[str], config: UNetConfig | None = None)
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
-            f"checkpoint {name} does not exist. {_where_to_get(config)}"
+            f"checkpoint {name} does not exist.\n{_where_to_get(config)}"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown ~user, "\0"
-        raise CheckpointError(f"checkpoint {name!r} can't be reached: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"checkpoint {shorten(name)} can't be reached: {reason}") from error
     if stat.S_ISDIR(mode):
         raise CheckpointError(f"checkpoint {name} is a folder, expected a file")
     if not stat.S_ISREG(mode):
@@ -387,12 +390,12 @@ def _find_unet(
         inner = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
         if candidates or not inner:
             break
-        logger.info("%s: taking %r out of %s", source, inner[0], _some(content))
+        logger.info("%s: taking %r out of %s", source, inner[0], some_keys(content))
         content = content[inner[0]]
     if not candidates:
         raise CheckpointError(
             f"{source} holds no guided-diffusion U-Net: no key ends in {_ANCHOR!r} (first keys: "
-            f"{_some(content) or 'none'})"
+            f"{some_keys(content) or 'none'})"
         )
     if prefix is None and "" in candidates:
         prefix = ""
@@ -407,7 +410,9 @@ def _find_unet(
     inside = {str(k)[len(prefix) :]: v for k, v in content.items() if str(k).startswith(prefix)}
     wrong = [key for key, value in inside.items() if not _is_plain(value)]
     if wrong:
-        raise CheckpointError(f"{source}: {_some(wrong)} are no tensors with values of their own")
+        raise CheckpointError(
+            f"{source}: {some_keys(wrong)} are no tensors with values of their own"
+        )
     foreign = tuple(str(key) for key in content if not str(key).startswith(prefix))
     return inside, prefix, foreign
 
@@ -423,8 +428,8 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _some(keys: Iterable[Any], count: int = 4) -> str:
-    """The first keys, none of them long."""
+def some_keys(keys: Iterable[Any], count: int = 4) -> str:
+    """The first of some keys, none of them long."""
     names = [key if isinstance(key, str) else shorten(key) for _, key in zip(range(count), keys)]
     return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in names)
 

@@ -56,7 +56,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 
 from diffbackbone import compat
-from diffbackbone.checkpoint import CheckpointError, check_finite, first_line, read_checkpoint
+from diffbackbone.checkpoint import (
+    WEIGHT_DTYPES,
+    CheckpointError,
+    check_finite,
+    first_line,
+    read_checkpoint,
+    some_keys,
+)
 from diffbackbone.detectron2 import get_optimizer_params
 
 logger = logging.getLogger(__name__)
@@ -529,7 +536,16 @@ class Checkpointer(DetectionCheckpointer):
         return read_checkpoint(f, mapped=False)
 
     def _load_model(self, checkpoint: Any) -> Any:
-        own = len(self.model.state_dict())
+        own = self.model.state_dict()
+        wrong_types = [
+            f"type of {key}: {value.dtype}, expected a floating-point type"
+            for key, value in checkpoint["model"].items()
+            if key in own
+            and own[key].is_floating_point()
+            and torch.as_tensor(value).dtype not in WEIGHT_DTYPES
+        ]
+        if wrong_types:
+            raise CheckpointError(f"the checkpoint's weights are no weights:{_listed(wrong_types)}")
         incompatible = super()._load_model(checkpoint)
         problems = [
             f"shape of {key}: {tuple(given)}, expected {tuple(wanted)}"
@@ -537,14 +553,11 @@ class Checkpointer(DetectionCheckpointer):
         ]
         wrong = {key for key, *_ in incompatible.incorrect_shapes}
         problems += [f"missing: {key}" for key in incompatible.missing_keys if key not in wrong]
-        nothing = len(problems) >= own
-        problems += [f"unexpected: {key}" for key in incompatible.unexpected_keys]
+        nothing = len(problems) >= len(own)
+        problems += [f"unexpected: {some_keys([key])}" for key in incompatible.unexpected_keys]
         if nothing or (self.strict and problems):
-            more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise CheckpointError(
-                "the checkpoint is of another model than the config's:\n  "
-                + "\n  ".join(problems[:8])
-                + more
+                f"the checkpoint is of another model than the config's:{_listed(problems)}"
             )
         check_finite("the checkpoint", self.model.state_dict())
         return incompatible
@@ -569,6 +582,11 @@ class Checkpointer(DetectionCheckpointer):
         """Note which checkpoint is the last."""
         path = Path(self.save_dir, "last_checkpoint")
         _write_whole(path, lambda partial: partial.write_text(last_filename_basename))
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
+    return "".join(f"\n  {line}" for line in [*problems[:8], *more])
 
 
 def _refuse(*_: Any) -> Any:
