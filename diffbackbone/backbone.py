@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
-from diffbackbone.feedback import Feedback
+from diffbackbone.feedback import STRATEGIES, Feedback
 from diffbackbone.ops import as_type
 from diffbackbone.unet import UNet, UNetConfig, check_budget, is_number, resize
 
@@ -406,11 +406,16 @@ def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
 
 
 def _check_feedback(feedback: Any) -> None:
-    """Check that what stands in a map of blocks are integers; config files write them as strings.
+    """Check a strategy's name, or a map's integers, which config files may write as strings.
 
     Raises:
         ValueError: They are something else.
     """
+    if not isinstance(feedback, Mapping) and feedback not in STRATEGIES:
+        raise ValueError(
+            f"unknown feedback {shorten(feedback)}; choose from {', '.join(STRATEGIES)}, or give a "
+            "map {source block: target block}"
+        )
     pairs = feedback.items() if isinstance(feedback, Mapping) else ()
     for number in (number for pair in pairs for number in pair):
         written = isinstance(number, str) and number.isdecimal() and len(number) < 9

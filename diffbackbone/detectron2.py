@@ -144,7 +144,9 @@ class _WholeBatches(Backbone):
 
     def _setup_batches(self, padding: str, divisibility: int) -> None:
         if padding not in PADDINGS:
-            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+            raise ValueError(
+                f"padding must be one of {', '.join(PADDINGS)}, got {shorten(padding)}"
+            )
         self.padding, self.divisibility = padding, divisibility
 
     @property
@@ -709,7 +711,7 @@ def _check_pixels(cfg: CfgNode, input_shape: ShapeSpec) -> None:
 def _top_block(name: str, channels: int, tap: tuple[str, ShapeSpec] | None) -> nn.Module | None:
     _check_pyramid(channels, "")
     if name not in TOP_BLOCKS:
-        raise ValueError(f"TOP_BLOCK must be one of {', '.join(TOP_BLOCKS)}, got {name!r}")
+        raise ValueError(f"TOP_BLOCK must be one of {', '.join(TOP_BLOCKS)}, got {shorten(name)}")
     if name == "p6p7":
         in_feature, in_channels = (tap[0], tap[1].channels) if tap else ("p5", channels)
         return LastLevelP6P7(in_channels, channels, in_feature)

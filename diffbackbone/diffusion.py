@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from reprlib import repr as shorten
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class NoiseSchedule:
         if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.num_timesteps:
             raise ValueError(
                 f"timestep must be an integer from 0 to {self.num_timesteps - 1} (0-based index "
-                f"into the schedule), got {t!r}"
+                f"into the schedule), got {shorten(t)}"
             )
         return t
 

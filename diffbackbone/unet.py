@@ -301,7 +301,7 @@ def _check_fields(config: UNetConfig) -> None:
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name} must be True or False, got {shorten(getattr(config, name))}")
     mults, strides = config.channel_mult, config.attention_strides
-    numbers = all(is_number(m) and m * config.model_channels <= _MAX_WIDTH for m in mults)
+    numbers = all(is_number(m) and 0 < m * config.model_channels <= _MAX_WIDTH for m in mults)
     if not 1 <= len(mults) <= _MAX_LEVELS or not numbers:
         raise ValueError(
             f"channel_mult must hold a number for each level, 1 to {_MAX_LEVELS} of them (at most "
@@ -686,7 +686,8 @@ def check_budget(budget: float | None) -> float | None:
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (number and budget >= 0):
         raise ValueError(
-            f"activation_budget must be a number of GB from 0, or None for no limit, got {budget!r}"
+            "activation_budget must be a number of GB from 0, or None for no limit, got "
+            f"{shorten(budget)}"
         )
     return budget
 

@@ -197,7 +197,10 @@ def _pairs(options: Sequence[str], keys: Sequence[str]) -> list[tuple[str, str]]
 def _short(error: Exception) -> str:
     """What yacs says, without a whole section of the config where a value was given for it."""
     section = re.search(r"CfgNode.*for config key: (\S+)$", str(error), re.DOTALL)
-    return f"{section[1]} is a section of keys, not a value" if section else str(error)
+    if section:
+        return f"{section[1]} is a section of keys, not a value"
+    text = str(error)
+    return text if len(text) <= 600 else f"{text[:300]} ... {text[-200:]}"
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
