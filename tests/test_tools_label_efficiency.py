@@ -46,6 +46,9 @@ SMALL = Recipe(
     digits=60,
     val_digits=20,
     image_size=32,
+    tap=(90, 24),
+    random_tap=(90, 30),
+    pool=2,
     timesteps=(90,),
     blocks=(24, 30),
     steps={"attention": 2, "difformer": 2, "difffeed": 1},
@@ -216,7 +219,10 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, checkpoint, measured)
     torch.save(weights, other)
     with pytest.raises(ToolError, match=r"(?s)other settings.*checkpoint.*--overwrite"):
         command(tmp_path, *grid, "--checkpoint", other)
+    old = tmp_path / "weights" / "pretrained.safetensors"
+    tasks.write_weights(old, "pretrained", TINY, str(checkpoint), 0)
     command(tmp_path, *grid, "--checkpoint", other, "--overwrite")
+    assert not old.exists()
     assert len(measured) == 4
     assert len(tool.read_records(tmp_path / "results.jsonl")) == 2
 
@@ -359,6 +365,16 @@ def test_figure_shows_a_line_with_error_bars_for_each_weights():
     assert np.ptp(right[:, 0]) > 40
 
 
+def test_shares_of_labels_stand_on_a_logarithmic_axis():
+    shares = (1.0, 0.1, 0.01)
+    records = [record("knn", "random", share, 0, 50.0) for share in shares]
+    colours = np.asarray(tool.draw_curves("kNN", "top-1", records)) == tool.COLOURS["random"]
+    columns = colours.all(-1)[:450].sum(0)
+    left, right = np.flatnonzero(columns)[[0, -1]]
+    dots = np.flatnonzero(columns > 8)  # a line is 3 pixels high
+    assert abs(np.median(dots) - (left + right) / 2) < 3
+
+
 def test_figure_of_a_single_cell_and_of_nothing_but_zeros():
     for r in (record("knn", "random", 1.0, 0, 50.0), record("knn", "random", 1.0, 0, 0.0)):
         assert isinstance(tool.draw_curves("kNN", "top-1", [r]), Image.Image)
@@ -449,23 +465,25 @@ def test_probe_reads_its_own_weights_and_labels(lab, monkeypatch):
 
     class Spy:
         def __init__(self, caches, draws, args, device):
-            seen.append((caches[0].folder.parent.name, tuple(draws[0].rows)))
+            seen.append((caches[0].folder.parents[1].name, tuple(draws[0].rows)))
 
         def measure(self, tap, wanted):
-            assert (tap, list(wanted)) == (SMALL.tap, [(SMALL.pool, 1)])
+            assert list(wanted) == [(SMALL.pool, 1)]
+            seen[-1] += (tap,)
             return [{"knn": 0.5}]
 
     monkeypatch.setattr(tasks.sweep, "Judge", Spy)
     for weights in ("pretrained", "random"):
         assert lab.measure(Cell("knn", weights, 0.5, 1))["score"] == 50
-    assert [name for name, _ in seen] == ["pretrained", "random-1"]
+    assert [name for name, *_ in seen] == ["pretrained", "random-1"]
+    assert [tap for *_, tap in seen] == [SMALL.tap, SMALL.random_tap]
     assert seen[0][1] == seen[1][1] == tuple(lab.labelled(Cell("knn", "random", 0.5, 1)))
 
 
 def test_rows_of_a_cache_are_those_chosen(lab):
     train, _ = lab.caches(Cell("knn", "random", 1.0, 1))
     rows = tasks.CacheRows(train, [3, 5, 8])
-    tap = SMALL.tap
+    tap = SMALL.random_tap
     assert torch.equal(rows.read([2, 0], [tap])[tap], train.read([8, 3], [tap])[tap])
     assert rows.listing.paths == tuple(train.paths[i] for i in (3, 5, 8))
     assert list(rows.labels) == [train.labels[i] for i in (3, 5, 8)]

@@ -83,12 +83,15 @@ class Recipe:
         digits: Training scenes of one digit.
         val_digits: Validation scenes of one digit.
         image_size: Height and width of the scenes of one digit.
-        tap: (t, b) of linear probe, kNN and attention head.
+        tap: (t, b) of linear probe, kNN, attention head and DifFeed; t of the dense tasks.
+        random_tap: The same for weights that are not pretrained, so that each is judged where it
+            is best.
         pool: Grid that linear probe and kNN pool the map to.
         l2: Strengths of the linear probe; held-out training images choose.
         k: Neighbours of kNN; fewer where there are fewer images.
         timesteps: Of the DifFormer head.
         blocks: Of the DifFormer head.
+        cache_pool: Grid that features are cached at, and that heads pool to.
         steps: Steps of the heads at least, by name; the epochs follow from the images there are.
         heads: Options of ``train_classifier.py`` for each head.
         upernet: Config of the UperNet.
@@ -101,13 +104,14 @@ class Recipe:
     val_scenes: int = 200
     digits: int = 2000
     val_digits: int = 1000
-    image_size: int = 64
-    tap: Tap = (150, 30)
-    pool: int = 4
-    l2: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
+    image_size: int = 32
+    tap: Tap = (300, 33)
+    random_tap: Tap = (150, 30)
+    pool: int = 8
+    l2: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5)
     k: int = 5
-    timesteps: tuple[int, ...] = (90, 150, 300)
-    blocks: tuple[int, ...] = (12, 24, 30)
+    timesteps: tuple[int, ...] = (150, 300, 450)
+    blocks: tuple[int, ...] = (12, 30, 33)
     cache_pool: int = 8
     steps: Mapping[str, int] = field(
         default_factory=lambda: {"attention": 400, "difformer": 300, "difffeed": 120}
@@ -123,6 +127,10 @@ class Recipe:
     upernet_options: Mapping[str, Any] = field(default_factory=dict)
     maskrcnn: str = "mask_rcnn_gd_probe_sample.yaml"
     maskrcnn_options: tuple[str, ...] = ()
+
+    def tap_of(self, weights: str) -> Tap:
+        """(t, b) that one of :data:`WEIGHTS` is judged at."""
+        return self.tap if weights == "pretrained" else self.random_tap
 
 
 # ----------------------------------------------------------------------------------------- material
@@ -165,7 +173,7 @@ def make_digit_scenes(out: Path, train: int, val: int, size: int, seed: int = 0)
     partial.replace(out)
 
 
-DIGIT_SIZE = (0.5, 0.8)
+DIGIT_SIZE = (0.6, 0.8)
 """Smallest and largest digit in a scene of one, as a share of the scene's side."""
 _FIRST_DIGIT_SCENE = 1_000_000
 
@@ -348,11 +356,12 @@ class Lab:
     def caption(self) -> str:
         """What is measured, for the summary."""
         recipe = self.recipe
-        t, b = recipe.tap
+        taps = [f"t = {t}, b = {b}" for t, b in (recipe.tap, recipe.random_tap)]
         return (
             f"The U-Net stays frozen. Tasks on single digits: {recipe.digits:,} training and "
             f"{recipe.val_digits:,} validation images of 10 classes, {recipe.image_size} px; "
-            f"linear probe, kNN, attention and DifFeed at t = {t}, b = {b}, DifFormer at t = "
+            f"linear probe, kNN, attention and DifFeed at {taps[0]} (pretrained) and {taps[1]} "
+            f"(random), where each is best, DifFormer at t = "
             f"{_words(recipe.timesteps)} and b = {_words(recipe.blocks)}; linear probe and kNN on "
             f"maps pooled to {recipe.pool}x{recipe.pool}. Tasks on scenes: {recipe.scenes:,} "
             f"training and {recipe.val_scenes:,} validation scenes, `{recipe.upernet}` and "
@@ -371,26 +380,26 @@ class Lab:
         return train, common.list_folder(root / "val", train.listing.classes)
 
     def caches(self, cell: Cell) -> tuple[FeatureCache, FeatureCache]:
-        """Features of the digits: every tap that a task reads."""
+        """Features of the digits: DifFormer's taps, or the one of the other tasks."""
         recipe, weights = self.recipe, self.weights(cell)
-        timesteps = sorted({recipe.tap[0], *recipe.timesteps})
-        blocks = sorted({recipe.tap[1], *recipe.blocks})
+        timesteps, blocks = recipe.timesteps, recipe.blocks
+        if cell.task != "difformer":
+            timesteps, blocks = ([value] for value in recipe.tap_of(cell.weights))
+        name = "difformer" if cell.task == "difformer" else "tap"
         args = argparse.Namespace(
-            unet=str(weights), checkpoint=str(weights), timesteps=timesteps, blocks=blocks,
-            noise="fixed", seed=0,
+            unet=str(weights), checkpoint=str(weights), timesteps=list(timesteps),
+            blocks=list(blocks), noise="fixed", seed=0,
         )  # fmt: skip
         options = FeatureOptions(
             tuple(timesteps), tuple(blocks), recipe.cache_pool, "float16", recipe.image_size,
             common.compute_dtype("auto", self.processes.device), batch=50,
         )  # fmt: skip
         backbone = common.build_backbone(args)
+        folder = self.out / "cache" / weights.stem / name
         train, val = (
-            common.open_cache(
-                self.out / "cache" / weights.stem / images.root.name, images, backbone, options,
-                self.processes,
-            )
+            common.open_cache(folder / images.root.name, images, backbone, options, self.processes)
             for images in self.digits()
-        )  # fmt: skip
+        )
         return train, val
 
     def labelled(self, cell: Cell) -> np.ndarray:
@@ -409,7 +418,7 @@ class Lab:
             measures=[cell.task], l2=list(recipe.l2), k=min(recipe.k, len(rows)), temperature=0.07
         )
         judge = sweep.Judge(caches, [draw], args, self.processes.device)
-        (record,) = judge.measure(recipe.tap, [(recipe.pool, cell.seed)])
+        (record,) = judge.measure(recipe.tap_of(cell.weights), [(recipe.pool, cell.seed)])
         metrics = {name: record[name] for name in ("features", "l2", "loss") if name in record}
         if cell.task == "knn":
             metrics["k"] = args.k
@@ -425,7 +434,8 @@ class Lab:
             options += ["--head", "difformer", "--timesteps", *map(str, recipe.timesteps)]
             options += ["--blocks", *map(str, recipe.blocks)]
         else:
-            options += ["--timesteps", str(recipe.tap[0]), "--blocks", str(recipe.tap[1])]
+            t, b = recipe.tap_of(cell.weights)
+            options += ["--timesteps", str(t), "--blocks", str(b)]
             options += ["--head", "attention"]
         if cell.task == "difffeed":
             options += ["--feedback", "bottleneck"]
@@ -471,6 +481,7 @@ class Lab:
         chosen = [names[i] for i in choose_scenes(len(names), cell.labels, cell.seed)]
         _common.write_text(folder / "labelled.txt", "".join(f"{name}\n" for name in chosen))
         cfg.model.backbone.unet = dataclasses.asdict(self.config)
+        cfg.model.backbone.timestep = self.recipe.tap_of(cell.weights)[0]
         cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(weights))
         for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
             loader.dataset.data_root = str(scenes / "ADEChallengeData2016")
@@ -491,7 +502,8 @@ class Lab:
         chosen = write_coco_subset(scenes / "coco", folder / "data" / "coco", cell)
         options = [
             "MODEL.DIFFUSION.CHECKPOINT", str(weights.resolve()), "SEED", str(cell.seed + 1),
-            "OUTPUT_DIR", str(folder / "run"), *self.recipe.maskrcnn_options,
+            "OUTPUT_DIR", str(folder / "run"), "MODEL.DIFFUSION.TIMESTEP",
+            str(self.recipe.tap_of(cell.weights)[0]), *self.recipe.maskrcnn_options,
         ]  # fmt: skip
         for name, value in dataclasses.asdict(self.config).items():
             if value is not None:

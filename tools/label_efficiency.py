@@ -1,7 +1,7 @@
 """How far do pretrained features get with few labels? Against random weights, over several tasks.
 
-A grid: each task with each weights, share of the labels and seed. The U-Net stays frozen; both
-weights have the same architecture, recipe, labels and validation images. ::
+A grid: each task with each weights, share of the labels and seed. The U-Net stays frozen; all
+weights have the same architecture, labels and validation images. ::
 
     python tools/pretrain.py --data data/scenes/unlabelled --unet tiny --out work_dirs/pretrain ...
     python tools/label_efficiency.py --checkpoint work_dirs/pretrain/unet.safetensors \
@@ -19,6 +19,8 @@ tool's unlabelled scenes (of seed 0), and no validation scan is in those either.
   (at least one) else; a smaller share is part of a larger one. Evaluated is always on all
   validation images.
 * **Seeds** draw the labels, the random weights, the heads and the order of the images.
+* **Recipes** are the same for all weights, but for block and timestep of the features: pretrained
+  and random ones are taken where they are best by ``tools/sweep.py`` (on training scans alone).
 * **random** weights are drawn with the layers filled that guided-diffusion starts at zero, so that
   every residual branch does something; **initial** are those before training, with the zeros.
 
@@ -499,6 +501,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="shares of the labels, above 0 and up to 1",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
+    for name, of in (("--tap", "pretrained"), ("--random-tap", "other")):
+        parser.add_argument(
+            name, nargs=2, type=int, metavar=("T", "B"),
+            help=f"timestep and block of linear probe, kNN, attention and DifFeed with {of} "
+            "weights; tools/sweep.py finds the best",
+        )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say which cells are done, run none")
     parser.add_argument(
         "--only-missing",
@@ -543,6 +551,9 @@ def run(args: argparse.Namespace, processes: Processes, recipe: Recipe | None = 
     if processes.world_size > 1:
         raise ToolError("label_efficiency runs in one process")
     recipe = recipe or Recipe()
+    for name in ("tap", "random_tap"):
+        if getattr(args, name):
+            recipe = dataclasses.replace(recipe, **{name: tuple(getattr(args, name))})
     out, cells = Path(args.out), make_grid(args)
     if args.list:
         records = read_records(out / "results.jsonl")

@@ -9,7 +9,7 @@ model = dict(
     auxiliary_head=dict(in_channels=32, **head),
 )
 
-max_iters = 300
+max_iters = 400
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=20, end=max_iters),
