@@ -47,7 +47,7 @@ SMALL = Recipe(
     val_digits=20,
     image_size=32,
     tap=(90, 24),
-    random_tap=(90, 30),
+    random_tap=(120, 30),
     pool=2,
     timesteps=(90,),
     blocks=(24, 30),
@@ -480,6 +480,28 @@ def test_probe_reads_its_own_weights_and_labels(lab, monkeypatch):
     assert seen[0][1] == seen[1][1] == tuple(lab.labelled(Cell("knn", "random", 0.5, 1)))
 
 
+def test_heads_learn_from_the_features_of_their_own_images(lab, monkeypatch):
+    seen = {}
+
+    def run(args, processes, caches):
+        train = common.list_folder(Path(args.data) / "train")
+        wanted = common.choose_subset(train, args.subset, args.seed).listing
+        seen[args.head, args.feedback] = caches and caches[0].listing.paths == wanted.paths
+        assert caches is None or caches[1].listing.paths[0].endswith("png")
+        steps = args.epochs * -(-len(wanted) // args.batch_size)
+        assert steps >= (1 if args.feedback == "bottleneck" else 2)
+        return {"val": {"top1": 0.5, "top5": 0.9, "images": 20}, "trained_parameters": 1}
+
+    monkeypatch.setattr(tasks.train_classifier, "run", run)
+    for task in ("attention", "difformer", "difffeed"):
+        assert lab.measure(Cell(task, "random", 0.5, 1))["train_images"] == 30
+    assert seen == {
+        ("attention", "none"): True,
+        ("difformer", "none"): True,
+        ("attention", "bottleneck"): None,
+    }
+
+
 def test_rows_of_a_cache_are_those_chosen(lab):
     train, _ = lab.caches(Cell("knn", "random", 1.0, 1))
     rows = tasks.CacheRows(train, [3, 5, 8])
@@ -500,6 +522,7 @@ def test_upernet_cell(lab):
     config = (lab.folder(cell) / "config.py").read_text()
     assert "freeze=True" in config
     assert "pretrained.safetensors" in config
+    assert "timestep=90" in config
     labelled = (lab.folder(cell) / "labelled.txt").read_text().split()
     assert [int(name[-8:]) - 1 for name in labelled] == tasks.choose_scenes(12, 0.25, 1)
     log = next(lab.folder(cell).rglob("run/*/*.log")).read_text()
@@ -517,6 +540,7 @@ def test_mask_rcnn_cell(lab):
     config = (lab.folder(cell) / "run" / "config.yaml").read_text()
     assert "random-1.safetensors" in config
     assert "FREEZE: true" in config
+    assert "TIMESTEP: 120" in config
 
 
 def test_coco_subset_keeps_whole_scenes_and_all_of_validation(lab, tmp_path):
