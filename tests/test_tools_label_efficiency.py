@@ -347,7 +347,7 @@ def test_csv_has_a_line_for_each_cell_in_the_order_of_the_grid():
 def test_figure_shows_a_line_with_error_bars_for_each_weights():
     def pixels(picture, kind):
         # the legend has the same colours, below the axis
-        found = (np.asarray(picture) == tool.COLOURS[kind]).all(-1)[:450]
+        found = (np.asarray(picture) == tool.COLOURS[kind]).all(-1)[:480]
         return np.argwhere(found)
 
     picture = tool.draw_curves("kNN", "top-1", planted())
@@ -369,7 +369,7 @@ def test_shares_of_labels_stand_on_a_logarithmic_axis():
     shares = (1.0, 0.1, 0.01)
     records = [record("knn", "random", share, 0, 50.0) for share in shares]
     colours = np.asarray(tool.draw_curves("kNN", "top-1", records)) == tool.COLOURS["random"]
-    columns = colours.all(-1)[:450].sum(0)
+    columns = colours.all(-1)[:480].sum(0)
     left, right = np.flatnonzero(columns)[[0, -1]]
     dots = np.flatnonzero(columns > 8)  # a line is 3 pixels high
     assert abs(np.median(dots) - (left + right) / 2) < 3

@@ -404,7 +404,7 @@ def draw_curves(title: str, score: str, records: Sequence[Record]) -> Image.Imag
     top = max(mean + deviation for line in lines.values() for _, mean, deviation in line)
     step = next(s for s in (1, 2, 5, 10, 20, 25) if s == 25 or top <= 5 * s)
     top = step * max(1, math.ceil(top / step))
-    left, up, width, height = 84, 64, 620, 380
+    left, up, width, height = 84, 80, 620, 380
     picture = Image.new("RGB", (left + width + 40, up + height + 118), "white")
     pen = ImageDraw.Draw(picture)
     low, high = math.log(shares[0]), math.log(shares[-1])
