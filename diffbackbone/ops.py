@@ -18,9 +18,12 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 GROUPS = 32
 """Groups of every group norm in guided-diffusion; all widths are multiples of it."""
 PRODUCT_POSITIONS = 256
-"""On a CPU, a 3x3 convolution of so few positions (N * H * W) is a single matrix product."""
+"""On a CPU, a 3x3 convolution of so few positions (H * W) is a matrix product for each image.
+
+The size of the batch has no say here, so that an image's maps don't depend on it.
+"""
 UPSAMPLE_POSITIONS = 1024
-"""On a CPU, a 3x3 convolution after upsampling from so many positions runs before it instead."""
+"""On a CPU, a 3x3 convolution after upsampling from so many (H * W) runs before it instead."""
 NORM_CHUNK = 2**25
 """Values that group norm takes to float32 at a time, where no gradient is needed."""
 CACHED = 2**19
@@ -201,7 +204,7 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor, upsample: bool = False) -> Tensor:
         """Convolve, after doubling the resolution by nearest neighbours if ``upsample`` is set."""
         picks = _picks_kernels(x) and self.weight.dtype == x.dtype
-        positions = x.shape[0] * x.shape[2] * x.shape[3]
+        positions = x.shape[2] * x.shape[3]
         if upsample:
             if picks and x.dtype == torch.float32 and positions >= UPSAMPLE_POSITIONS:
                 return self._before_upsampling(x)
