@@ -357,3 +357,17 @@ def test_the_u_net_takes_these_ways(blocks, products, upsampled):
     # four up blocks with two paths each; the last two upsample the skip path alone
     assert calls.names.count("upsample_nearest2d") == upsampled
     assert "native_group_norm" not in calls.names[:100]  # large maps come first
+
+
+def test_a_compiler_gets_the_plain_layers():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    conv = torch.compile(Conv3x3(8, 8), backend=keep, fullgraph=True)
+    with torch.no_grad():
+        conv(seeded(1, 8, 8, 8))
+    assert "conv2d" in graphs[0].code
+    assert "baddbmm" not in graphs[0].code
