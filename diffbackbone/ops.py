@@ -64,14 +64,7 @@ def _picks_kernels(x: Tensor) -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    try:
-        return torch.is_autocast_enabled(x.device.type)
-    except TypeError:  # torch before 2.4
-        return (
-            torch.is_autocast_cpu_enabled()
-            if x.device.type == "cpu"
-            else (torch.is_autocast_enabled())
-        )
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
