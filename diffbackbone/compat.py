@@ -361,8 +361,44 @@ def _init_ddp_on_cpu(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+# --------------------------------------------------------------------------------------------------
+# whole_files
+
+
+def repair_whole_files() -> bool:
+    """Let MMEngine write files whole or not at all.
+
+    It opens a file in place and writes: a process killed meanwhile, or a full disk, leaves half a
+    checkpoint under the name of a whole one. The repaired backend writes beside it and renames.
+
+    Returns:
+        Whether MMEngine's own backend was in use.
+    """
+    from mmengine.fileio import LocalBackend, get_file_backend, register_backend
+
+    from diffbackbone.runs import write_whole
+
+    if type(get_file_backend(backend_args={"backend": "local"})) is not LocalBackend:
+        return False
+
+    class WholeLocalBackend(LocalBackend):
+        """MMEngine's local storage, in which no file is ever half written."""
+
+        name = LocalBackend.__name__
+
+        def put(self, obj: bytes, filepath: Any) -> None:
+            write_whole(filepath, lambda partial: partial.write_bytes(obj))
+
+        def put_text(self, obj: str, filepath: Any, encoding: str = "utf-8") -> None:
+            write_whole(filepath, lambda partial: partial.write_bytes(obj.encode(encoding)))
+
+    register_backend("local", WholeLocalBackend, force=True, prefixes="")
+    return True
+
+
 REPAIRS: dict[str, Callable[[], bool]] = {
     "mmcv_ops": repair_mmcv_ops,
     "resume_safe_globals": repair_resume_safe_globals,
     "cpu_distributed": repair_cpu_distributed,
+    "whole_files": repair_whole_files,
 }

@@ -65,6 +65,7 @@ from diffbackbone.checkpoint import (
     some_keys,
 )
 from diffbackbone.detectron2 import get_optimizer_params
+from diffbackbone.runs import seed_everything, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -381,14 +382,6 @@ def loader_settings(cfg: CfgNode, records: Sequence[dict], seed: int) -> dict[st
     return {**{name: settings[name] for name in names}, "seed": seed}
 
 
-def seed_everything(*keys: int) -> None:
-    """Seed python's, numpy's and torch's generators by a mixture of the keys."""
-    state = np.random.SeedSequence(keys).generate_state(3)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]))
-    torch.manual_seed(int(state[2]))
-
-
 # --------------------------------------------------------------------------------------------------
 # evaluation
 
@@ -575,13 +568,13 @@ class Checkpointer(DetectionCheckpointer):
         content.update(kwargs)
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        _write_whole(path, lambda partial: torch.save(content, partial))
+        write_whole(path, lambda partial: torch.save(content, partial))
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note which checkpoint is the last."""
         path = Path(self.save_dir, "last_checkpoint")
-        _write_whole(path, lambda partial: partial.write_text(last_filename_basename))
+        write_whole(path, lambda partial: partial.write_text(last_filename_basename))
 
 
 def _listed(problems: Sequence[str]) -> str:
@@ -633,20 +626,6 @@ def read_numbers(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise pickle.UnpicklingError(f"it holds a {type(content).__name__}")
     return content
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, and move it there when it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 class CheckpointHook(PeriodicCheckpointer):

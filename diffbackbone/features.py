@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffbackbone.backbone import DiffusionBackbone
+from diffbackbone.runs import write_whole
 from diffbackbone.unet import UNetConfig
 
 try:
@@ -737,15 +738,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Any) -> None:
     """Write a file whole: beside its place, and moved there when it is on the disk."""
-    partial = path.with_name(f".{path.name}.writing")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, lambda partial: partial.write_text(json.dumps(content), "utf-8"))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         if error.errno in _FULL:
             raise CacheError(f"{path.parent}: the disk is full ({error.strerror})") from error
         raise CacheError(f"cannot write {path}: {error}") from error

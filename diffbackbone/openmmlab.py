@@ -26,6 +26,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor  # noqa: E402
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 from torch import nn  # noqa: E402
 
+from diffbackbone import openmmlab_engine  # noqa: E402, F401  registers loop and hooks
 from diffbackbone.backbone import RANDOM_WEIGHTS, check_names, layer_scales  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
 

@@ -234,8 +234,8 @@ def assert_goes_on(recorder: Path, command: Sequence, whole: Path, folder: Path)
         folder: Folder of the run that was.
     """
     assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
-    (folder / ".model_0000003.pth.partial").write_bytes(b"PK\3\4 half a checkpoint")
-    (folder / ".last_checkpoint.partial").write_bytes(b"model_00")
+    (folder / ".model_0000003.pth.writing").write_bytes(b"PK\3\4 half a checkpoint")
+    (folder / ".last_checkpoint.writing").write_bytes(b"model_00")
     losses = folder / "resumed.json"
     command = [recorder, *command[:3], "--resume", *command[3:]]
     output = start(*command, env={"LOSSES": str(losses)})

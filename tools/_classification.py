@@ -36,7 +36,7 @@ except ImportError as error:
         "pip install diffbackbone[sample]"
     ) from error
 
-from diffbackbone import CheckpointError, DiffusionBackbone, NoiseSchedule
+from diffbackbone import CheckpointError, DiffusionBackbone, NoiseSchedule, runs
 from diffbackbone import features as feature_cache
 from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.diffusion import NOISE_POLICIES
@@ -859,22 +859,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         ToolError: The disk is full or cannot be written; what was there before is kept.
     """
-    partial = path.with_name(f".{path.name}.writing")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises RuntimeError
-            raise ToolError(
-                f"cannot write {path}: {error}; what was saved before is kept, and can be gone on "
-                "from"
-            ) from error
-        raise
+        runs.write_whole(path, write)
+    except OSError as error:
+        raise ToolError(
+            f"cannot write {path}: {error}; what was saved before is kept, and can be gone on from"
+        ) from error
 
 
 def finite(value: Any) -> Any:

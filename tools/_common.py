@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,6 +62,36 @@ def check_checkpoint(checkpoint: str) -> None:
     raise SystemExit(f"error: there is no checkpoint {checkpoint!r}; {hint}")
 
 
+def refusal(text: str | None) -> str | None:
+    """What to print in place of a traceback, None where the traceback is wanted.
+
+    Args:
+        text: What an error says, None where that says nothing of what was wrong.
+    """
+    if text is None or os.environ.get("DIFFBACKBONE_TRACEBACK"):
+        return None
+    return f"error: {text}\n(DIFFBACKBONE_TRACEBACK=1 shows where it came from)"
+
+
+def own_words(error: BaseException) -> str:
+    """What an error says, without the traceback that a data loader's worker wraps around it."""
+    text = str(error)
+    if not re.match(r"Caught \w+ in DataLoader worker process", text):
+        return text
+    return re.sub(r"^[\w.]+: ", "", text.strip().rpartition("\n")[2])
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """What to say of a data loader's worker that is gone, None of any other error."""
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
+        return None
+    return (
+        f"{str(error).rstrip('. ')}. Workers are killed where memory runs out, often the shared "
+        "memory (df -h /dev/shm): fewer workers need less. --resume goes on from the last "
+        "checkpoint"
+    )
+
+
 def save_picture(picture: Any, path: str | os.PathLike[str]) -> None:
     """Write a PIL image as PNG, whole or not at all."""
     _write_whole(path, lambda partial: picture.save(partial, format="PNG"))
@@ -71,12 +102,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     _write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    add_root()
+    from diffbackbone.runs import write_whole
+
+    write_whole(path, write)

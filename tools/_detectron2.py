@@ -85,7 +85,11 @@ def explain(error: BaseException) -> str | None:
     """
     from omegaconf.errors import OmegaConfBaseException
 
-    text = str(error)
+    text = _common.own_words(error)
+    if isinstance(error, FloatingPointError) and text.startswith("Loss became"):
+        from diffbackbone.runs import lost_loss
+
+        return lost_loss(" ".join(text.split()))
     if isinstance(error, (ValueError, OSError, FloatingPointError, OmegaConfBaseException)):
         return text
     if isinstance(error, KeyError):  # its text is quoted
@@ -96,15 +100,12 @@ def explain(error: BaseException) -> str | None:
         if text.startswith("No valid data found"):
             text += " No image has an annotation that is no crowd: there is nothing to learn from"
         return text or None
-    return None
+    return _common.lost_worker(error)
 
 
 def refusal(error: BaseException) -> str | None:
     """What to print in place of a traceback, None where the traceback is wanted."""
-    text = explain(error)
-    if text is None or os.environ.get("DIFFBACKBONE_TRACEBACK"):
-        return None
-    return f"error: {text}\n(DIFFBACKBONE_TRACEBACK=1 shows where it came from)"
+    return _common.refusal(explain(error))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ name is looked up in this checkout, and folders and files that will be needed ar
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -44,7 +45,26 @@ def run(script: str, dataloaders: Sequence[str]) -> None:
     if "checkpoint" in args:
         _common.check_checkpoint(args.checkpoint)
     check_data(config, args.cfg_options, dataloaders)
-    runpy.run_path(path, run_name="__main__")
+    with clear_errors():
+        runpy.run_path(path, run_name="__main__")
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """End with a message in place of a traceback where it says what was wrong.
+
+    Raises:
+        SystemExit: In place of a ValueError, a missing file, a full disk and their like.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, (ValueError, OSError, FloatingPointError))
+        text = _common.own_words(error) if known else _common.lost_worker(error)
+        text = _common.refusal(text)
+        if text is None:
+            raise
+        raise SystemExit(text) from error
 
 
 def prepare() -> None:

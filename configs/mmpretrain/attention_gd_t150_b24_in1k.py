@@ -73,7 +73,8 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=100),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2, save_best="auto"),
+    checkpoint=dict(type="WholeCheckpointHook", interval=1, max_keep_ckpts=2, save_best="auto"),
+    check_loss=dict(type="CheckLossHook"),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
 env_cfg = dict(

@@ -1,0 +1,419 @@
+"""Exact resuming, whole checkpoints and lost losses under MMEngine's own runner."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmengine", reason="mmengine is not installed")
+
+from mmengine.dataset import InfiniteSampler
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import nn
+
+import diffbackbone.openmmlab  # noqa: F401  registers
+from diffbackbone import runs
+from diffbackbone.openmmlab_engine import SeededDataset, WholeCheckpointHook
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Samples by all three generators, as augmentation draws them."""
+
+    metainfo: ClassVar = {"classes": ("a",)}
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        draws = random.random(), np.random.rand(), float(torch.rand(()))
+        return {"inputs": torch.tensor([index, *draws], dtype=torch.float32)}
+
+
+class Model(BaseModel):
+    """A regression with dropout, whose loss can be made to fail."""
+
+    def __init__(self, fail_at=(), fail="loss"):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.fail_at, self.fail, self.calls = fail_at, fail, 0
+
+    def forward(self, inputs, mode="tensor"):
+        x = self.linear(nn.functional.dropout(torch.stack(inputs) / 7, training=self.training))
+        if mode != "loss":
+            return x
+        self.calls += 1
+        loss = x.square().mean()
+        if self.calls in self.fail_at:
+            if self.fail == "loss":
+                return {"loss_a": loss * float("nan"), "loss_b": loss}
+            nn.init.constant_(self.linear.bias, float("inf"))
+        return {"loss_a": loss}
+
+
+class Score(BaseMetric):
+    """A rising score, so that each evaluation is the best."""
+
+    scores: ClassVar = []
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        self.scores.append(len(self.scores))
+        return {"mIoU": float(len(self.scores))}
+
+
+class Record(Hook):
+    """Keeps what the iterations saw; may end the run as a crash would."""
+
+    def __init__(self, stop_after=None):
+        self.stop_after, self.seen = stop_after, {}
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.seen[runner.iter] = torch.stack(data_batch["inputs"]).tolist()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.stop_after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    Score.scores = []
+    # asks compilers for their versions, seconds for each runner
+    monkeypatch.setattr("mmengine.runner.runner.collect_env", dict)
+
+
+ENDLESS = dict(type="InfiniteSampler", shuffle=True)
+SHUFFLED = dict(type="DefaultSampler", shuffle=True)
+
+
+def make(
+    folder,
+    *,
+    model=None,
+    seed=3,
+    iterations=12,
+    record=None,
+    workers=0,
+    dataset=None,
+    sampler=ENDLESS,
+    **changes,
+):
+    checkpoint = dict(
+        type="WholeCheckpointHook", by_epoch=False, interval=2, max_keep_ckpts=2, save_best="mIoU"
+    )
+    checkpoint.update(changes.pop("checkpoint", {}))
+    loader = dict(batch_size=2, num_workers=workers, collate_fn=dict(type="pseudo_collate"))
+    torch.manual_seed(0)
+    model = model or Model()
+    settings = dict(
+        model=model,
+        work_dir=str(folder),
+        train_dataloader=dict(dataset=dataset or Noisy(), sampler=sampler, **loader),
+        train_cfg=dict(type="ResumableIterBasedTrainLoop", max_iters=iterations, val_interval=4),
+        val_dataloader=dict(
+            dataset=Noisy(), sampler=dict(type="DefaultSampler", shuffle=False), **loader
+        ),
+        val_cfg=dict(),
+        val_evaluator=Evaluator([Score()]),
+        optim_wrapper=dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-2)),
+        param_scheduler=dict(type="PolyLR", by_epoch=False, begin=0, end=iterations, eta_min=0),
+        default_hooks=dict(
+            logger=dict(type="LoggerHook", interval=1, log_metric_by_epoch=False),
+            checkpoint=checkpoint,
+            check_loss=dict(type="CheckLossHook"),
+        ),
+        custom_hooks=[record] if record else None,
+        randomness=dict(seed=seed),
+        log_level="ERROR",
+        experiment_name=f"run{random.SystemRandom().random()}",
+    )
+    settings.update(changes)
+    return Runner(**settings)
+
+
+def weights(folder, iteration=12):
+    return torch.load(Path(folder, f"iter_{iteration}.pth"), weights_only=True)["state_dict"]
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+
+
+# --------------------------------------------------------------------------------------------------
+# resuming
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("seed", [3, None])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, seed, workers):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    first = Record()
+    runner = make(whole, seed=seed, record=first, workers=workers)
+    runner.train()
+    assert sorted(first.seen) == list(range(12))
+    assert len({str(batch) for batch in first.seen.values()}) == 12
+
+    # without a seed in the config the stopped run's own is found in its checkpoint
+    for stop_after in (5, 9):
+        record = Record(stop_after)
+        seed_ = runner.seed if seed is None and stop_after == 5 else seed
+        part = make(stopped, seed=seed_, record=record, workers=workers, resume=stop_after > 5)
+        with pytest.raises(KeyboardInterrupt):
+            part.train()
+    last = Record()
+    make(stopped, seed=seed, record=last, workers=workers, resume=True).train()
+    assert sorted(last.seen) == list(range(8, 12))
+    assert last.seen == {i: first.seen[i] for i in last.seen}
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(stopped)[name]), name
+
+
+def test_nothing_is_loaded_twice_to_resume(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, record=Record(9)).train()
+    loaded = []
+
+    class Counting(Noisy):
+        def __getitem__(self, index):
+            loaded.append(index)
+            return super().__getitem__(index)
+
+    make(tmp_path, resume=True, dataset=Counting()).train()
+    assert len(loaded) == 2 * (12 - 8)
+
+
+def test_the_samplers_own_seed_stays(tmp_path):
+    def order(folder, seed, sampler_seed):
+        record = Record()
+        sampler = {**ENDLESS, "seed": sampler_seed}
+        make(folder, seed=seed, record=record, sampler=sampler).train()
+        return [row[0] for i in sorted(record.seen) for row in record.seen[i]]
+
+    a, b = order(tmp_path / "a", 1, 5), order(tmp_path / "b", 2, 5)
+    assert a == b
+    assert a != order(tmp_path / "c", 1, 6)
+    order_5 = iter(InfiniteSampler(Noisy(), shuffle=True, seed=5))
+    assert a == [next(order_5) for _ in range(24)]  # MMEngine's own order
+
+
+def test_a_finished_run_is_validated_again(tmp_path):
+    make(tmp_path).train()
+    assert len(Score.scores) == 3
+    make(tmp_path, resume=True).train()  # it may have been stopped before the last evaluation
+    assert len(Score.scores) == 4
+
+
+def test_orders_that_cannot_be_found_again_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"needs sampler=.*InfiniteSampler.*got DefaultSampler"):
+        make(tmp_path, sampler=SHUFFLED).train()
+    built = torch.utils.data.DataLoader(Noisy())
+    with pytest.raises(ValueError, match="needs the config of a dataloader, got DataLoader"):
+        make(tmp_path, train_dataloader=built).train()
+
+
+def test_a_sample_that_fails_is_named():
+    class Records(Noisy):
+        def get_data_info(self, index):
+            return {"img_path": f"{index}.jpg", "seg_map_path": f"{index}.png"}
+
+        def __getitem__(self, index):
+            raise AttributeError("'NoneType' object has no attribute 'shape'\nand more")
+
+    dataset = SeededDataset(Records())
+    assert dataset.metainfo == Noisy.metainfo
+    with pytest.raises(ValueError, match="can't be read") as error:
+        dataset[1, 0, 4]
+    assert str(error.value) == (
+        "training image 4 can't be read (4.jpg, 4.png): 'NoneType' object has no attribute 'shape'"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+class Disk:
+    """Follows what happens to the files of a folder, and fails on request."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.events, self.full = folder, [], False
+        replace, remove = os.replace, LocalBackend.remove
+
+        def replaced(source, target):
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(source, target)
+            self.events.append(("write", Path(target).name))
+
+        def removed(backend, path):
+            remove(backend, path)
+            self.events.append(("remove", Path(path).name))
+
+        monkeypatch.setattr(runs.os, "replace", replaced)
+        monkeypatch.setattr(LocalBackend, "remove", removed)
+
+
+def test_old_checkpoints_go_last(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    make(tmp_path, checkpoint=dict(max_keep_ckpts=1)).train()
+    assert disk.events[:8] == [
+        ("write", "iter_2.pth"),
+        ("write", "last_checkpoint"),
+        ("write", "iter_4.pth"),
+        ("write", "last_checkpoint"),
+        ("remove", "iter_2.pth"),
+        ("write", "best_mIoU_iter_4.pth"),
+        ("write", "iter_4.pth"),  # MMEngine notes the best one in it
+        ("write", "last_checkpoint"),
+    ]
+    best = [event for event in disk.events if "best" in event[1]][1:]
+    assert best == [
+        ("write", "best_mIoU_iter_8.pth"),
+        ("remove", "best_mIoU_iter_4.pth"),
+        ("write", "best_mIoU_iter_12.pth"),
+        ("remove", "best_mIoU_iter_8.pth"),
+    ]
+    left = ["best_mIoU_iter_12.pth", "iter_12.pth", "last_checkpoint"]
+    assert [name for name in names(tmp_path) if not name.endswith(".py")] == left
+    assert Path((tmp_path / "last_checkpoint").read_text()) == tmp_path / "iter_12.pth"
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+
+    class Fill(Hook):
+        priority = "NORMAL"
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            disk.full = runner.iter + 1 == 6
+
+    with pytest.raises(OSError, match="No space left"):
+        make(tmp_path, record=Fill(), checkpoint=dict(max_keep_ckpts=1)).train()
+    assert Path((tmp_path / "last_checkpoint").read_text()) == tmp_path / "iter_4.pth"
+    assert "iter_4.pth" in names(tmp_path)
+    assert "iter_6.pth" not in names(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    disk.full = False
+    make(tmp_path, resume=True).train()
+    whole = tmp_path / "whole"
+    make(whole).train()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(tmp_path)[name]), name
+
+
+def test_a_resumed_run_counts_what_an_interrupted_one_left(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, record=Record(9)).train()
+    # as if it had been killed between writing iter_8 and removing iter_4, and at iteration 10
+    for name in ("iter_4.pth", "iter_10.pth", "my_iter_2.pth"):
+        (tmp_path / name).write_bytes(b"PK\3\4 half a checkpoint")
+    make(tmp_path, resume=True).train()
+    kept = [name for name in names(tmp_path) if name.startswith(("iter", "my"))]
+    assert kept == ["iter_10.pth", "iter_12.pth", "my_iter_2.pth"]
+    assert weights(tmp_path, 10)
+
+
+def test_mmengine_writes_whole_files(tmp_path, monkeypatch):
+    backend = get_file_backend(str(tmp_path / "x.pth"))
+    assert isinstance(backend, LocalBackend)
+    backend.put_text("grün", str(tmp_path / "folder" / "note"))
+    assert (tmp_path / "folder" / "note").read_bytes() == "grün".encode()
+    path = tmp_path / "x.pth"
+    backend.put(b"whole", str(path))
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.os, name, fail)
+            with pytest.raises(OSError, match="No space left"):
+                backend.put(b"another", str(path))
+        assert path.read_bytes() == b"whole"
+        assert names(tmp_path) == ["x.pth"]
+
+
+def test_a_disk_that_torch_finds_full(tmp_path):
+    def write(partial):
+        partial.write_bytes(b"PK")
+        raise RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0")
+
+    with pytest.raises(OSError, match="x.pth could not be written; is the disk full"):
+        runs.write_whole(tmp_path / "x.pth", write)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# losses
+
+
+def test_a_lost_loss_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError) as error:
+        make(tmp_path, model=Model(fail_at=(4,))).train()
+    text = str(error.value)
+    assert text.startswith("since iteration 4 the loss is NaN or infinite (loss nan, ")
+    assert "--resume" in text
+    assert "learning rate" in text
+    assert [name for name in names(tmp_path) if name.startswith("iter")] == ["iter_2.pth"]
+
+
+def test_weights_without_value_are_not_saved(tmp_path):
+    hooks = dict(checkpoint=dict(type="WholeCheckpointHook", by_epoch=False, interval=2))
+    with pytest.raises(FloatingPointError, match=r"after iteration 4 the weights linear\.\w+ are"):
+        make(tmp_path, model=Model(fail_at=(4,), fail="weights"), default_hooks=hooks).train()
+    assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_2.pth")
+    assert [name for name in names(tmp_path) if name.startswith("iter")] == ["iter_2.pth"]
+
+
+@pytest.mark.parametrize(("calls", "stops"), [((3, 4, 6, 7), False), ((3, 4, 5), True)])
+def test_steps_that_a_scaler_skips_are_forgiven(tmp_path, calls, stops):
+    runner = make(
+        tmp_path,
+        model=Model(fail_at=calls),
+        default_hooks=dict(check_loss=dict(type="CheckLossHook", patience=2)),
+    )
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.optim_wrapper.loss_scaler = object()  # AmpOptimWrapper needs a GPU
+    runner.optim_wrapper.update_params = lambda loss: None
+    if stops:
+        with pytest.raises(FloatingPointError, match="since iteration 3"):
+            runner.train()
+    else:
+        runner.train()
+
+
+def test_wrong_numbers():
+    from diffbackbone.openmmlab_engine import CheckLossHook
+
+    for wrong in (dict(interval=0), dict(patience=-1)):
+        with pytest.raises(ValueError, match="an interval from 1 and a patience from 0"):
+            CheckLossHook(**wrong)
+
+
+def test_the_hook_is_mmengines_otherwise(tmp_path):
+    """An epoch-based run, as MMPretrain's are."""
+    runner = make(
+        tmp_path,
+        train_cfg=dict(by_epoch=True, max_epochs=3, val_interval=1),
+        checkpoint=dict(by_epoch=True, interval=1, max_keep_ckpts=2),
+        param_scheduler=None,
+        sampler=SHUFFLED,
+    )
+    runner.train()
+    kept = [name for name in names(tmp_path) if name.endswith(".pth")]
+    assert kept == ["best_mIoU_epoch_3.pth", "epoch_2.pth", "epoch_3.pth"]
+    hook = next(hook for hook in runner.hooks if isinstance(hook, WholeCheckpointHook))
+    assert hook.best_ckpt_path == str(tmp_path / "best_mIoU_epoch_3.pth")
