@@ -1,0 +1,216 @@
+"""Runs that are killed at random moments end as if they had not been.
+
+``DIFFBACKBONE_KILLS=20 pytest tests/test_faults.py -s`` is the long way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLS = int(os.environ.get("DIFFBACKBONE_KILLS", "2"))
+ITERATIONS = 12 + 8 * KILLS
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("scenes") / "sample"
+    counts = ["--train", "12", "--val", "2", "--unlabelled", "0"]
+    subprocess.run(
+        [sys.executable, ROOT / "tools" / "make_sample_data.py", "--out", root, *counts],
+        check=True,
+        capture_output=True,
+    )
+    return root
+
+
+class Framework:
+    """How a framework is asked for the same short run.
+
+    Attributes:
+        begun: What it prints when training begins.
+        final: File name of the last weights.
+        weights: Their key in it.
+    """
+
+    begun: str
+    final: str
+    weights: str
+
+    def command(self, scenes: Path, folder: Path) -> list[str]:
+        raise NotImplementedError
+
+    def last(self, folder: Path) -> Path | None:
+        note = folder / "last_checkpoint"
+        return folder / Path(note.read_text()).name if note.exists() else None
+
+
+CONFIG = """
+_base_ = "{base}"
+data = dict(dataset=dict(data_root="{data}"))
+train_dataloader = dict(batch_size=2, **data)
+val_dataloader = dict(num_workers=0, persistent_workers=False, **data)
+model = dict(
+    backbone=dict(
+        unet=dict(_delete_=True, preset="tiny", channel_mult=(1, 1, 1, 1, 2, 2)), noise="random"
+    ),
+    decode_head=dict(dropout_ratio=0.1),
+)
+train_cfg = dict(max_iters={iterations}, val_interval=10_000)
+default_hooks = dict(checkpoint=dict(interval=3, max_keep_ckpts=1, save_best="mIoU"))
+randomness = dict(seed=7)
+"""
+
+
+class MMSeg(Framework):
+    begun = "Checkpoints will be saved to"
+    final = f"iter_{ITERATIONS}.pth"
+    weights = "state_dict"
+
+    def command(self, scenes, folder):
+        config = folder.with_name("config.py")
+        base = ROOT / "configs" / "mmseg" / "upernet_difffeed_sample.py"
+        data = scenes / "ADEChallengeData2016"
+        config.write_text(CONFIG.format(base=base, data=data, iterations=ITERATIONS))
+        return ["tools/mmseg_train.py", config, "--work-dir", folder]
+
+
+class Detectron2(Framework):
+    begun = "Starting training from iteration"
+    final = "model_final.pth"
+    weights = "model"
+
+    def command(self, scenes, folder):
+        options = {
+            "OUTPUT_DIR": folder,
+            "SOLVER.MAX_ITER": ITERATIONS,
+            "SOLVER.STEPS": f"({ITERATIONS - 2},)",
+            "SOLVER.WARMUP_ITERS": 4,
+            "SOLVER.IMS_PER_BATCH": 2,
+            "SOLVER.CHECKPOINT_PERIOD": 3,
+            "SOLVER.CHECKPOINT_KEEP": 1,
+            "INPUT.MIN_SIZE_TRAIN": "(48, 64)",
+            "INPUT.RANDOM_FLIP": "horizontal",
+            "DATALOADER.NUM_WORKERS": 1,
+            "DATASETS.TEST": "()",
+            "TEST.EVAL_PERIOD": 0,
+            "SEED": 7,
+            "MODEL.DIFFUSION.NOISE": "random",
+            "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2, 2)",
+        }
+        words = [word for pair in options.items() for word in pair]
+        return ["tools/train_net.py", "--config-file", "mask_rcnn_difffeed_sample", *words]
+
+
+@contextlib.contextmanager
+def started(command: Sequence, scenes: Path, log: Path) -> Iterator[subprocess.Popen]:
+    """A run in a process group of its own, which ends with the block."""
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "-1",
+                "DIFFBACKBONE_SAMPLE_DATA": str(scenes),
+            },
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 240) -> bool:
+    """Wait until a condition holds; False where the run ended well before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            assert process.returncode == 0, log.read_text()[-4000:]
+            return False
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.002)
+    return True
+
+
+def iteration(path: Path | None) -> int:
+    """How many iterations a checkpoint has behind it; it has to be whole."""
+    if path is None:
+        return 0
+    content = torch.load(path, weights_only=True)  # fails where it is not
+    return content["meta"]["iter"] if "meta" in content else content["iteration"] + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are killed as on Linux")
+@pytest.mark.parametrize("framework", [MMSeg(), Detectron2()], ids=["mmseg", "detectron2"])
+def test_killed_runs_end_as_unbroken_ones(framework, scenes, tmp_path):
+    if isinstance(framework, MMSeg):
+        pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+        from diffbackbone import compat
+
+        compat.apply_mmengine_repairs()
+    else:
+        pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
+    with started(framework.command(scenes, whole), scenes, log) as process:
+        assert process.wait(timeout=600) == 0, log.read_text()[-4000:]
+
+    draws = random.Random(os.environ.get("DIFFBACKBONE_KILL_SEED", "0"))
+    command, done, killed = framework.command(scenes, broken), 0, []
+    for kill in range(KILLS):
+        with started(command, scenes, log) as process:
+            if not wait_for(
+                lambda: framework.begun in log.read_text(errors="replace"), process, log
+            ):
+                break  # there was nothing left to do
+            if kill % 2:  # while a file is written
+                alive = wait_for(lambda: list(broken.glob(".*.writing")), process, log)
+            else:
+                alive = True
+                time.sleep(draws.uniform(0, 2.5))
+            writing = [path.name for path in broken.glob(".*.writing")] if alive else []
+        last = framework.last(broken)
+        before, done = done, iteration(last)
+        killed.append((done, *writing))
+        assert done >= before, killed
+        if last is not None and "--resume" not in command:
+            command.insert(1, "--resume")
+    print(f"\n{len(killed)} kills, each with the iterations saved and what was written: {killed}")
+    assert len(killed) == KILLS
+    assert any(len(entry) > 1 for entry in killed), "no kill met a file that was being written"
+    with started(command, scenes, log) as process:
+        assert process.wait(timeout=600) == 0, log.read_text()[-4000:]
+    a, b = (
+        torch.load(folder / framework.final, weights_only=True)[framework.weights]
+        for folder in (whole, broken)
+    )
+    assert a.keys() == b.keys()
+    worst = max(
+        float(
+            (a[name].double() - b[name].double()).abs().max()
+            / a[name].double().abs().max().clamp(min=1)
+        )
+        for name in a
+    )
+    print(f"largest difference of the final weights: {worst:.1e}")
+    assert worst <= 1e-6
+    kept = [sorted(path.name for path in folder.glob("*.pth")) for folder in (whole, broken)]
+    assert kept[0] == kept[1]
+    assert not list(broken.glob(".*.writing"))
