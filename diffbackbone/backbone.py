@@ -325,9 +325,9 @@ class DiffusionBackbone(nn.Module):
 
     def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
         """Noise (3, H, W) that a pixel's coordinates determine, kept for the largest size seen."""
-        if torch.compiler.is_compiling():
-            return coordinate_noise(3, height, width, seed=self.seed, device=device)
         made_for = (self.seed, device)
+        if torch.compiler.is_compiling() and not self._exports_kept_noise(made_for, height, width):
+            return coordinate_noise(3, height, width, seed=self.seed, device=device)
         if self._field is None or self._field[0] != made_for:
             self._field = made_for, torch.empty(3, 0, 0, device=device)
         field = self._field[1]
@@ -336,6 +336,18 @@ class DiffusionBackbone(nn.Module):
             field = coordinate_noise(3, *size, seed=self.seed, device=device)
             self._field = made_for, field
         return field[:, :height, :width]
+
+    def _exports_kept_noise(self, made_for: Any, height: int, width: int) -> bool:
+        """Whether ``torch.export`` runs, and the noise it needs is kept from an earlier call.
+
+        It then is a constant of the exported program, not some 60 operations on integers, which
+        many runtimes don't have.
+        """
+        exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+        if exporting is None or not exporting() or self._field is None:
+            return False
+        field = self._field[1]
+        return self._field[0] == made_for and field.shape[1] >= height and field.shape[2] >= width
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""

@@ -40,7 +40,10 @@ class NoiseSchedule:
             raise ValueError(f"unknown noise schedule {name!r}; choose 'linear' or 'cosine'")
         self.name = name
         self.num_timesteps = num_timesteps
-        self.alphas_cumprod = torch.from_numpy(np.cumprod(1.0 - betas))
+        alphas_cumprod = np.cumprod(1.0 - betas)
+        self.alphas_cumprod = torch.from_numpy(alphas_cumprod)
+        # as numbers too: under torch.export a tensor's value can't be read
+        self._alphas_cumprod: list[float] = alphas_cumprod.tolist()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, num_timesteps={self.num_timesteps})"
@@ -81,7 +84,7 @@ class NoiseSchedule:
             signal = alpha_bar.sqrt().float().to(x_start.device)
             sigma = (1 - alpha_bar).sqrt().float().to(x_start.device)
         else:
-            alpha_bar = float(self.alphas_cumprod[self.check_timestep(t)])
+            alpha_bar = self._alphas_cumprod[self.check_timestep(t)]
             signal, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         x_t = signal * x_start.float()
         if noise is not None:

@@ -7,6 +7,7 @@ output of encoder blocks; it starts from what the first pass has already compute
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 
 import torch
@@ -173,7 +174,8 @@ class Feedback(nn.ModuleDict):
         state = unet.start(x_t, t, max(end, self.last_source), y)
         outputs = unet.traverse(state, start, [b for b in wanted if b < start])
         first = unet.fork(state, self.last_source)
-        with torch.set_grad_enabled(self.first_pass_grad and torch.is_grad_enabled()):
+        # no_grad and not set_grad_enabled, which torch.export can't save
+        with contextlib.nullcontext() if self.first_pass_grad else torch.no_grad():
             features = unet.traverse(first, self.last_source, self.mapping)
         del first
         maps: dict[int, list[Tensor]] = {}
