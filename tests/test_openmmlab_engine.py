@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -344,6 +347,37 @@ def test_mmengine_writes_whole_files(tmp_path, monkeypatch):
                 backend.put(b"another", str(path))
         assert path.read_bytes() == b"whole"
         assert names(tmp_path) == ["x.pth"]
+
+
+def test_what_killed_processes_left_is_removed_and_no_other_writers_file(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    alive, other = process.pid, tmp_path / ".x.pth.elsewhere.1.writing"
+    mine = tmp_path / f".x.pth.{platform.node()}.{alive}.writing"
+    mine.touch()
+    other.touch()
+    runs.write_whole(tmp_path / "x.pth", lambda partial: partial.write_text("a"))
+    assert mine.exists()
+    process.communicate(b"\n")
+    runs.write_whole(tmp_path / "x.pth", lambda partial: partial.write_text("b"))
+    assert names(tmp_path) == [other.name, "x.pth"]
+
+
+def test_processes_write_one_file_at_once(tmp_path):
+    """As MMEngine's do with the scores of an evaluation."""
+    path = tmp_path / "scores.json"
+
+    def inside(partial):
+        partial.write_text("first")
+        before = os.getpid
+        try:  # another process, meanwhile
+            os.getpid = lambda: before() + 1
+            runs.write_whole(path, lambda other: other.write_text("second"))
+        finally:
+            os.getpid = before
+
+    runs.write_whole(path, inside)
+    assert path.read_text() == "first"
+    assert names(tmp_path) == ["scores.json"]
 
 
 def test_a_disk_that_torch_finds_full(tmp_path):

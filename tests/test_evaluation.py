@@ -1,0 +1,224 @@
+"""An evaluation finds the same in one process and two, in any batch, any order and every run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = 5
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch has no distributed"
+)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("scenes") / "sample"
+    counts = ["--train", "1", "--val", str(IMAGES), "--unlabelled", "0"]
+    tool = ROOT / "tools" / "make_sample_data.py"
+    subprocess.run([sys.executable, tool, "--out", root, *counts], check=True, capture_output=True)
+    return root
+
+
+def run_all(commands: dict[str, list], scenes: Path, folder: Path) -> dict[str, str]:
+    """Run commands side by side; what each printed."""
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "DIFFBACKBONE_SAMPLE_DATA": str(scenes),
+    }
+    running = {}
+    for name, command in commands.items():
+        with open(folder / f"{name}.log", "w") as log:
+            running[name] = subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=log, stderr=log
+            )
+    try:
+        for name, process in running.items():
+            code = process.wait(timeout=300)
+            assert code == 0, (folder / f"{name}.log").read_text()[-4000:]
+    finally:
+        for process in running.values():
+            process.kill()
+    return {name: (folder / f"{name}.log").read_text() for name in commands}
+
+
+# --------------------------------------------------------------------------------------------------
+# MMSegmentation
+
+MMSEG = """
+_base_ = "{base}"
+unet = dict(_delete_=True, preset="tiny", channel_mult=(1, 1, 1, 1, 2, 2))
+model = dict(backbone=dict(unet=unet))
+test_dataloader = dict(
+    batch_size={batch},
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(shuffle={shuffle}),
+    dataset=dict(
+        data_root="{data}",
+        pipeline=[  # images of a batch have to be of one size
+            dict(type="LoadImageFromFile"),
+            dict(type="Resize", scale=(80, 64), keep_ratio=False),
+            dict(type="LoadAnnotations", reduce_zero_label=True),
+            dict(type="PackSegInputs"),
+        ],
+    ),
+)
+randomness = dict(seed={seed})
+"""
+
+
+def test_mmseg_evaluation(scenes, tmp_path):
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+    from mmseg.registry import MODELS
+
+    import diffbackbone.mmseg  # noqa: F401
+
+    base = ROOT / "configs" / "mmseg" / "upernet_difffeed_sample.py"
+    data = scenes / "ADEChallengeData2016"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    weights = tmp_path / "weights.pth"
+    commands = {}
+    for name, batch, shuffle, seed in (
+        ("one", 1, False, 0),
+        ("mixed", 3, True, 1),
+        ("two", 2, False, 2),
+    ):
+        config = tmp_path / f"{name}.py"
+        config.write_text(
+            MMSEG.format(base=base, data=data, batch=batch, shuffle=shuffle, seed=seed)
+        )
+        command = ["tools/mmseg_test.py", config, weights, "--out", tmp_path / name]
+        command += ["--work-dir", tmp_path / f"{name}.work"]
+        commands[name] = command
+    commands["two"] = [*torchrun, *commands["two"], "--launcher", "pytorch"]
+
+    init_default_scope("mmseg")
+    torch.manual_seed(0)
+    model = MODELS.build(Config.fromfile(tmp_path / "one.py").model)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)  # all classes come up
+    torch.save({"state_dict": model.state_dict(), "meta": {}}, weights)
+
+    run_all(commands, scenes, tmp_path)
+    pictures = {
+        name: {path.name: np.asarray(Image.open(path)) for path in (tmp_path / name).glob("*.png")}
+        for name in commands
+    }
+    scores = {
+        name: [
+            json.loads(path.read_text()) for path in (tmp_path / f"{name}.work").glob("*/*.json")
+        ]
+        for name in commands
+    }
+    assert len(pictures["one"]) == IMAGES
+    assert len(np.unique(np.stack([*pictures["one"].values()][:1]))) > 3
+    for name in ("mixed", "two"):
+        assert pictures[name].keys() == pictures["one"].keys()
+        for file, labels in pictures["one"].items():
+            assert np.array_equal(labels, pictures[name][file]), (name, file)
+        for key in ("aAcc", "mIoU", "mAcc"):
+            assert scores[name][0][key] == scores["one"][0][key], (name, key)
+
+
+# --------------------------------------------------------------------------------------------------
+# Detectron2
+
+
+def test_detectron2_evaluation(scenes, tmp_path):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    if importlib.util.find_spec("pycocotools") is None:
+        pytest.skip("pycocotools is not installed")
+    tool = ["tools/train_net.py", "--config", "mask_rcnn_difffeed_sample"]
+    options = {
+        "INPUT.MIN_SIZE_TEST": 64,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
+        "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2, 2)",
+        "DATALOADER.NUM_WORKERS": 0,
+        "SOLVER.MAX_ITER": 1,
+        "SOLVER.IMS_PER_BATCH": 1,
+        "SOLVER.STEPS": "()",
+        "TEST.EVAL_PERIOD": 0,
+        "SEED": 3,
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    trained = tmp_path / "trained"
+    train = {"train": [*tool, *words, "OUTPUT_DIR", trained]}
+    run_all(train, scenes, tmp_path)
+    weights = ["MODEL.WEIGHTS", trained / "model_final.pth"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    processes = ["--num-gpus", "2", "--dist-url", "auto"]
+    printed = run_all(
+        {
+            "one": [*tool, "--eval-only", *words, *weights, "OUTPUT_DIR", one, "SEED", "4"],
+            "two": [*tool, *processes, "--eval-only", *words, *weights, "OUTPUT_DIR", two],
+        },
+        scenes,
+        tmp_path,
+    )
+    assert "World size: 2" in printed["two"]
+    found = [predictions(folder) for folder in (trained, one, two)]
+    assert len({entry["image_id"] for entry in found[0]}) == IMAGES
+    assert found[1] == found[0]  # in two runs
+    assert found[2] == found[0]  # in two processes
+
+
+def predictions(folder: Path) -> list[dict]:
+    found = json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+    return sorted(found, key=lambda entry: json.dumps(entry, sort_keys=True))
+
+
+def test_detectron2_batches(scenes, monkeypatch):
+    """Images alone, together and the other way round.
+
+    Maps don't depend on the batch for unequal sizes either; but Detectron2's proposals do, which it
+    also looks for in the padding.
+    """
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    from diffbackbone.detectron2 import add_diffusion_config
+
+    cfg = get_cfg()
+    add_diffusion_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / "detectron2" / "mask_rcnn_difffeed_sample.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        {"image": torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)}
+        for size in 3 * [(64, 80)]
+    ]
+
+    def boxes(batch):
+        with torch.no_grad():
+            return [entry["instances"] for entry in model(batch)]
+
+    alone = [boxes([image])[0] for image in images]
+    together, turned = boxes(images), boxes(images[::-1])[::-1]
+    for expected, *others in zip(alone, together, turned):
+        assert len(expected) > 10
+        for other in others:
+            assert torch.equal(expected.pred_classes, other.pred_classes)
+            for name in ("pred_boxes", "scores"):
+                a, b = (getattr(x, name) for x in (expected, other))
+                a, b = (getattr(x, "tensor", x) for x in (a, b))
+                assert torch.allclose(a, b, rtol=1e-5, atol=1e-4), name
+            assert torch.equal(expected.pred_masks, other.pred_masks)
