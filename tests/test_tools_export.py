@@ -1,0 +1,330 @@
+"""`tools/export.py`."""
+
+# ruff: noqa: E402 - the tools are found by their folder
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+
+import export
+
+from diffbackbone import DiffusionBackbone, UNet, UNetConfig, load_checkpoint
+from diffbackbone.checkpoint import read_unet_config
+from diffbackbone.pretraining import save_safetensors
+
+SMALL = UNetConfig(32, (1, 1), 1, (2,), num_head_channels=16, image_size=48)
+FIELDS = json.dumps(
+    {"model_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "attention_strides": [2],
+     "num_head_channels": 16, "image_size": 48}
+)  # fmt: skip
+BLOCKS = ["--blocks", "6", "4"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*weights are RANDOM"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),  # torch's own reader
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A U-Net as tools/pretrain.py writes it."""
+    path = tmp_path_factory.mktemp("weights") / "unet.safetensors"
+    save_safetensors(path, golden.fill(UNet(SMALL)).state_dict(), SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(weights, tmp_path_factory):
+    """A trained DifFeed backbone, and training checkpoints with and without its frozen U-Net."""
+    folder = tmp_path_factory.mktemp("trained")
+    backbones = {}
+    for name, save_frozen in (("whole", True), ("digest", False)):
+        backbones[name] = backbone = DiffusionBackbone(
+            SMALL, checkpoint=weights, blocks=(6, 4), out_strides=(2, 4), out_channels=8,
+            feedback="bottleneck", freeze=True, save_frozen=save_frozen,
+        ).eval()  # fmt: skip
+        with torch.no_grad():
+            for part in (backbone.proj, backbone.feedback):
+                golden.fill(part)
+        model = torch.nn.ModuleDict({"backbone": backbone, "head": torch.nn.Conv2d(8, 2, 1)})
+        content = {"meta": {"epoch": 1}, "state_dict": model.state_dict()}
+        torch.save(content, folder / f"{name}.pth")
+    return backbones["whole"], folder
+
+
+def run(*arguments) -> None:
+    export.main([str(argument) for argument in arguments])
+
+
+def refusal(*arguments) -> str:
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    return str(caught.value)
+
+
+def images(height=48, width=48, n=1) -> torch.Tensor:
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+def difference(ours, expected) -> float:
+    assert len(ours) == len(expected)
+    assert [x.shape for x in ours] == [x.shape for x in expected]
+    return max(float((x - y).norm() / y.norm()) for x, y in zip(ours, expected))
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --------------------------------------------------------------------------------------- programs
+
+
+def test_pt2_of_a_u_net_gives_the_plain_taps(weights, tmp_path, capsys):
+    out = tmp_path / "deep" / "taps.pt2"
+    run("--format", "pt2", "--checkpoint", weights, *BLOCKS, "--timestep", 50, "--out", out)
+    backbone = DiffusionBackbone(
+        SMALL, weights, 50, (6, 4), out_channels=None, out_strides=None, freeze=True
+    ).eval()
+    with torch.no_grad():
+        ours = torch.export.load(out).module()(images())
+        assert difference(ours, backbone(images())) < 1e-5
+    said = capsys.readouterr().out
+    assert "tensors loaded" in said
+    assert "(1, 3, 48, 48)" in said  # the size it was trained at
+    assert "map1: block 4, stride 2, (1, 32, 24, 24)" in said
+    assert float(said.partition("largest relative difference ")[2].split()[0]) < 1e-5
+    assert leftovers(out.parent) == ["taps.pt2"]
+
+
+def test_a_trained_backbone_has_its_layers(weights, trained, tmp_path):
+    backbone, folder = trained
+    x = images(50, 70, 2)
+    options = ["--unet", FIELDS, *BLOCKS, "--feedback", "bottleneck", "--out-strides", 2, 4]
+    out = tmp_path / "difffeed.pt2"
+    options = [*map(str, options), "--format", "pt2", "--out", str(out)]
+    args = export.parse([*options, "--checkpoint", str(folder / "whole.pth")])
+    with torch.no_grad():
+        expected = backbone(x)
+        ours = export.build_backbone(args, export.read_config(args))(x)
+        assert all(torch.equal(x, y) for x, y in zip(ours, expected))
+    # the U-Net lies elsewhere, and the layers' file has its digest
+    files = ["--checkpoint", weights, "--layers", folder / "digest.pth"]
+    run(*options, *files, "--size", 50, 70, "--batch", 2)
+    with torch.no_grad():
+        assert difference(torch.export.load(out).module()(x), expected) < 1e-5
+
+
+ONNX_MISSING = [name for name in export.ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+
+
+@pytest.mark.skipif(bool(ONNX_MISSING), reason=f"not installed: {', '.join(ONNX_MISSING)}")
+@pytest.mark.parametrize("feedback", ["bottleneck", None])
+def test_onnx_runs_in_onnxruntime(weights, trained, tmp_path, monkeypatch, feedback):
+    import onnx
+    import onnxruntime
+
+    out = tmp_path / "backbone.onnx"
+    if feedback:
+        backbone, folder = trained
+        run(
+            "--format", "onnx", "--checkpoint", folder / "whole.pth", "--unet", FIELDS, *BLOCKS,
+            "--feedback", feedback, "--out-strides", 2, 4, "--size", 50, 70, "--out", out,
+        )  # fmt: skip
+        assert leftovers(tmp_path) == ["backbone.onnx"]
+    else:
+        kwargs = {"blocks": (2,), "out_channels": None, "out_strides": None, "freeze": True}
+        backbone = DiffusionBackbone(SMALL, weights, **kwargs).eval()
+        monkeypatch.setattr(export, "ONE_FILE", 0)  # as if it were too large for one file
+        arguments = ["--checkpoint", weights, "--blocks", 2, "--size", 50, 70, "--out", out]
+        run("--format", "onnx", *arguments)
+        assert leftovers(tmp_path) == ["backbone.onnx", "backbone.onnx.data"]
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    assert [y.name for y in session.get_outputs()] == [
+        f"map{i}" for i in range(len(backbone.blocks))
+    ]
+    x = images(50, 70)
+    with torch.no_grad():
+        ours = [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
+        assert difference(ours, backbone(x)) < 1e-4
+    nodes = {node.op_type for node in onnx.load(out, load_external_data=False).graph.node}
+    assert "Conv" in nodes
+    assert not nodes & {"BitShift", "BitwiseXor", "BitwiseAnd"}  # the noise is a constant
+
+
+@pytest.mark.skipif(not ONNX_MISSING, reason="all packages for ONNX are installed")
+def test_missing_packages_are_named(tmp_path):
+    said = refusal("--format", "onnx", "--checkpoint", "none.pt", "--out", tmp_path / "a.onnx")
+    assert ONNX_MISSING[0] in said
+    assert "diffbackbone[export]" in said
+
+
+def test_a_program_that_computes_something_else_is_not_kept(weights, tmp_path, monkeypatch):
+    out = tmp_path / "wrong.pt2"
+    out.write_text("what was there before")
+
+    class Wrong:
+        def module(self):
+            return lambda x: [torch.zeros(1, 32, 24, 24)] * 2
+
+    monkeypatch.setattr(torch.export, "export", lambda *_: None)
+    monkeypatch.setattr(torch.export, "save", lambda _, path: path.write_text("wrong"))
+    monkeypatch.setattr(torch.export, "load", lambda _: Wrong())
+    said = refusal("--format", "pt2", "--checkpoint", weights, *BLOCKS, "--out", out)
+    assert "differs from the original by 1 on random images" in said
+    assert out.read_text() == "what was there before"
+    assert leftovers(tmp_path) == ["wrong.pt2"]
+
+
+def test_nan_counts_as_a_difference():
+    x = torch.ones(2)
+    assert export.largest_difference([x], [x]) == 0
+    assert export.largest_difference([x, x * torch.nan], [x, x]) == float("inf")
+    assert export.largest_difference([x[:1]], [x]) == float("inf")
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+def test_a_pt_becomes_safetensors(weights, tmp_path):
+    """What shapes can't tell (cosine schedule, heads) survives."""
+    config = SMALL.replace(noise_schedule="cosine", num_head_channels=None, num_heads=4)
+    state_dict = golden.fill(UNet(config)).state_dict()
+    torch.save({"ema": state_dict}, tmp_path / "own.pt")
+    fields = {**json.loads(FIELDS), "num_head_channels": None, "num_heads": 4}
+    out = tmp_path / "own.safetensors"
+    run(
+        "--format", "safetensors", "--checkpoint", tmp_path / "own.pt", "--out", out,
+        "--unet", json.dumps({**fields, "noise_schedule": "cosine"}),
+    )  # fmt: skip
+    assert read_unet_config(out) == config
+    unet = UNet(read_unet_config(out))
+    load_checkpoint(unet, out)
+    assert all(torch.equal(state_dict[key], x) for key, x in unet.state_dict().items())
+    again = tmp_path / "again.safetensors"  # the architecture is read from the file itself
+    run("--format", "safetensors", "--checkpoint", out, "--out", again)
+    assert read_unet_config(again) == config
+    assert again.stat().st_size == out.stat().st_size
+
+
+def test_half_precision_halves_the_file(weights, tmp_path, capsys):
+    out = tmp_path / "half.safetensors"
+    run("--format", "safetensors", "--checkpoint", weights, "--dtype", "float16", "--out", out)
+    assert out.stat().st_size < 0.6 * weights.stat().st_size
+    assert read_unet_config(out) == SMALL
+    said = capsys.readouterr().out
+    assert 0 < float(said.partition("largest relative difference ")[2].split()[0]) < 1e-2
+    big = {key: 1e6 * x for key, x in UNet(SMALL).state_dict().items()}
+    torch.save(big, tmp_path / "big.pt")
+    said = refusal(
+        "--format", "safetensors", "--checkpoint", tmp_path / "big.pt", "--unet", FIELDS,
+        "--dtype", "float16", "--out", tmp_path / "big.safetensors",
+    )  # fmt: skip
+    assert "not finite in torch.float16; take another --dtype" in said
+    assert leftovers(tmp_path) == ["big.pt", "half.safetensors"]
+
+
+def test_a_training_checkpoint_gives_its_part_of_the_u_net(trained, tmp_path):
+    """It has neither output layer nor label embedding nor the blocks after the last tap."""
+    config = SMALL.replace(num_classes=5)
+    unet = golden.fill(UNet(config.replace(num_classes=None), 6))
+    backbone = DiffusionBackbone(unet, blocks=(6,), out_strides=None)
+    torch.save(
+        {"state_dict": {f"backbone.{key}": x for key, x in backbone.state_dict().items()}},
+        tmp_path / "iter_10.pth",
+    )
+    out = tmp_path / "part.safetensors"
+    fields = json.dumps({**json.loads(FIELDS), "num_classes": 5})
+    arguments = ["--checkpoint", tmp_path / "iter_10.pth", "--unet", fields, "--out", out]
+    run("--format", "safetensors", *arguments)
+    assert read_unet_config(out) == config.replace(num_classes=None)
+    ours = DiffusionBackbone(
+        read_unet_config(out), out, blocks=(6,), out_strides=None, out_channels=None
+    ).unet.state_dict()
+    assert list(ours) == list(unet.state_dict())
+    assert all(torch.equal(x, ours[key]) for key, x in unet.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "pt2", "--out", "a.onnx"], "the name of a pt2 file ends in .pt2"),
+        (["--format", "pt2", "--out", ".pt2"], "the name of a pt2 file ends in .pt2"),
+        (["--format", "pt2", "--out", "a.pt2", "--dtype", "float16"], "--dtype has no meaning"),
+        (
+            ["--format", "safetensors", "--out", "a.safetensors", "--out-strides", "4"],
+            "--out-strides has no meaning with --format safetensors",
+        ),
+        (["--format", "pt2", "--out", "a.pt2", "--size", "31"], "numbers from 32, got [31]"),
+        (["--format", "pt2", "--out", "a.pt2", "--size", "64", "64", "3"], "one or two numbers"),
+        (["--format", "pt2", "--out", "a.pt2", "--batch", "0"], "--batch must be at least 1"),
+        (["--format", "pt2", "--out", "a.pt2", "--unet", "gd255"], "unknown preset 'gd255'"),
+        (["--format", "pt2", "--out", "a.pt2", "--unet", "{"], "--unet {: Expecting"),
+        (["--format", "pt2", "--out", "a.pt2", "--unet", '{"w": 1}'], "the fields are preset"),
+        (["--format", "pt2", "--out", "a.pt2", "--blocks", "10"], "from 1 to 9"),
+        (["--format", "pt2", "--out", "a.pt2", *BLOCKS, "--timestep", "1000"], "from 0 to 999"),
+        (["--format", "pt2", "--out", "a.pt2", *BLOCKS, "--out-strides", "2"], "1 entries for 2"),
+        (["--format", "pt2", "--out", "a.pt2", *BLOCKS, "--feedback", "all"], "no feedback layers"),
+        (["--format", "pt2", "--out", "a.pt2", "--layers", "gone.pth"], "no checkpoint 'gone.pth'"),
+        (["--format", "pt2", "--out", "a.pt2", *BLOCKS, "--unet", "tiny"], "of another archit"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_before_work(weights, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.export, "export", None)
+    assert message in refusal("--checkpoint", weights, *arguments)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([*BLOCKS], "feedback layers of blocks [6, 8]: say --feedback"),
+        ([*BLOCKS, "--feedback", "all", "--layers", "SAME"], "the layers beside the U-Net are not"),
+        (["--blocks", "6", "--feedback", "bottleneck"], "of 2 maps, but --blocks names 1"),
+        ([*BLOCKS, "--feedback", "none", "--layers", "OTHER"], "this backbone's U-Net has others"),
+    ],
+)  # fmt: skip
+def test_layers_that_do_not_fit_are_refused(weights, trained, tmp_path, options, message):
+    _, folder = trained
+    other = golden.fill(UNet(SMALL))
+    with torch.no_grad():
+        other.time_embed[0].weight.add_(1)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    files = {"SAME": (weights, "whole.pth"), "OTHER": (tmp_path / "other.pt", "digest.pth")}
+    checkpoint, layers = files.get(options[-1], (folder / "whole.pth", None))
+    if layers is not None:
+        options = [*options[:-1], folder / layers]
+    said = refusal(
+        "--format", "pt2", "--checkpoint", checkpoint, "--unet", FIELDS,
+        "--out", tmp_path / "a.pt2", *options,
+    )  # fmt: skip
+    assert message in said
+    assert leftovers(tmp_path) == ["other.pt"]
+
+
+def test_a_full_disk_leaves_what_was_there(weights, tmp_path, monkeypatch):
+    out = tmp_path / "unet.safetensors"
+    out.write_bytes(weights.read_bytes())
+
+    def full(path, *_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_safetensors", full)
+    said = refusal("--format", "safetensors", "--checkpoint", weights, "--out", out)
+    assert "cannot write" in said
+    assert "No space left" in said
+    assert out.read_bytes() == weights.read_bytes()
+    assert leftovers(tmp_path) == ["unet.safetensors"]
