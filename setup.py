@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 MMSEG = [
+    "torch>=2.6",  # older ones can't read MMEngine's checkpoints as weights only: compat.py
     "mmengine>=0.10.7,<0.11",
     "mmcv-lite>=2.1.0,<2.2",  # a compiled mmcv 2.1 serves as well, and wins where it is installed
     "mmsegmentation>=1.2.2,<1.3",
@@ -16,6 +17,7 @@ MMSEG = [
     "torchvision",
 ]
 MMPRETRAIN = [
+    "torch>=2.6",
     "mmengine>=0.10.7,<0.11",
     "mmcv-lite>=2.1.0,<2.2",
     "mmpretrain>=1.2.0,<1.3",
@@ -23,6 +25,7 @@ MMPRETRAIN = [
     "torchvision",
 ]
 DETECTRON2 = [  # Detectron2 itself is not on PyPI: see its install guide
+    "torch>=2.6",
     "fvcore>=0.1.5",
     "pycocotools",
     "shapely",  # Detectron2 crops polygons by it, but doesn't declare it
@@ -42,7 +45,7 @@ setup(
     python_requires=">=3.9,<3.14",
     packages=find_packages(include=["diffbackbone", "diffbackbone.*"]),
     package_data={"diffbackbone": ["py.typed", "weights/*"]},
-    install_requires=["torch>=2.6", "numpy", "safetensors"],
+    install_requires=["torch>=2.1", "numpy>=1.24", "safetensors>=0.4"],
     extras_require={
         "mmseg": MMSEG,
         "mmpretrain": MMPRETRAIN,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
+from diffbackbone.compat import is_compiling
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import STRATEGIES, Feedback
 from diffbackbone.ops import as_type
@@ -307,7 +308,7 @@ class DiffusionBackbone(nn.Module):
         self, images: Tensor, t: int, blocks: Sequence[int], y: Tensor | None
     ) -> dict[int, Tensor]:
         """Noise padded images and run the U-Net once, or twice with feedback."""
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             check_images(images)
         if y is None and self.class_label is not None:
             y = torch.full((images.shape[0],), self.class_label, device=images.device)
@@ -326,7 +327,7 @@ class DiffusionBackbone(nn.Module):
     def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
         """Noise (3, H, W) that a pixel's coordinates determine, kept for the largest size seen."""
         made_for = (self.seed, device)
-        if torch.compiler.is_compiling() and not self._exports_kept_noise(made_for, height, width):
+        if is_compiling() and not self._exports_kept_noise(made_for, height, width):
             return coordinate_noise(3, height, width, seed=self.seed, device=device)
         if self._field is None or self._field[0] != made_for:
             self._field = made_for, torch.empty(3, 0, 0, device=device)

@@ -1,4 +1,7 @@
-"""What stock MMEngine, MMSegmentation, MMPretrain and Detectron2 need to run on today's torch.
+"""What the oldest torch lacks, and what stock frameworks need to run on today's.
+
+:func:`is_compiling` and :func:`is_autocast_enabled` are torch's own where it has them;
+:func:`check_weights` keeps out what the weights-only reader of older torch lets in.
 
 :func:`check_mmseg_stack`, :func:`check_mmpretrain_stack` and :func:`check_detectron2_stack` say in
 one error what is missing or too new; :func:`apply_mmengine_repairs` applies what is left to repair
@@ -13,13 +16,18 @@ import functools
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import io
 import logging
+import mmap
+import os
 import pickle
 import re
 import sys
+import tarfile
 import types
+from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any, Callable, ClassVar
 
 import torch
 
@@ -34,6 +42,41 @@ _VERSIONS = (
     ("mmseg", ("mmsegmentation",), (1, 0), (2, 0)),
     ("mmpretrain", ("mmpretrain",), (1, 2), (2, 0)),
 )
+
+
+def _major_minor(version: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+
+
+TORCH = _major_minor(torch.__version__)
+"""The running version, two numbers of it."""
+# Before 2.6 the scalars beside MMEngine's weights can't be allowed one by one.
+OPENMMLAB_TORCH = (2, 6)
+# torch 2.1 and 2.2 have it under another name, which their compiler knows as well
+is_compiling: Callable[[], bool] = (
+    getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+)
+"""Whether ``torch.compile`` or ``torch.export`` traces this code."""
+
+
+def _autocast_takes_a_device() -> bool:
+    try:
+        torch.is_autocast_enabled("cpu")
+    except TypeError:
+        return False
+    return True
+
+
+if _autocast_takes_a_device():
+    is_autocast_enabled: Callable[[str], bool] = torch.is_autocast_enabled
+else:
+
+    def is_autocast_enabled(device_type: str) -> bool:
+        """Whether autocast is on for such devices; before torch 2.4 each type has its function."""
+        if device_type == "cpu":
+            return torch.is_autocast_cpu_enabled()
+        return device_type == "cuda" and torch.is_autocast_enabled()
 
 
 def check_mmseg_stack() -> None:
@@ -61,6 +104,12 @@ def _check_openmmlab(what: str, modules: tuple[str, ...], undeclared: tuple[str,
         problems.append(
             f"Python {sys.version_info[0]}.{sys.version_info[1]} is running, and MMEngine uses "
             "pkgutil.find_loader, which Python 3.14 removed: take Python 3.9 to 3.13"
+        )
+    if TORCH < OPENMMLAB_TORCH:
+        wanted = ".".join(map(str, OPENMMLAB_TORCH))
+        problems.append(
+            f"torch {torch.__version__} is installed, >={wanted} is needed: an older one can't "
+            "read MMEngine's training checkpoints without running what is in them"
         )
     for module, distributions, lowest, limit in _VERSIONS:
         if module not in modules:
@@ -132,11 +181,6 @@ def _installed_versions(distributions: tuple[str, ...]) -> Iterator[tuple[str, s
             yield name, importlib.metadata.version(name)
 
 
-def _major_minor(version: str) -> tuple[int, int]:
-    found = re.match(r"(\d+)(?:\.(\d+))?", version)
-    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
-
-
 def apply_mmengine_repairs() -> tuple[str, ...]:
     """Apply the repairs that this environment needs and has not had yet.
 
@@ -147,6 +191,103 @@ def apply_mmengine_repairs() -> tuple[str, ...]:
     for name in applied:
         logger.info("repair %s: %s", name, (REPAIRS[name].__doc__ or "").partition("\n")[0])
     return applied
+
+
+# --------------------------------------------------------------------------------------------------
+# weights of older torch
+
+CHECKS_WEIGHTS = (2, 10)
+"""From this torch on, :func:`check_weights` is of no use: it refuses all this itself."""
+
+
+def check_weights(path: str | os.PathLike[str]) -> None:
+    """Keep out what ``torch.load(weights_only=True)`` lets in before torch 2.10.
+
+    Before 2.6 it unpacks tar archives and runs TorchScript (CVE-2025-32434). Before 2.10 a pickle
+    can set items of a storage beyond its end (CVE-2026-24747), and a tensor may be longer than its
+    values in the file. So the pickles are gone through first, as torch will, but on stand-ins:
+    only containers take items.
+
+    Raises:
+        pickle.UnpicklingError: The file has such a thing in it. Other errors are possible, too.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[:4] == b"PK\x03\x04":  # torch's own reader, so that both see the same archive
+            archive = torch._C.PyTorchFileReader(os.fspath(path))
+            if "constants.pkl" in archive.get_all_records():
+                raise pickle.UnpicklingError("it is TorchScript: GLOBAL code, not weights")
+            _StandInUnpickler(io.BytesIO(archive.get_record("data.pkl")), archive).load()
+            return
+        with contextlib.suppress(tarfile.TarError):
+            tarfile.open(fileobj=file, mode="r:").close()
+            raise pickle.UnpicklingError("it is a tar archive, as torch wrote before 0.2 (2017)")
+        for _ in range(5):  # magic number, version, machine, content, storages
+            _StandInUnpickler(content).load()
+
+
+class _StandIn:
+    """Stands for a tensor, storage or function: takes arguments and a state, and no items."""
+
+    def __new__(cls, *_: Any) -> _StandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _StandInUnpickler(pickle._Unpickler):
+    """Goes through a pickle as torch's weights-only unpickler does.
+
+    It is Python's, as C's makes room for as many memos as a file names, and knows no more
+    operations than torch's, so that both take a pickle for the same.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code[0]: pickle._Unpickler.dispatch[code[0]]
+        for code in (
+            *(pickle.GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD, pickle.BINPERSID),
+            *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.MARK),
+            *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_TUPLE),
+            *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.EMPTY_LIST, pickle.EMPTY_DICT),
+            *(pickle.EMPTY_SET, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.BINFLOAT),
+            *(pickle.LONG1, pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.BINGET),
+            *(pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.PROTO, pickle.STOP),
+        )
+    }
+
+    def __init__(self, file: Any, archive: Any = None) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._archive = archive
+        self._sizes: dict[str, int] = {}
+
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise pickle.UnpicklingError(f"it asks for what no weights need: {error}") from error
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full == "collections.OrderedDict":
+            return OrderedDict
+        reader = torch._weights_only_unpickler
+        users = getattr(reader, "_get_user_allowed_globals", dict)()  # from torch 2.4 on
+        if full not in reader._get_allowed_globals() and full not in users:
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {full}")
+        return type(name, (_StandIn,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self._archive is not None:
+            _, kind, key, _, count = pid
+            size = count
+            if kind.__name__ != "UntypedStorage":
+                dtype = torch.storage._get_dtype_from_pickle_storage_type(kind.__name__)
+                size = count * torch._utils._element_size(dtype)
+            if key not in self._sizes:
+                self._sizes[key] = len(self._archive.get_record(f"data/{key}"))
+            if not 0 <= size <= self._sizes[key]:
+                raise pickle.UnpicklingError(f"storage {key} is shorter than its {count} values")
+        return _StandIn()
 
 
 # --------------------------------------------------------------------------------------------------

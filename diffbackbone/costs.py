@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffbackbone.unet import UNet, UNetConfig
@@ -68,9 +68,11 @@ class LiveTensors(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _is_tensor(x)}
+        known = {
+            x.untyped_storage()._cdata for x in tree_flatten((args, kwargs))[0] if _is_tensor(x)
+        }
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
+        for x in tree_flatten(out)[0]:
             if _is_tensor(x):
                 self._track(x, known)
         return out

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,19 @@ CONFIGS = {
         image_size=64,
     ),
 }
+
+
+def _computes_in_half() -> bool:
+    try:
+        nn.Conv2d(1, 1, 1).half()(torch.zeros(1, 1, 1, 1).half())
+        return bool((torch.zeros(1, 1).half() @ torch.zeros(1, 1).half()).numel())
+    except RuntimeError:
+        return False
+
+
+needs_half = pytest.mark.skipif(
+    not _computes_in_half(), reason="this torch does not compute in float16 on a CPU"
+)
 
 
 def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:

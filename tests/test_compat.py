@@ -10,7 +10,9 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import textwrap
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffbackbone import compat
+from diffbackbone import CheckpointError, compat
+from diffbackbone.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +37,100 @@ def run_python(code: str, *launcher: str, **env: str) -> subprocess.CompletedPro
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# what older torch lacks
+
+
+def test_autocast_is_known_by_device():
+    assert compat.is_autocast_enabled("cpu") is False
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compat.is_autocast_enabled("cpu") is True
+        assert compat.is_autocast_enabled("cuda") is False
+    assert compat.is_compiling() is False
+
+
+def saved(tmp_path, content, archive=True):
+    path = tmp_path / "weights.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=archive)
+    return path
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_weights_pass(tmp_path, archive):
+    linear = nn.Linear(3, 2).half()
+    content = {
+        "state_dict": linear.state_dict(),
+        "optimizer": {"lr": 0.1, "betas": (0.9, 0.99), "steps": [1, 2**40, None, True]},
+        "parameter": linear.weight,
+        "twice": [linear.bias, linear.bias[1:]],
+        "size": linear.weight.shape,
+        "int": torch.arange(3),
+    }
+    path = saved(tmp_path, content, archive)
+    compat.check_weights(path)
+    assert torch.equal(
+        torch.load(path, weights_only=True)["twice"][1], linear.bias[1:]
+    )  # what it is held against
+
+
+# opcodes of pickles, by hand: torch writes none of this
+STORAGE = (
+    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK%ctQ"
+)
+ATTACKS = {
+    "an item of a storage": (STORAGE % 3 + b"M\xff\xffK\x05s.", "item assignment"),
+    "items of a storage": (STORAGE % 3 + b"(M\xff\xffK\x05u.", "item assignment"),
+    "items of a new storage": (
+        b"ctorch.storage\nUntypedStorage\nK\x03\x85RM\xff\xffK\x05s.",
+        "item assignment",
+    ),
+    "more values than there are": (STORAGE % 4 + b".", "storage 0 is shorter than its 4 values"),
+    "a call": (b"cos\nsystem\nX\x02\x00\x00\x00ls\x85R.", "GLOBAL os.system"),
+    "another operation": (b"(ios\nsystem\n.", "no weights need"),
+    "a list of a storage": (STORAGE % 3 + b"K\x05a.", "append"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_older_torch_would_let_in_is_refused(tmp_path, attack):
+    code, message = ATTACKS[attack]
+    path = tmp_path / "weights.pt"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/data.pkl", b"\x80\x02" + code)
+        file.writestr("a/data/0", bytes(12))
+        file.writestr("a/version", b"3\n")
+    with pytest.raises(pickle.UnpicklingError, match=message):
+        compat.check_weights(path)
+    if attack != "more values than there are":  # the values of other files stand behind
+        header = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
+        pickles = [pickle.dumps(value, protocol=2) for value in header]
+        path.write_bytes(b"".join([*pickles, b"\x80\x02" + code]))
+        with pytest.raises(pickle.UnpicklingError, match=message):
+            compat.check_weights(path)
+
+
+def test_torchscript_and_tar_are_refused(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(path))
+    with pytest.raises(pickle.UnpicklingError, match="TorchScript"):
+        compat.check_weights(path)
+    with tarfile.open(path, "w") as file:
+        file.add(__file__, "storages")
+    with pytest.raises(pickle.UnpicklingError, match="tar archive"):
+        compat.check_weights(path)
+    with pytest.raises(CheckpointError, match=r"weights\.pt"):
+        read_checkpoint(path)
+
+
+def test_checkpoints_are_checked_where_torch_needs_it(tmp_path, monkeypatch):
+    path, checked = saved(tmp_path, {"a": torch.zeros(1)}), []
+    monkeypatch.setattr(compat, "check_weights", checked.append)
+    for version, times in (((2, 1), 1), ((2, 9), 2), ((2, 10), 2)):
+        monkeypatch.setattr(compat, "TORCH", version)
+        assert read_checkpoint(path).keys() == {"a"}
+        assert checked == [path] * times
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,6 +490,7 @@ def stack(monkeypatch):
             compat.importlib.util, "find_spec", lambda name: object() if name in present else None
         )
         monkeypatch.setattr(compat.sys, "version_info", (3, 13, 1))
+        monkeypatch.setattr(compat, "TORCH", (2, 6))
 
     return make
 
@@ -443,7 +541,15 @@ def test_check_names_what_is_wrong(stack, missing, versions, message):
 def test_check_names_everything_at_once(stack, monkeypatch):
     stack(["mmseg", "ftfy"], mmcv_lite="2.2.0")
     monkeypatch.setattr(compat.sys, "version_info", (3, 14, 0))
+    monkeypatch.setattr(compat, "TORCH", (2, 5))
     with pytest.raises(ImportError) as error:
         compat.check_mmseg_stack()
-    for part in ("Python 3.14 is running", "mmseg is not", "ftfy is not", "mmcv-lite 2.2.0 is"):
+    found = f"torch {torch.__version__} is installed, >=2.6 is needed"
+    for part in (
+        found,
+        "Python 3.14 is running",
+        "mmseg is not",
+        "ftfy is not",
+        "mmcv-lite 2.2.0 is",
+    ):
         assert part in str(error.value)

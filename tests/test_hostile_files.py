@@ -67,6 +67,14 @@ def zipped(content: Any) -> bytes:
     return buffer.getvalue()
 
 
+def can_be_saved(tensor: torch.Tensor) -> bool:
+    try:
+        zipped(tensor)
+    except (KeyError, RuntimeError):  # torch 2.1 has no file format for float8 and nested tensors
+        return False
+    return True
+
+
 def legacy(content: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
@@ -95,6 +103,8 @@ def whole() -> Iterator[Case]:
     """Nothing is wrong with these: else the others would prove nothing."""
     for name, (suffix, write) in FORMATS.items():
         yield name, suffix, write(weights())
+    if not hasattr(torch.serialization, "set_crc32_options"):  # before torch 2.6
+        return
     unchecked = io.BytesIO()
     torch.serialization.set_crc32_options(False)
     torch.save(weights(), unchecked)
@@ -128,6 +138,8 @@ def flipped(name: str, count: int) -> Iterator[Case]:
 
 def dtypes() -> Iterator[Case]:
     for dtype in ("int8", "uint8", "int64", "bool", "complex64", "float8_e4m3fn"):
+        if not can_be_saved(torch.zeros(1).to(getattr(torch, dtype))):
+            continue
         some = {**weights(), KEY: weights()[KEY].to(getattr(torch, dtype))}
         every = {key: value.to(getattr(torch, dtype)) for key, value in weights().items()}
         for name in ("zip", "legacy"):
@@ -151,6 +163,8 @@ def shapes() -> Iterator[Case]:
         "transposed": value.transpose(0, 2)[:1],
     }
     for name, tensor in wrong.items():
+        if not can_be_saved(tensor):
+            continue
         for key in (KEY, "time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"):
             yield f"{name} {key}", ".pt", zipped({**weights(), key: tensor})
     far = {**weights(), "input_blocks.99999999999.0.weight": torch.zeros(1)}
@@ -537,7 +551,8 @@ def reports(tmp_path_factory) -> list[dict[str, Any]]:
 
 
 def test_there_are_enough(reports):
-    assert {line["kind"] for line in reports} == set(KINDS)
+    unread = set() if HAS_DETECTRON2 else {"flipped pyth", "flipped pkl"}  # its formats alone
+    assert {line["kind"] for line in reports} == set(KINDS) - unread
     assert len(reports) >= (1200 if HAS_DETECTRON2 else 700)
     assert sum(line["error"] is not None for line in reports) >= 500
 

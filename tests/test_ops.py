@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
@@ -252,7 +253,9 @@ def test_the_batch_has_no_say_in_the_kernel(size, upsample):
     assert ways[0] == ways[1] == ways[2]
 
 
-@pytest.mark.parametrize("what", ["float16", "autocast", "strided weight"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("float16", marks=golden.needs_half), "autocast", "strided weight"]
+)
 def test_other_types_take_the_library_s_convolution(what):
     conv, x = Conv3x3(8, 8), seeded(1, 8, 8, 8)
     if what == "float16":
@@ -318,6 +321,7 @@ def test_a_residual_block_keeps_what_its_convolutions_read(resample, dtype):
     assert expected <= found < expected + 0.1 * whole
 
 
+@golden.needs_half
 def test_attention_keeps_no_copy_in_float32():
     """In float16 a CPU takes a GPU's way through the norm: by float32, which is not kept."""
     block, kept = AttentionBlock(64, 2, False).half(), []
