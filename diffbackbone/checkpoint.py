@@ -205,6 +205,8 @@ def read_unet_config(
         told = {name: getattr(stored, name) for name in (*_NOT_IN_SHAPES, "num_head_channels")}
         rest = {**told, **rest}
     try:
+        if stored is not None and not read_architecture(state_dict):
+            return stored.replace(**rest)  # a U-Net that ends at its last tap
         return UNetConfig.from_state_dict(state_dict, **rest)
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"{source}: {first_line(error)}") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import platform
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,8 +18,8 @@ import torch
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Write a file beside its place, and move it there when it is on the disk.
 
-    A process that is killed meanwhile leaves what was there, and ``.NAME.writing``, which the next
-    try replaces.
+    A process that is killed meanwhile leaves what was there, and ``.NAME.HOST.PID.writing``, which
+    the next one to write the same file removes.
 
     Args:
         path: Where to; folders are made.
@@ -28,7 +30,11 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.writing")
+    here = f".{path.name}.{platform.node()}."
+    for left in path.parent.glob(f"{glob.escape(here)}*.writing"):
+        if not _runs(left.name[len(here) : -len(".writing")]):
+            left.unlink(missing_ok=True)  # of a killed process: room for this file
+    partial = path.with_name(f"{here}{os.getpid()}.writing")  # several ranks may write one file
     try:
         write(partial)
         with open(partial, "rb") as file:
@@ -40,6 +46,16 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
             raise OSError(f"{path} could not be written; is the disk full?") from error
         raise
+
+
+def _runs(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):  # another user's, or no process's file
+        return True
+    return True
 
 
 def seed_everything(*keys: int) -> None:
