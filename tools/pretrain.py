@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from diffbackbone.backbone import _resolve_config
-from diffbackbone.checkpoint import load_checkpoint
+from diffbackbone.checkpoint import load_checkpoint, read_checkpoint
 from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.pretraining import (
     DiffusionObjective,
@@ -664,7 +664,7 @@ def read_run(path: Path) -> dict[str, Any]:
         ToolError: It is damaged or something else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_checkpoint(path, mapped=False)
     except Exception as error:  # a damaged file can fail in the reader in any way
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ToolError(f"{path} is damaged or holds more than weights: {first}") from error

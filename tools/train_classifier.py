@@ -53,6 +53,7 @@ from _classification import FeatureOptions, ImageFolder, Processes, RowImages, T
 from torch import Tensor, nn
 
 from diffbackbone import CheckpointError, DiffusionBackbone
+from diffbackbone.checkpoint import read_checkpoint as read_weights
 from diffbackbone.features import FeatureCache, Tap
 from diffbackbone.feedback import STRATEGIES
 from diffbackbone.heads import HEADS, build_head
@@ -925,7 +926,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ToolError(f"there is no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_weights(path, mapped=False)
     except Exception as error:  # a damaged file can fail in the reader in any way
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ToolError(f"{path} is damaged or holds more than weights: {first}") from error
