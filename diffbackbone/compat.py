@@ -3,10 +3,10 @@
 :func:`is_compiling` and :func:`is_autocast_enabled` are torch's own where it has them;
 :func:`check_weights` keeps out what the weights-only reader of older torch lets in.
 
-:func:`check_mmseg_stack`, :func:`check_mmpretrain_stack` and :func:`check_detectron2_stack` say in
-one error what is missing or too new; :func:`apply_mmengine_repairs` applies what is left to repair
-(Detectron2 needs none). Each repair looks first whether it is needed, changes as little as it can,
-and does nothing the second time.
+:func:`check_mmseg_stack`, :func:`check_mmpretrain_stack`, :func:`check_mmdet_stack` and
+:func:`check_detectron2_stack` say in one error what is missing or too new;
+:func:`apply_mmengine_repairs` applies what is left to repair (Detectron2 needs none). Each repair
+looks first whether it is needed, changes as little as it can, and does nothing the second time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 import tarfile
 import types
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable, ClassVar
 
 import torch
@@ -41,6 +41,11 @@ _VERSIONS = (
     ("mmcv", ("mmcv", "mmcv-lite", "mmcv-full"), (2, 0), (2, 2)),
     ("mmseg", ("mmsegmentation",), (1, 0), (2, 0)),
     ("mmpretrain", ("mmpretrain",), (1, 2), (2, 0)),
+    ("mmdet", ("mmdet",), (3, 3), (4, 0)),
+)
+_COMPILE_MMCV = (
+    "pip uninstall -y mmcv mmcv-lite; pip install 'setuptools<82' ninja && MMCV_WITH_OPS=1 "
+    "pip install --no-build-isolation mmcv==2.1.0"
 )
 
 
@@ -98,8 +103,33 @@ def check_mmpretrain_stack() -> None:
     _check_openmmlab("MMPretrain", ("mmengine", "mmcv", "mmpretrain"), ())
 
 
-def _check_openmmlab(what: str, modules: tuple[str, ...], undeclared: tuple[str, ...]) -> None:
+def check_mmdet_stack() -> None:
+    """Check that what MMDetection needs is installed, without importing any of it.
+
+    Raises:
+        ImportError: See :func:`check_mmseg_stack`; or mmcv has no compiled operators, which every
+            part of mmdet imports.
+    """
     problems = []
+    if _is_installed("mmcv") and not _has_compiled_ops():
+        problems.append(
+            "mmcv has no compiled operators (mmcv-lite has none), and all of mmdet imports them. "
+            f"Compiling takes some 20 minutes: {_COMPILE_MMCV}"
+        )
+    _check_openmmlab("MMDetection", ("mmengine", "mmcv", "mmdet"), (), problems)
+
+
+def _has_compiled_ops() -> bool:
+    """Whether the mmcv that is installed was built with its operators."""
+    spec = importlib.util.find_spec("mmcv")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return importlib.machinery.PathFinder.find_spec("mmcv._ext", folders) is not None
+
+
+def _check_openmmlab(
+    what: str, modules: tuple[str, ...], undeclared: tuple[str, ...], known: Sequence[str] = ()
+) -> None:
+    problems = list(known)
     if sys.version_info >= (3, 14):
         problems.append(
             f"Python {sys.version_info[0]}.{sys.version_info[1]} is running, and MMEngine uses "
@@ -138,9 +168,11 @@ def _check_openmmlab(what: str, modules: tuple[str, ...], undeclared: tuple[str,
         )
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
+        tested = f"come with: pip install 'diffbackbone[{modules[-1]}]'"
+        if modules[-1] == "mmdet":  # no extra can bring a compiled mmcv
+            tested = "are mmengine 0.10.7, mmcv 2.1.0 and mmdet 3.3.0"
         raise ImportError(
-            f"{what} cannot run in this environment:{lines}\n"
-            f"The tested versions come with: pip install 'diffbackbone[{modules[-1]}]'"
+            f"{what} cannot run in this environment:{lines}\nThe tested versions {tested}"
         )
 
 

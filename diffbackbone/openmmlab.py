@@ -1,8 +1,8 @@
 """What every OpenMMLab code base shares: the backbone, its optimizer rules, input checks.
 
 Everything is registered at MMEngine's root, so mmseg, mmdet and mmpretrain find it alike. Configs
-import :mod:`diffbackbone.mmseg` or :mod:`diffbackbone.mmpretrain`, which check the environment
-first; with mmdet, :mod:`diffbackbone.openmmlab` itself.
+import :mod:`diffbackbone.mmseg`, :mod:`diffbackbone.mmdet` or :mod:`diffbackbone.mmpretrain`, which
+check the environment first.
 """
 
 from __future__ import annotations

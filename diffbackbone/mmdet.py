@@ -1,0 +1,18 @@
+"""MMDetection adapter: import it by a config's ``custom_imports``.
+
+For instance::
+
+    custom_imports = dict(imports=['diffbackbone.mmdet'], allow_failed_imports=False)
+    model = dict(backbone=dict(type='DiffusionBackbone', unet='gd256_uncond', ...))
+"""
+
+from diffbackbone import compat
+
+compat.check_mmdet_stack()
+
+from diffbackbone.openmmlab import (  # noqa: E402
+    DiffusionBackbone,
+    DiffusionOptimWrapperConstructor,
+)
+
+__all__ = ["DiffusionBackbone", "DiffusionOptimWrapperConstructor"]

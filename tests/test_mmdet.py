@@ -1,0 +1,198 @@
+"""The MMDetection adapter: Mask R-CNN from the config trains and predicts; a clear refusal."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+
+from diffbackbone import UNet, UNetConfig, compat
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "mmdet" / "mask_rcnn_gd_t75_b24_coco.py"
+
+
+def why_not() -> str | None:
+    """What is missing to run MMDetection."""
+    for module in ("mmengine", "mmcv", "mmdet"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    if not compat._has_compiled_ops():
+        return "mmdet needs mmcv with compiled operators, and this one (mmcv-lite) has none"
+    return None
+
+
+MISSING = why_not()
+needs_mmdet = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+@pytest.fixture
+def cfg():
+    """The config, with the U-Net and the heads made small."""
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmdet")
+    cfg = Config.fromfile(str(CONFIG))
+    cfg.model.backbone.update(unet="tiny", init_cfg=None, out_channels=32)
+    cfg.model.neck.update(in_channels=[32] * 4)
+    cfg.model.roi_head.bbox_head.update(fc_out_channels=64, num_classes=3)
+    cfg.model.roi_head.mask_head.update(num_convs=1, num_classes=3)
+    cfg.model.train_cfg.rpn_proposal.update(nms_pre=200, max_per_img=50)
+    cfg.model.train_cfg.rcnn.sampler.update(num=32)
+    cfg.model.test_cfg.rcnn.score_thr = 0.0  # it has learned nothing
+    return cfg
+
+
+def build(cfg):
+    from mmdet.registry import MODELS
+
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    golden.fill(model.backbone.unet)  # fresh residual branches are zero
+    return model
+
+
+def batch(sizes=((64, 96), (90, 70))) -> dict:
+    """Random images with two instances each."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    inputs, samples = [], []
+    for height, width in sizes:
+        boxes = torch.tensor([[8.0, 8.0, 40.0, 48.0], [30.0, 20.0, 60.0, 60.0]])
+        masks = torch.zeros(2, height, width, dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
+            mask[top:bottom, left:right] = 1
+        sample = DetDataSample(
+            gt_instances=InstanceData(
+                bboxes=boxes,
+                labels=torch.tensor([0, 2]),
+                masks=BitmapMasks(masks.numpy(), height, width),
+            )
+        )
+        shape = dict(img_shape=(height, width), ori_shape=(height, width))
+        sample.set_metainfo({**shape, "scale_factor": (1.0, 1.0)})
+        inputs.append(torch.randint(0, 256, (3, height, width), dtype=torch.uint8))
+        samples.append(sample)
+    return dict(inputs=inputs, data_samples=samples)
+
+
+@needs_mmdet
+@pytest.mark.parametrize("feedback", [None, "bottleneck"])
+def test_mask_rcnn_trains_and_predicts(cfg, feedback):
+    from mmengine.optim import build_optim_wrapper
+
+    torch.manual_seed(0)
+    cfg.model.backbone.feedback = feedback
+    cfg.optim_wrapper.update(type="OptimWrapper")  # without mixed precision
+    cfg.optim_wrapper.pop("dtype")
+    model = build(cfg).train()
+    assert type(model).__name__ == "MaskRCNN"
+    assert type(model.backbone).__module__ == "diffbackbone.openmmlab"
+    losses = model(**model.data_preprocessor(batch(), True), mode="loss")
+    assert {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"} <= set(losses)
+    loss, _ = model.parse_losses(losses)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+    rates = {group["lr"] for group in optimizer.param_groups}
+    assert len(rates) > 10  # layer-wise decay
+    first = model.backbone.unet.input_blocks[0][0].weight
+    before = first.detach().clone()
+    loss.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    optimizer.step()
+    assert not torch.equal(before, first)
+
+    model.eval()
+    with torch.no_grad():
+        results = model.test_step(batch())
+    for result, (height, width) in zip(results, ((64, 96), (90, 70))):
+        found = result.pred_instances
+        assert len(found) > 0
+        assert found.masks.shape == (len(found), height, width)
+        assert found.bboxes.isfinite().all()
+        assert set(found.labels.tolist()) <= {0, 1, 2}
+
+
+@needs_mmdet
+def test_images_arrive_as_rgb_from_minus_one_to_one(cfg):
+    from mmdet.registry import MODELS
+
+    preprocessor = MODELS.build(cfg.model.data_preprocessor)
+    data = batch(((50, 70),))
+    data["inputs"] = [
+        torch.tensor([0, 127, 255], dtype=torch.uint8)[:, None, None].expand(3, 50, 70)
+    ]
+    images = preprocessor(data, False)["inputs"]
+    assert images.shape == (1, 3, 50, 70)
+    assert images[0, :, 0, 0].tolist() == pytest.approx([1, -1 / 255, -1], abs=1e-6)
+
+
+@needs_mmdet
+def test_weights_come_by_init_cfg(cfg, tmp_path):
+    path = tmp_path / "tiny.pt"
+    torch.save(golden.fill(UNet(UNetConfig.from_preset("tiny"))).state_dict(), path)
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(path))
+    from mmdet.registry import MODELS
+
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    expected = torch.load(path, weights_only=True)["input_blocks.0.0.weight"]
+    assert torch.equal(model.backbone.unet.input_blocks[0][0].weight, expected)
+
+
+@needs_mmdet
+def test_the_config_is_the_detectron2_twin():
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(str(CONFIG))
+    backbone = cfg.model.backbone
+    assert (backbone.unet, backbone.timestep, backbone.blocks) == ("gd256_uncond", 75, [24] * 4)
+    assert cfg.optim_wrapper.optimizer.lr == 2.5e-5
+    assert cfg.train_dataloader.batch_size == 1
+    assert cfg.train_cfg.max_epochs == 10
+    sizes = [step.get("crop_size") or step.get("scale") for step in cfg.train_pipeline]
+    assert sizes.count((1024, 1024)) == 2
+    assert cfg.train_dataloader.dataset.pipeline == cfg.train_pipeline
+    assert cfg.test_dataloader.dataset.pipeline == cfg.test_pipeline
+
+
+@pytest.mark.parametrize(
+    ("missing", "ops", "message"),
+    [
+        ("mmdet", True, "mmdet is not installed"),
+        ("mmcv", False, "mmcv is not installed"),
+        (None, False, "mmcv has no compiled operators (mmcv-lite has none)"),
+    ],
+)
+def test_what_is_missing_is_named(monkeypatch, missing, ops, message):
+    """In one error, and before mmdet's own, which says nothing of operators."""
+    monkeypatch.setattr(compat, "_is_installed", lambda module: module != missing)
+    monkeypatch.setattr(compat, "_has_compiled_ops", lambda: ops)
+    monkeypatch.setattr(compat, "_installed_versions", lambda names: iter(()))
+    monkeypatch.delitem(sys.modules, "diffbackbone.mmdet", raising=False)
+    with pytest.raises(ImportError, match="MMDetection cannot run in this environment") as caught:
+        importlib.import_module("diffbackbone.mmdet")
+    assert message in str(caught.value)
+    assert "mmcv 2.1.0 and mmdet 3.3.0" in str(caught.value)
+    assert ("MMCV_WITH_OPS=1 pip install" in str(caught.value)) == (missing is None)
+
+
+def test_compiled_operators_are_found_without_importing_them(tmp_path, monkeypatch):
+    """mmcv-lite has the folder ``mmcv`` too; what differs is the compiled module inside."""
+    (tmp_path / "mmcv").mkdir()
+    (tmp_path / "mmcv" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mmcv", raising=False)
+    assert not compat._has_compiled_ops()
+    (tmp_path / "mmcv" / "_ext.py").write_text("raise RuntimeError('imported')")
+    importlib.invalidate_caches()
+    assert compat._has_compiled_ops()
