@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def build(unet=SMALL, **kwargs) -> DiffusionBackbone:
-    if unet is SMALL:
+    if unet != "tiny":
         kwargs = {"blocks": (6, 4), "out_strides": (2, 4), **kwargs}
     backbone = DiffusionBackbone(unet, **{"freeze": True, "out_channels": 8, **kwargs})
     return golden.fill(backbone).eval()
@@ -43,10 +43,11 @@ def export(backbone, path=None, x=None) -> torch.export.ExportedProgram:
 
 # Two passes through 36 blocks take long to save: small ones are saved below.
 @pytest.mark.parametrize(
-    ("feedback", "size", "saved"), [(None, (64, 96), True), ("bottleneck", (50, 70), False)]
+    ("feedback", "size", "blocks", "saved"),
+    [(None, (64, 96), (16, 10), True), ("bottleneck", (50, 70), (24, 16), False)],
 )
-def test_tiny_exports(tmp_path, feedback, size, saved):
-    backbone = build("tiny", blocks=(24, 19), out_strides=(8, 32), feedback=feedback)
+def test_tiny_exports(tmp_path, feedback, size, blocks, saved):
+    backbone = build("tiny", blocks=blocks, out_strides=(8, 32), feedback=feedback)
     path = tmp_path / "tiny.pt2" if saved else None
     program = export(backbone, path, images(0, 2, *size)).module()
     for seed in (1, 2):
@@ -57,21 +58,15 @@ def test_tiny_exports(tmp_path, feedback, size, saved):
         program(images(0, 2, size[0], size[1] + 32))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"feedback": {5: 2}},
-        {"feedback": {5: 2}, "freeze": False, "activation_checkpointing": True},
-        {
-            "unet": SMALL.replace(num_classes=5),
-            "class_label": 3,
-            "blocks": (6,),
-            "out_strides": (4,),
-        },
-        {"noise": "none", "out_channels": None, "out_strides": None},
-    ],
-    ids=str,
-)
+LABELLED = {"unet": SMALL.replace(num_classes=5), "class_label": 3}
+SETTINGS = {
+    "difffeed": {"feedback": {5: 2}},
+    "fine-tuned": {**LABELLED, "freeze": False, "activation_checkpointing": True},
+    "raw": {"noise": "none", "out_channels": None, "out_strides": None},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_settings_export(tmp_path, settings):
     backbone = build(**settings)
     program = export(backbone, tmp_path / "small.pt2").module()
