@@ -25,7 +25,7 @@ MMPRETRAIN = [
     "torchvision",
 ]
 DETECTRON2 = [  # Detectron2 itself is not on PyPI: see its install guide
-    "torch>=2.6",
+    "torch>=2.6",  # shown with 2.11, which the wheel at hand was compiled for
     "fvcore>=0.1.5",
     "pycocotools",
     "shapely",  # Detectron2 crops polygons by it, but doesn't declare it

@@ -53,6 +53,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         *("test_hostile_files.py", "test_compat.py", "test_ops.py"),
     ),
     "mmseg": ("test_compat.py", "test_checkpoint.py", "test_mmseg.py"),
+    "openmmlab": ("test_compat.py", "test_checkpoint.py", "test_mmseg.py", "test_mmpretrain.py"),
     "detectron2": ("test_checkpoint.py", "test_detectron2.py", "test_detectron2_engine.py"),
     "both": (
         *("test_compat.py", "test_checkpoint.py", "test_mmseg.py", "test_mmpretrain.py"),
@@ -62,6 +63,7 @@ TESTS: dict[str, tuple[str, ...]] = {
 """Files of ``tests/`` that a cell runs, by the name of the set."""
 
 MMSEG = ("mmengine==0.10.7", "mmsegmentation==1.2.2", "ftfy", "regex")
+OPENMMLAB = (*MMSEG, "mmpretrain==1.2.0")
 LITE = "mmcv-lite==2.1.0"
 TESTED = ("torch==2.11.0", "torchvision==0.26.0")
 OLD_IMAGES = ("opencv-python==4.10.0.84", "matplotlib<3.10", "scipy<1.14")  # take numpy 1
@@ -100,20 +102,20 @@ CELLS = (
     Cell("core-3.13-old", "3.13", ("torch==2.5.1", "numpy==2.1.3"), "short"),
     Cell("core-3.13-new", "3.13", ("torch==2.15.0", "numpy>=2")),
     Cell(
-        "mmseg-old",
+        "openmmlab-old",
         "3.9",
-        ("torch==2.6.0", "torchvision==0.21.0", "numpy==1.26.4", *MMSEG, LITE, *OLD_IMAGES),
-        tests="mmseg",
-        extras="mmseg,sample",
+        ("torch==2.6.0", "torchvision==0.21.0", "numpy==1.26.4", *OPENMMLAB, LITE, *OLD_IMAGES),
+        tests="openmmlab",
+        extras="mmseg,mmpretrain,sample",
     ),
-    # without torchvision, which not every build of torch has one for
-    Cell("mmseg-new", "3.11", ("torch==2.13.0", "numpy>=2", *MMSEG, LITE), "mmseg", "sample"),
+    # without torchvision, which has no wheel for each build of torch
+    Cell("mmseg-lean", "3.11", ("torch==2.13.0", "numpy>=2", *MMSEG, LITE), "mmseg", "sample"),
     Cell(
-        "mmseg-newest",
+        "openmmlab-new",
         "3.13",
-        ("torch==2.15.0", "numpy>=2", *MMSEG, LITE),
-        tests="mmseg",
-        extras="mmseg,sample",
+        ("torch==2.15.0", "numpy>=2", *OPENMMLAB, LITE),
+        tests="openmmlab",
+        extras="mmseg,mmpretrain,sample",
     ),
     Cell("mmseg-only", "3.11", (*TESTED, *MMSEG, LITE), tests="both", extras="mmseg,sample"),
     Cell("mmcv-full", "3.11", (*TESTED, *MMSEG), "mmseg", "sample", ("mmcv",)),
@@ -128,7 +130,7 @@ CELLS = (
     Cell(
         "tested",
         "3.11",
-        (*TESTED, *MMSEG, LITE, "mmpretrain==1.2.0"),
+        (*TESTED, *OPENMMLAB, LITE),
         tests="both",
         extras="mmseg,mmpretrain,detectron2,sample",
         wheels=("detectron2",),
