@@ -34,6 +34,7 @@ DETECTRON2 = [  # Detectron2 itself is not on PyPI: see its install guide
     "torchvision",
 ]
 SAMPLE = ["scikit-learn", "pillow", "opencv-python", "tqdm"]
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py --format onnx
 
 setup(
     name="diffbackbone",
@@ -51,7 +52,8 @@ setup(
         "mmpretrain": MMPRETRAIN,
         "detectron2": DETECTRON2,
         "sample": SAMPLE,
-        "dev": [*SAMPLE, "pytest", "ruff==0.17.5"],
+        "export": EXPORT,
+        "dev": [*SAMPLE, *EXPORT, "pytest", "ruff==0.17.5"],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",
