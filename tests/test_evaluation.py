@@ -61,7 +61,7 @@ def run_all(commands: dict[str, list], scenes: Path, folder: Path) -> dict[str, 
 MMSEG = """
 _base_ = "{base}"
 unet = dict(_delete_=True, preset="tiny", channel_mult=(1, 1, 1, 1, 2, 2))
-model = dict(backbone=dict(unet=unet))
+model = dict(backbone=dict(unet=unet, init_cfg=None))
 test_dataloader = dict(
     batch_size={batch},
     num_workers=0,
@@ -147,6 +147,7 @@ def test_detectron2_evaluation(scenes, tmp_path):
     options = {
         "INPUT.MIN_SIZE_TEST": 64,
         "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
+        "MODEL.DIFFUSION.CHECKPOINT": "",
         "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2, 2)",
         "DATALOADER.NUM_WORKERS": 0,
         "SOLVER.MAX_ITER": 1,

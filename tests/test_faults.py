@@ -63,7 +63,9 @@ train_dataloader = dict(batch_size=2, **data)
 val_dataloader = dict(num_workers=0, persistent_workers=False, **data)
 model = dict(
     backbone=dict(
-        unet=dict(_delete_=True, preset="tiny", channel_mult=(1, 1, 1, 1, 2, 2)), noise="random"
+        init_cfg=None,
+        unet=dict(_delete_=True, preset="tiny", channel_mult=(1, 1, 1, 1, 2, 2)),
+        noise="random",
     ),
     decode_head=dict(dropout_ratio=0.1),
 )
@@ -106,6 +108,7 @@ class Detectron2(Framework):
             "DATASETS.TEST": "()",
             "TEST.EVAL_PERIOD": 0,
             "SEED": 7,
+            "MODEL.DIFFUSION.CHECKPOINT": "",
             "MODEL.DIFFUSION.NOISE": "random",
             "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2, 2)",
         }

@@ -1,9 +1,10 @@
-# UperNet on a small U-Net, trained from random weights on the sample data: minutes on a CPU.
+# UperNet on a small U-Net, pretrained on unlabelled scenes and fine-tuned on the sample data:
+# minutes on a CPU.
 # The U-Net has the blocks of the 256-px model, so everything carries over to it.
 _base_ = ["./_base_/upernet_gd.py", "./_base_/sample_data.py", "./_base_/schedule_16k.py"]
 
 norm_cfg = dict(type="BN", requires_grad=True)
-# The whole network starts from random weights and has minutes: the classifiers start ten times
+# Heads start from random weights and have minutes: the classifiers start ten times
 # larger than MMSegmentation's 0.01 and without dropout, or they first learn "background" for long.
 head = dict(
     num_classes=11,
@@ -15,7 +16,7 @@ model = dict(
     data_preprocessor=dict(size=(64, 64)),
     backbone=dict(
         unet="tiny",
-        init_cfg=None,
+        init_cfg=dict(checkpoint="diffbackbone://tiny.safetensors"),  # None for random ones
         out_channels=64,
         out_strides=[2, 4, 8, 16],  # scenes are an eighth of ADE20K's, strides half
         activation_checkpointing=False,
