@@ -294,12 +294,19 @@ class SeededStream(Dataset):
         """Input number ``position`` of the training run, made of image ``index``.
 
         Raises:
-            ValueError: The mapper refused 100 images in a row.
+            ValueError: The image could not be read or used, and which it is; or the mapper refused
+                100 images in a row.
         """
         position, index = key
         seed_everything(self.seed, position, 0)
         for attempt in range(100):
-            sample = self.mapper(self.records[index])
+            try:
+                sample = self.mapper(self.records[index])
+            except Exception as error:  # decoders and augmentation fail in any way
+                name = self.records[index].get("file_name", "of unknown name")
+                raise ValueError(
+                    f"training image {name} can't be read or used: {first_line(error)}"
+                ) from error
             if sample is not None:
                 return sample
             if attempt == 2:

@@ -678,12 +678,40 @@ def test_damaged_data(refused, small, changed):
     def message():  # Detectron2 logs a traceback of what happens in training
         return refused("--config", SAMPLE, *small, logged=True)
 
+    for path in root.iterdir():  # PIL does not name a file whose end is missing
+        path.write_bytes(path.read_bytes()[:-200])
+    said = message()
+    assert f"training image {root}" in said
+    assert "truncated" in said
     for path in root.iterdir():
         path.write_bytes(b"no image")
-    assert f"cannot identify image file <_io.BufferedReader name='{root}" in message()
+    said = message()
+    assert f"training image {root}" in said
+    assert "cannot identify image file" in said
     for path in root.iterdir():
         path.unlink()
     assert f"No such file or directory: '{root}" in message()
+
+
+def test_lost_workers_and_losses(refused, small, monkeypatch):
+    """As where memory runs out, and where training diverges."""
+    get = engine.SeededStream.__getitem__
+
+    def die(stream, key):
+        if torch.utils.data.get_worker_info() and key[0] >= 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get(stream, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.SeededStream, "__getitem__", die)
+        said = refused("--config", SAMPLE, *small, "DATALOADER.NUM_WORKERS", "1", logged=True)
+    assert "DataLoader worker" in said
+    assert "/dev/shm" in said
+    assert "--resume" in said
+    diverging = ["SOLVER.BASE_LR", "1e9", "SOLVER.WARMUP_ITERS", "0", "SOLVER.MAX_ITER", "6"]
+    said = refused("--config", SAMPLE, *small, *diverging, logged=True)
+    assert "contain Inf/NaN" in said or "Loss became infinite or NaN at iteration=" in said
+    assert "a lower learning rate" in said
 
 
 @pytest.mark.parametrize(
@@ -884,6 +912,7 @@ SHORT = {
     "SOLVER.MAX_ITER": 6,
     "SOLVER.CHECKPOINT_PERIOD": 2,
     "SOLVER.CHECKPOINT_KEEP": 2,
+    "MODEL.DIFFUSION.CHECKPOINT": "",
     "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2, 2)",
     "SEED": 7,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,  # it learned too little for more

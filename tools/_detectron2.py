@@ -86,10 +86,10 @@ def explain(error: BaseException) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
 
     text = _common.own_words(error)
-    if isinstance(error, FloatingPointError) and text.startswith("Loss became"):
+    if isinstance(error, FloatingPointError):  # Detectron2's, of losses and of proposals
         from diffbackbone.runs import lost_loss
 
-        return lost_loss(" ".join(text.split()))
+        return lost_loss(" ".join(text.split()).rstrip("."))
     if isinstance(error, (ValueError, OSError, FloatingPointError, OmegaConfBaseException)):
         return text
     if isinstance(error, KeyError):  # its text is quoted
