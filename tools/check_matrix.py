@@ -255,7 +255,7 @@ def install(cell: Cell, python: str, env: Path, wheels: Mapping[str, str], log: 
     limits = env / "limits.txt"
     limits.write_text("setuptools<82\n", encoding="utf-8")
     pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--no-cache-dir"]
-    pip += ["--quiet", "--progress-bar", "off"]
+    pip += ["--no-compile", "--quiet", "--progress-bar", "off"]  # most of it is never imported
     files = [str(Path(wheels[name]).resolve()) for name in cell.wheels]
     os.environ["PIP_CONSTRAINT"] = str(limits)
     try:
