@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from diffbackbone import compat
+from diffbackbone.openmmlab_engine import SeededDataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "mmseg"
@@ -322,6 +324,50 @@ def test_train_in_two_processes_and_evaluate(tmp_path):
     output = start(*test, "--work-dir", tmp_path / "test", cwd=tmp_path)
     assert "mIoU" in output
     assert list((tmp_path / "shown").rglob("*.png"))
+
+
+class Damaged(torch.utils.data.Dataset):
+    """A dataset whose second image is damaged, or whose reader is killed there."""
+
+    def __init__(self, killed=False):
+        self.killed = killed
+
+    def __len__(self):
+        return 4
+
+    def get_data_info(self, index):
+        return {"img_path": f"{index}.jpg"}
+
+    def __getitem__(self, index):
+        if index == 1 and self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 1:
+            raise OSError("image file is truncated\n(3 bytes left)")
+        return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_images_end_a_run_with_their_names(tool, workers, monkeypatch):
+    loader = torch.utils.data.DataLoader(SeededDataset(Damaged()), num_workers=workers)
+    with pytest.raises(SystemExit) as exit_, tool.clear_errors():
+        list(loader)
+    first, second = exit_.value.code.split("\n")
+    assert first == "error: training image 1 can't be read (1.jpg): image file is truncated"
+    assert "DIFFBACKBONE_TRACEBACK=1" in second
+    monkeypatch.setenv("DIFFBACKBONE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="training image 1"), tool.clear_errors():
+        list(loader)
+
+
+def test_lost_workers_and_other_errors(tool):
+    loader = torch.utils.data.DataLoader(SeededDataset(Damaged(killed=True)), num_workers=1)
+    with pytest.raises(SystemExit) as exit_, tool.clear_errors():
+        list(loader)
+    assert "DataLoader worker" in exit_.value.code
+    assert "/dev/shm" in exit_.value.code
+    assert "--resume" in exit_.value.code
+    with pytest.raises(RuntimeError, match="of our own"), tool.clear_errors():
+        raise RuntimeError("a mistake of our own")
 
 
 # --------------------------------------------------------------------------------------------------
