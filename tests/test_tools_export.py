@@ -61,6 +61,9 @@ def trained(weights, tmp_path_factory):
     return backbones["whole"], folder
 
 
+needs_export = pytest.mark.skipif(not export.EXPORTS, reason="torch.export needs torch 2.7")
+
+
 def run(*arguments) -> None:
     export.main([str(argument) for argument in arguments])
 
@@ -88,6 +91,7 @@ def leftovers(folder: Path) -> list[str]:
 # --------------------------------------------------------------------------------------- programs
 
 
+@needs_export
 def test_pt2_of_a_u_net_gives_the_plain_taps(weights, tmp_path, capsys):
     out = tmp_path / "deep" / "taps.pt2"
     run("--format", "pt2", "--checkpoint", weights, *BLOCKS, "--timestep", 50, "--out", out)
@@ -105,6 +109,7 @@ def test_pt2_of_a_u_net_gives_the_plain_taps(weights, tmp_path, capsys):
     assert leftovers(out.parent) == ["taps.pt2"]
 
 
+@needs_export
 def test_a_trained_backbone_has_its_layers(weights, trained, tmp_path):
     backbone, folder = trained
     x = images(50, 70, 2)
@@ -126,6 +131,7 @@ def test_a_trained_backbone_has_its_layers(weights, trained, tmp_path):
 ONNX_MISSING = [name for name in export.ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 
 
+@needs_export
 @pytest.mark.skipif(bool(ONNX_MISSING), reason=f"not installed: {', '.join(ONNX_MISSING)}")
 @pytest.mark.parametrize("feedback", ["bottleneck", None])
 def test_onnx_runs_in_onnxruntime(weights, trained, tmp_path, monkeypatch, feedback):
@@ -160,6 +166,7 @@ def test_onnx_runs_in_onnxruntime(weights, trained, tmp_path, monkeypatch, feedb
     assert not nodes & {"BitShift", "BitwiseXor", "BitwiseAnd"}  # the noise is a constant
 
 
+@needs_export
 @pytest.mark.skipif(not ONNX_MISSING, reason="all packages for ONNX are installed")
 def test_missing_packages_are_named(tmp_path):
     said = refusal("--format", "onnx", "--checkpoint", "none.pt", "--out", tmp_path / "a.onnx")
@@ -167,6 +174,7 @@ def test_missing_packages_are_named(tmp_path):
     assert "diffbackbone[export]" in said
 
 
+@needs_export
 def test_a_program_that_computes_something_else_is_not_kept(weights, tmp_path, monkeypatch):
     out = tmp_path / "wrong.pt2"
     out.write_text("what was there before")
@@ -182,6 +190,12 @@ def test_a_program_that_computes_something_else_is_not_kept(weights, tmp_path, m
     assert "differs from the original by 1 on random images" in said
     assert out.read_text() == "what was there before"
     assert leftovers(tmp_path) == ["wrong.pt2"]
+
+
+def test_an_old_torch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "EXPORTS", False)
+    said = refusal("--format", "pt2", "--checkpoint", "none.pt", "--out", tmp_path / "a.pt2")
+    assert f"needs torch 2.7 or later, this is {torch.__version__}" in said
 
 
 def test_nan_counts_as_a_difference():
@@ -256,6 +270,7 @@ def test_a_training_checkpoint_gives_its_part_of_the_u_net(trained, tmp_path):
 # ----------------------------------------------------------------------------------------- errors
 
 
+@needs_export
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -287,6 +302,7 @@ def test_mistakes_are_named_before_work(weights, tmp_path, monkeypatch, argument
     assert leftovers(tmp_path) == []
 
 
+@needs_export
 @pytest.mark.parametrize(
     ("options", "message"),
     [

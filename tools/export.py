@@ -54,6 +54,7 @@ LARGEST_DIFFERENCE = {
     "pt2": 1e-4, "onnx": 1e-3, "float32": 1e-6, "float16": 5e-2, "bfloat16": 0.2
 }  # fmt: skip
 """Relative differences from which on something is wrong, more than the rounding."""
+EXPORTS = hasattr(torch.compiler, "is_exporting")  # torch 2.7; older ones export less
 _PROGRAM_ONLY = ("blocks", "timestep", "feedback", "layers", "out_strides", "noise", "batch")
 
 
@@ -124,6 +125,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ToolError(
                 f"--{name.replace('_', '-')} has no meaning with --format {args.format}"
             )
+    if program and not EXPORTS:
+        raise ToolError(
+            f"--format {args.format} needs torch 2.7 or later, this is {torch.__version__}"
+        )
     if args.size is not None and (len(args.size) > 2 or min(args.size) < MIN_SIZE):
         raise ToolError(f"--size is one or two numbers from {MIN_SIZE}, got {args.size}")
     if args.batch is not None and args.batch < 1:
