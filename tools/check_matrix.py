@@ -48,9 +48,9 @@ TESTS: dict[str, tuple[str, ...]] = {
         *("test_checkpoint.py", "test_hostile_files.py", "test_compat.py", "test_ops.py"),
         *("test_costs.py", "test_heads.py", "test_pretraining.py"),
     ),
-    "short": (
-        *("test_unet.py", "test_diffusion.py", "test_backbone.py", "test_checkpoint.py"),
-        *("test_hostile_files.py", "test_compat.py", "test_ops.py"),
+    "short": (  # what takes a third of the time
+        *("test_unet.py", "test_diffusion.py", "test_checkpoint.py", "test_hostile_files.py"),
+        *("test_compat.py", "test_ops.py"),
     ),
     "mmseg": ("test_compat.py", "test_checkpoint.py", "test_mmseg.py"),
     "openmmlab": ("test_compat.py", "test_checkpoint.py", "test_mmseg.py", "test_mmpretrain.py"),
