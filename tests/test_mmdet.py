@@ -156,6 +156,8 @@ def test_the_config_is_the_detectron2_twin():
     cfg = Config.fromfile(str(CONFIG))
     backbone = cfg.model.backbone
     assert (backbone.unet, backbone.timestep, backbone.blocks) == ("gd256_uncond", 75, [24] * 4)
+    strides = cfg.model.roi_head.bbox_roi_extractor.featmap_strides
+    assert backbone.out_strides == strides == cfg.model.rpn_head.anchor_generator.strides[:4]
     assert cfg.optim_wrapper.optimizer.lr == 2.5e-5
     assert cfg.train_dataloader.batch_size == 1
     assert cfg.train_cfg.max_epochs == 10
