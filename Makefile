@@ -30,7 +30,7 @@ demo-detection: $(VENV)/.installed-detectron2
 		--out $(DEMO_DETECTION)/predictions.png OUTPUT_DIR $(DEMO_DETECTION)
 
 test: $(VENV)/.installed-detectron2
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile  # two processes, a thread each
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -53,7 +53,7 @@ setup(
         "detectron2": DETECTRON2,
         "sample": SAMPLE,
         "export": EXPORT,
-        "dev": [*SAMPLE, *EXPORT, "pytest", "ruff==0.17.5"],
+        "dev": [*SAMPLE, *EXPORT, "pytest", "pytest-xdist", "ruff==0.17.5"],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",

@@ -321,11 +321,12 @@ def test_a_resumed_run_counts_what_an_interrupted_one_left(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, record=Record(9)).train()
     # as if it had been killed between writing iter_8 and removing iter_4, and at iteration 10
-    for name in ("iter_4.pth", "iter_10.pth", "my_iter_2.pth"):
+    # iter_99 is another run's
+    for name in ("iter_4.pth", "iter_10.pth", "iter_99.pth", "my_iter_2.pth"):
         (tmp_path / name).write_bytes(b"PK\3\4 half a checkpoint")
     make(tmp_path, resume=True).train()
     kept = [name for name in names(tmp_path) if name.startswith(("iter", "my"))]
-    assert kept == ["iter_10.pth", "iter_12.pth", "my_iter_2.pth"]
+    assert kept == ["iter_10.pth", "iter_12.pth", "iter_99.pth", "my_iter_2.pth"]
     assert weights(tmp_path, 10)
 
 
