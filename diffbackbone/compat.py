@@ -515,23 +515,27 @@ def _no_cuda_device() -> Iterator[None]:
 def _init_ddp_on_cpu(original: Callable[..., None]) -> Callable[..., None]:
     @_patch(original)
     def init(self: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        from mmengine.logging import print_log
-        from mmengine.model import revert_sync_batchnorm
-
-        if any(isinstance(m, torch.nn.SyncBatchNorm) for m in module.modules()):
-            print_log(  # on the first rank, and only once: MMEngine drops repeated warnings
-                "SyncBN has no CPU kernel: in this distributed run without GPU, each process "
-                "normalizes its training batches with its own statistics. Results will differ "
-                "from a GPU run.",
-                logger="current",
-                level=logging.WARNING,
-            )
-            # what MMEngine itself does when it trains in one process
-            module = revert_sync_batchnorm(module)
         kwargs.update(device_ids=None, output_device=None)
-        original(self, module, *args, **kwargs)
+        original(self, without_sync_batchnorm(module), *args, **kwargs)
 
     return init
+
+
+def without_sync_batchnorm(module: torch.nn.Module) -> torch.nn.Module:
+    """Have a module compute on CPUs without synchronized batch norm, and say so."""
+    from mmengine.logging import print_log
+    from mmengine.model import revert_sync_batchnorm
+
+    if not any(isinstance(m, torch.nn.SyncBatchNorm) for m in module.modules()):
+        return module
+    print_log(  # on the first rank, and only once: MMEngine drops repeated warnings
+        "SyncBN has no CPU kernel: in this distributed run without GPU, each process "
+        "normalizes its training batches with its own statistics. Results will differ "
+        "from a GPU run.",
+        logger="current",
+        level=logging.WARNING,
+    )
+    return revert_sync_batchnorm(module)  # what MMEngine itself does when it trains in one process
 
 
 # --------------------------------------------------------------------------------------------------

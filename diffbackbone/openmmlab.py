@@ -26,7 +26,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor  # noqa: E402
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 from torch import nn  # noqa: E402
 
-from diffbackbone import openmmlab_engine  # noqa: E402, F401  registers loop and hooks
+from diffbackbone import openmmlab_engine, openmmlab_sharding  # noqa: E402, F401  register
 from diffbackbone.backbone import RANDOM_WEIGHTS, check_names, layer_scales  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
 
@@ -125,6 +125,10 @@ def _check_init(init_cfg: Any, checkpoint: Any) -> None:
                 )
 
 
+_FSDP_PART = "_fsdp_wrapped_module"
+"""What FSDP puts into the names of modules."""
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's ``paramwise_cfg``, with layer-wise learning-rate decay for the U-Net.
@@ -137,18 +141,26 @@ class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       ``last`` is the last tapped block; feedback layers, projections and heads keep the base rate.
 
     Frozen weights are not handed to the optimizer. Parameters of equal settings share one group,
-    which keeps the optimizer's fused and foreach kernels fast.
+    which keeps the optimizer's fused and foreach kernels fast. Under FSDP modules have the names
+    that they have without it.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
         """Add the parameters of a module to the groups, by the rules of ``paramwise_cfg``.
 
         Raises:
-            ValueError: ``layer_decay_rate`` is not in (0, 1], or no backbone is in the model.
+            ValueError: ``layer_decay_rate`` is not in (0, 1], or no backbone is in the model; or
+                ``flat_decay_mult`` is given under FSDP.
         """
-        super().add_params(params, module, prefix=prefix, **kwargs)
+        name = ".".join(part for part in prefix.split(".") if part != _FSDP_PART)
+        super().add_params(params, module, prefix=name, **kwargs)
         if prefix:
             return
+        if self.paramwise_cfg.get("flat_decay_mult") is not None and hasattr(module, _FSDP_PART):
+            raise ValueError(
+                "paramwise_cfg has flat_decay_mult, but FSDP's shards all have one dimension: take "
+                "norm_decay_mult and bias_decay_mult"
+            )
         rate = self.paramwise_cfg.get("layer_decay_rate", 1.0)
         scales = layer_scales(module, rate)
         groups: dict[tuple, dict] = {}

@@ -22,7 +22,13 @@ compat.apply_mmengine_repairs()
 
 import torch  # noqa: E402
 from mmengine.dataset import InfiniteSampler  # noqa: E402
-from mmengine.dist import broadcast_object_list, get_dist_info, is_main_process  # noqa: E402
+from mmengine.dist import (  # noqa: E402
+    all_gather_object,
+    all_reduce,
+    broadcast_object_list,
+    get_dist_info,
+    is_main_process,
+)
 from mmengine.hooks import CheckpointHook, Hook  # noqa: E402
 from mmengine.logging import print_log  # noqa: E402
 from mmengine.registry import DATASETS, HOOKS, LOOPS  # noqa: E402
@@ -222,8 +228,11 @@ class WholeCheckpointHook(CheckpointHook):
             backend.rmtree(path)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        name = first_not_finite(runner.model.named_parameters())
+        # of shards, one process sees what others don't, and would leave them waiting for it
+        found = all_gather_object(first_not_finite(runner.model.named_parameters()))
+        name = next((name for name in found if name is not None), None)
         if name is not None:
+            name = name.replace("_fsdp_wrapped_module.", "")
             raise FloatingPointError(
                 lost_loss(f"after iteration {runner.iter + 1} the weights {name} are not finite")
             )
@@ -333,10 +342,14 @@ class CheckLossHook(Hook):
         self._streak = torch.where(finite, 0, self._streak + 1)
         if finite.is_cuda and not self.every_n_train_iters(runner, self.interval):
             return
-        streak = int(self._streak)
+        longest = self._streak.clone()
+        all_reduce(longest, "max")  # all processes stop, or none
+        streak = int(longest)
         skips = getattr(runner.optim_wrapper, "loss_scaler", None) is not None
         if streak > (self.patience if skips else 0):
             values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+            if not int(self._streak):
+                values = "in another process"
             raise FloatingPointError(
                 lost_loss(
                     f"since iteration {runner.iter + 2 - streak} the loss is NaN or infinite "
