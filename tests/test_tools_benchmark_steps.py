@@ -178,6 +178,15 @@ def test_every_kind_of_row(asked, run, no_chart, tmp_path, capsys):
             if feedback == "none":
                 assert number < by_kind[model, mode, "bottleneck"]
     assert content["machine"]["threads"] == 1
+    asked.clear()
+    (row,) = run(
+        *FAST, "--sizes", "32", "--models", INSTALLED[0], "--modes", "frozen",
+        "--feedback", "none", "--no-flops",
+    )["rows"]  # fmt: skip
+    assert row["flops"] is None
+    assert row["seconds"]["step"] > 0
+    assert row["peak_bytes"] > 1e6
+    assert "first" not in [command for _, command in asked]
     assert content["machine"]["weights"] == "random"
     assert content["machine"]["command"].startswith("benchmark_steps.py --unet tiny")
     markdown = (tmp_path / "out" / "steps.md").read_text()

@@ -31,7 +31,8 @@ events on its stream, which do not hold it up.
 
 Peak memory is that of the timed steps, with the weights and the optimizer's state, in a process of
 its own: on a CPU the resident set over what the loaded code takes, on a GPU what torch allocated,
-and what it reserved for that. Operations are counted in the first step, which is not timed.
+and what it reserved for that. Operations are counted in the first step, which is not timed
+(``--no-flops`` leaves it out).
 
 Half precision is what the frameworks have: MMEngine's AmpOptimWrapper and Detectron2's AMPTrainer,
 both for GPUs alone.
@@ -227,7 +228,8 @@ def _measure(row: Row, worker: Worker, args: argparse.Namespace) -> None:
     loaded = worker.ask("load", job=job)
     row.parameters, row.trained = loaded["parameters"], loaded["trained"]
     row.recomputes = loaded["activation_checkpointing"]
-    row.flops = worker.ask("first")
+    if not args.no_flops:
+        row.flops = worker.ask("first")
     for _ in range(args.warmup):
         worker.ask("time", number=1)
     rounds = [worker.ask("time", number=1) for _ in range(args.repeats)]
@@ -338,6 +340,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--batch", type=_benchmark.positive,
         help="images a step; 2 for upernet and 1 for mask_rcnn if left out",
+    )  # fmt: skip
+    what.add_argument(
+        "--no-flops", action="store_true",
+        help="leave out the step that operations are counted in, which takes as long as another; "
+        "with --warmup 0 the first round then also allocates the optimizer's state",
     )  # fmt: skip
     what.add_argument("--list", action="store_true", help="print the rows and measure nothing")
     model = _benchmark.add_model_options(parser)
