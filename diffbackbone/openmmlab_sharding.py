@@ -191,6 +191,9 @@ def _clip_by(model: Any) -> Callable[..., Tensor]:
 # DeepSpeed
 
 
+_NEEDED_BY_MMENGINE = "deepspeed.runtime.fp16.onebit"
+
+
 @STRATEGIES.register_module()
 class WholeDeepSpeedStrategy(DeepSpeedStrategy):
     """MMEngine's DeepSpeed, which also writes the whole model's weights.
@@ -203,13 +206,18 @@ class WholeDeepSpeedStrategy(DeepSpeedStrategy):
         **kwargs: See MMEngine's ``DeepSpeedStrategy``.
 
     Raises:
-        ImportError: DeepSpeed is not installed.
+        ImportError: DeepSpeed is not installed, or too new for MMEngine.
         ValueError: Stage 3 is asked for; or there is one process without a launcher.
     """
 
     def __init__(self, *, zero_optimization: dict | None = None, **kwargs: Any) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise ImportError("this config needs DeepSpeed: pip install deepspeed")
+        if importlib.util.find_spec(_NEEDED_BY_MMENGINE) is None:
+            raise ImportError(
+                f"MMEngine 0.10 imports {_NEEDED_BY_MMENGINE}, which new versions of DeepSpeed "
+                "(0.19.8, for one) don't have: install an older one, or take the config with _fsdp"
+            )
         stage = (zero_optimization or {}).get("stage", 0)
         if stage not in (0, 1, 2):
             raise ValueError(

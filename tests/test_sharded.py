@@ -248,6 +248,13 @@ def test_deepspeed_is_named_where_it_is_missing(monkeypatch):
         WholeDeepSpeedStrategy(env_kwargs=dict(launcher="pytorch"))
 
 
+def test_a_deepspeed_too_new_for_mmengine_is_named(monkeypatch):
+    missing = "deepspeed.runtime.fp16.onebit"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != missing or None)
+    with pytest.raises(ImportError, match=rf"{missing}, .*install an older one"):
+        WholeDeepSpeedStrategy(env_kwargs=dict(launcher="pytorch"))
+
+
 def test_stage_3_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match=r"0, 1 or 2, got 3"):

@@ -1,4 +1,5 @@
-# Gradients and optimizer state spread over all processes by DeepSpeed (pip install deepspeed).
+# Gradients and optimizer state spread over all processes by DeepSpeed, a version that MMEngine
+# still takes (0.19.8 is too new). Set up by its documentation and MMEngine's, and not yet run.
 # Inherited beside a model's config.
 runner_type = "FlexibleRunner"
 strategy = dict(
