@@ -178,17 +178,21 @@ def test_killed_runs_end_as_unbroken_ones(framework, scenes, tmp_path):
     draws = random.Random(os.environ.get("DIFFBACKBONE_KILL_SEED", "0"))
     command, done, killed = framework.command(scenes, broken), 0, []
     for kill in range(KILLS):
+        left = set(broken.glob(".*.writing"))  # by runs that were killed before
+
+        def written(left=left) -> set[Path]:
+            return set(broken.glob(".*.writing")) - left
+
         with started(command, scenes, log) as process:
             if not wait_for(
-                lambda: framework.begun in log.read_text(errors="replace"), process, log
+                lambda: framework.begun in log.read_text("utf8", "replace"), process, log
             ):
                 break  # there was nothing left to do
             if kill % 2:  # while a file is written
-                alive = wait_for(lambda: list(broken.glob(".*.writing")), process, log)
+                wait_for(written, process, log)
             else:
-                alive = True
-                time.sleep(draws.uniform(0, 2.5))
-            writing = [path.name for path in broken.glob(".*.writing")] if alive else []
+                time.sleep(draws.uniform(0, 4))
+        writing = sorted(path.name.split(".")[1] for path in written())  # and never was
         last = framework.last(broken)
         before, done = done, iteration(last)
         killed.append((done, *writing))
