@@ -7,12 +7,16 @@ import glob
 import os
 import platform
 import random
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+# torch.save's own words where the disk is full
+_TORCH_WRITER = "PytorchStreamWriter|inline_container|iostream error"
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -43,7 +47,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+        if isinstance(error, RuntimeError) and re.search(_TORCH_WRITER, str(error)):
             raise OSError(f"{path} could not be written; is the disk full?") from error
         raise
 

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("DIFFBACKBONE_KILLS", "2"))
-ITERATIONS = 12 + 8 * KILLS
+ITERATIONS = 10 + 4 * KILLS
 
 
 @pytest.fixture(scope="module")

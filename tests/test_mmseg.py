@@ -17,7 +17,6 @@ pytest.importorskip("mmengine", reason="mmengine is not installed")
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 from mmengine.config import Config
-from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry, init_default_scope
@@ -361,12 +360,3 @@ def test_official_scripts_train_resume_after_sigkill_and_test(data, tmp_path):
     with Image.open(picture) as image:
         assert image.width > 1000
         assert len(set(image.convert("RGB").getdata())) > 500  # photographs, not a blank page
-
-
-def test_two_processes_train_through_the_tool(data, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    tool = ["tools/mmseg_train.py", "upernet_difffeed_sample", "--launcher", "pytorch"]
-    output = run(*launch, *tool, *arguments(data, tmp_path, 2))
-    assert MMDistributedDataParallel.__name__ in output or "Distributed training: True" in output
-    assert (tmp_path / "iter_2.pth").exists()
-    assert "mIoU" in output

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import re
 import statistics
 import sys
@@ -466,7 +467,7 @@ def test_a_report_that_fails_leaves_the_last_one(tool, tmp_path, monkeypatch):
     case = tool.Case("b24", 32, 1, "float32", "forward", "eager", None)
     tool.write_reports(tmp_path, machine, [tool.Row(case)], 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         tool.write_reports(tmp_path, machine, [tool.Row(case)] * 2, 2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

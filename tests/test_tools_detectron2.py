@@ -776,7 +776,7 @@ def test_what_is_no_input_error_keeps_its_traceback(tools):
         assert explain(error) is None
     assert explain(OSError(errno.ENOSPC, "No space left")) == "[Errno 28] No space left"
     assert "Missing key amp" in explain(ConfigKeyError("Missing key amp"))
-    assert explain(FloatingPointError("Loss became infinite")) == "Loss became infinite"
+    assert explain(FloatingPointError("Loss became infinite")).startswith("Loss became infinite. ")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -998,35 +998,6 @@ def test_resuming_what_is_finished_and_going_on(tools, refused, trained, tmp_pat
     (folder / "last_checkpoint").write_text("model_0000042.pth")
     message = refused("--config", DIFFFEED, "--resume", *options(folder, **longer))
     assert f"{folder}/model_0000042.pth" in message
-
-
-def test_sigkill_and_resume(trained, recorder, tmp_path):
-    folder, _ = trained
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    command = ["tools/train_net.py", "--config", DIFFFEED, *options(killed, **SHORT)]
-    losses = killed / "losses.json"
-    with open(tmp_path / "killed.log", "w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(recorder), *command],
-            cwd=ROOT,
-            env={**os.environ, **ONE_THREAD, "LOSSES": str(losses), "HALT": "3"},
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            deadline = time.monotonic() + 180
-            while not (losses.exists() and losses.read_text().count("\n") == 4):
-                assert process.poll() is None, Path(log.name).read_text()[-4000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    expected = read_losses(folder / "losses.json")
-    assert read_losses(losses) == {i: expected[i] for i in range(4)}
-    # the checkpoint's seed stays
-    assert_goes_on(recorder, [*command, "SEED", "-1"], folder, killed)
 
 
 def test_checkpoint_of_another_model(tools, refused, trained, tmp_path, capsys):
