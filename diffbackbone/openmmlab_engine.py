@@ -345,7 +345,8 @@ class CheckLossHook(Hook):
         longest = self._streak.clone()
         all_reduce(longest, "max")  # all processes stop, or none
         streak = int(longest)
-        skips = getattr(runner.optim_wrapper, "loss_scaler", None) is not None
+        scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
+        skips = scaler is not None and scaler.is_enabled()
         if streak > (self.patience if skips else 0):
             values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
             if not int(self._streak):

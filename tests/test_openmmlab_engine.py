@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -425,15 +426,19 @@ def test_weights_without_value_are_not_saved(tmp_path):
     assert [name for name in names(tmp_path) if name.startswith("iter")] == ["iter_2.pth"]
 
 
-@pytest.mark.parametrize(("calls", "stops"), [((3, 4, 6, 7), False), ((3, 4, 5), True)])
-def test_steps_that_a_scaler_skips_are_forgiven(tmp_path, calls, stops):
+@pytest.mark.parametrize(
+    ("calls", "enabled", "stops"),
+    [((3, 4, 6, 7), True, False), ((3, 4, 5), True, True), ((3,), False, True)],
+)
+def test_steps_that_a_scaler_skips_are_forgiven(tmp_path, calls, enabled, stops):
     runner = make(
         tmp_path,
         model=Model(fail_at=calls),
         default_hooks=dict(check_loss=dict(type="CheckLossHook", patience=2)),
     )
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    runner.optim_wrapper.loss_scaler = object()  # AmpOptimWrapper needs a GPU
+    # AmpOptimWrapper needs a GPU
+    runner.optim_wrapper.loss_scaler = SimpleNamespace(is_enabled=lambda: enabled)
     runner.optim_wrapper.update_params = lambda loss: None
     if stops:
         with pytest.raises(FloatingPointError, match="since iteration 3"):
