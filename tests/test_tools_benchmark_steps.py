@@ -325,6 +325,29 @@ def test_the_optimizer_is_the_config_s(train, model):
         assert len(rates) > 20
 
 
+def test_the_optimizer_s_state_is_there_from_the_start(train):
+    optimizer = train(mode="finetuned").optimizer
+    for group in optimizer.param_groups:
+        assert group["lr"] > 0
+        for parameter in group["params"]:
+            kept = optimizer.state[parameter]
+            assert kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape
+            assert parameter.grad is None
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_allocating_the_state_changes_no_weight(worker, kind):
+    layer = nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    before = copy.deepcopy(layer.state_dict())
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(layer.parameters(), lr=0.5, weight_decay=0.5, **options)
+    worker.allocate_state(optimizer)
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert set(optimizer.state) == {layer.weight}
+
+
 @pytest.mark.parametrize("feedback", ["none", "bottleneck"])
 def test_heads_are_through_when_the_unet_s_backward_pass_begins(train, feedback):
     training = train(feedback=feedback)

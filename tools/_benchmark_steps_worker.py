@@ -123,6 +123,7 @@ class Training:
         self.build()
         self.model.train()
         (self.backbone,) = (m for m in self.model.modules() if isinstance(m, DiffusionBackbone))
+        allocate_state(self.optimizer)
         self.stopwatch = Stopwatch(self.backbone, self.optimizer, job["device"])
 
     @staticmethod
@@ -290,6 +291,24 @@ class MaskRCNN(Training):
             self.trainer.run_step()
 
 
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer allocate what it keeps from step to step, the weights left as they are.
+
+    It does so in its first step, when activations are no longer there: the first training step
+    takes less memory than all others.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # weight decay is multiplied by it too
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+
+
 def count_attention(registry: dict[Any, Any]) -> None:
     """Let torch's counter see the attention kernels of CPUs too, which it has no formula for."""
     for suffix in ("", "_backward"):
@@ -323,6 +342,7 @@ class StepsWorker(Worker):
         kind.prepare()
         self.begin(job["device"])
         self.training = kind(job)
+        reset_peak(job["device"])
         parameters = list(self.training.model.parameters())
         return {
             "parameters": sum(p.numel() for p in parameters),
@@ -331,7 +351,7 @@ class StepsWorker(Worker):
         }
 
     def first(self) -> int:
-        """Run the first step, which allocates the optimizer's state; gives its operations."""
+        """Run the first step; gives its operations."""
         from diffbackbone.costs import counting_flops
 
         with counting_flops() as counter:
@@ -349,7 +369,7 @@ class StepsWorker(Worker):
         return {what: sum(seconds[what] for seconds in found) / number for what in found[0]}
 
     def peak(self) -> dict[str, int]:
-        """Most bytes that the steps after the first took, the weights included."""
+        """Most bytes that the timed steps took, weights and optimizer's state included."""
         device = self.training.job["device"]
         found = {"peak_bytes": peak_bytes(device) - self.baseline}
         if device != "cpu":

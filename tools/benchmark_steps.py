@@ -343,8 +343,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     what.add_argument(
         "--no-flops", action="store_true",
-        help="leave out the step that operations are counted in, which takes as long as another; "
-        "with --warmup 0 the first round then also allocates the optimizer's state",
+        help="leave out the step that operations are counted in, which takes as long as another",
     )  # fmt: skip
     what.add_argument("--list", action="store_true", help="print the rows and measure nothing")
     model = _benchmark.add_model_options(parser)
