@@ -46,7 +46,12 @@ setup(
     python_requires=">=3.9,<3.14",
     packages=find_packages(include=["diffbackbone", "diffbackbone.*"]),
     package_data={"diffbackbone": ["py.typed", "weights/*"]},
-    install_requires=["torch>=2.1", "numpy>=1.24", "safetensors>=0.4"],
+    install_requires=[
+        'torch>=2.1; python_version < "3.13"',
+        'torch>=2.6; python_version >= "3.13"',  # 2.5 can't save there: its pickler is read-only
+        "numpy>=1.24",
+        "safetensors>=0.4",
+    ],
     extras_require={
         "mmseg": MMSEG,
         "mmpretrain": MMPRETRAIN,
@@ -58,6 +63,7 @@ setup(
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 14)),
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
 )

@@ -99,7 +99,7 @@ CELLS = (
     Cell("core-3.11-new", "3.11", ("torch==2.15.0", "numpy>=2")),
     Cell("core-3.12-old", "3.12", ("torch==2.2.2", "numpy==1.26.4"), "short"),
     Cell("core-3.12-new", "3.12", ("torch==2.15.0", "numpy>=2"), "short"),
-    Cell("core-3.13-old", "3.13", ("torch==2.5.1", "numpy==2.1.3"), "short"),
+    Cell("core-3.13-old", "3.13", ("torch==2.6.0", "numpy==2.1.3"), "short"),
     Cell("core-3.13-new", "3.13", ("torch==2.15.0", "numpy>=2"), "short"),
     Cell(
         "openmmlab-old",
