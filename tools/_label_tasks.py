@@ -107,7 +107,7 @@ class Recipe:
     image_size: int = 32
     tap: Tap = (300, 33)
     random_tap: Tap = (150, 30)
-    pool: int = 8
+    pool: int = 4
     l2: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5)
     k: int = 5
     timesteps: tuple[int, ...] = (150, 300, 450)
