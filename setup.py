@@ -34,6 +34,7 @@ DETECTRON2 = [  # Detectron2 itself is not on PyPI: see its install guide
     "torchvision",
 ]
 SAMPLE = ["scikit-learn", "pillow", "opencv-python", "tqdm"]
+DEEPSPEED = [*MMSEG, "deepspeed>=0.14.5,<0.19"]  # 0.19 lacks a module that MMEngine imports
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py --format onnx
 
 setup(
@@ -55,6 +56,7 @@ setup(
     extras_require={
         "mmseg": MMSEG,
         "mmpretrain": MMPRETRAIN,
+        "deepspeed": DEEPSPEED,
         "detectron2": DETECTRON2,
         "sample": SAMPLE,
         "export": EXPORT,

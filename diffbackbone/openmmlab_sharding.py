@@ -7,10 +7,11 @@ checkpoints resume exactly, and have a file with the names and shapes of the who
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from diffbackbone import compat
@@ -23,6 +24,7 @@ from mmengine.device import get_device  # noqa: E402
 from mmengine.dist import is_main_process  # noqa: E402
 from mmengine.logging import print_log  # noqa: E402
 from mmengine.registry import FUNCTIONS, STRATEGIES  # noqa: E402
+from mmengine.runner import checkpoint as checkpoints  # noqa: E402
 from mmengine.runner import save_checkpoint, weights_to_cpu  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # noqa: E402
@@ -150,18 +152,22 @@ class WholeFSDPStrategy(FSDPStrategy):
         self, state_dict: dict[str, Any], *, strict: bool = False, **kwargs: Any
     ) -> None:
         """Take this process's part of the weights; says which are missing or left over."""
-        found = self.model.load_state_dict(state_dict, strict=strict)
-        for what, names in (
-            ("lacks", found.missing_keys),
-            ("has no use for", found.unexpected_keys),
-        ):
-            if names:
-                print_log(
-                    f"the checkpoint {what} {len(names)} of the model's weights, "
-                    f"such as {', '.join(names[:3])}",
-                    logger="current",
-                    level=30,
-                )
+        _say_differences(self.model.load_state_dict(state_dict, strict=strict))
+
+
+def _say_differences(found: Any) -> None:
+    """Warn of weights that a checkpoint lacks, and of those that are left over."""
+    for what, names in (
+        ("lacks", found.missing_keys),
+        ("has no use for", found.unexpected_keys),
+    ):
+        if names:
+            print_log(
+                f"the checkpoint {what} {len(names)} of the model's weights, "
+                f"such as {', '.join(names[:3])}",
+                logger="current",
+                level=30,
+            )
 
 
 def _check_evaluation(model: nn.Module, sharding: str | ShardingStrategy | None) -> None:
@@ -191,6 +197,7 @@ def _clip_by(model: Any) -> Callable[..., Tensor]:
 # DeepSpeed
 
 
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _NEEDED_BY_MMENGINE = "deepspeed.runtime.fp16.onebit"
 
 
@@ -212,11 +219,11 @@ class WholeDeepSpeedStrategy(DeepSpeedStrategy):
 
     def __init__(self, *, zero_optimization: dict | None = None, **kwargs: Any) -> None:
         if importlib.util.find_spec("deepspeed") is None:
-            raise ImportError("this config needs DeepSpeed: pip install deepspeed")
+            raise ImportError("this config needs DeepSpeed: pip install 'deepspeed<0.19'")
         if importlib.util.find_spec(_NEEDED_BY_MMENGINE) is None:
             raise ImportError(
-                f"MMEngine 0.10 imports {_NEEDED_BY_MMENGINE}, which new versions of DeepSpeed "
-                "(0.19.8, for one) don't have: install an older one, or take the config with _fsdp"
+                f"MMEngine 0.10 imports {_NEEDED_BY_MMENGINE}, which DeepSpeed 0.19 doesn't have: "
+                "install an older one (pip install 'deepspeed<0.19'), or take the config with _fsdp"
             )
         stage = (zero_optimization or {}).get("stage", 0)
         if stage not in (0, 1, 2):
@@ -228,6 +235,33 @@ class WholeDeepSpeedStrategy(DeepSpeedStrategy):
         _check_launcher(kwargs.get("env_kwargs"), "DeepSpeed", "_deepspeed")
         super().__init__(zero_optimization=zero_optimization, **kwargs)
 
+    def prepare(self, model: Any, *, dispatch_kwargs: dict | None = None, **kwargs: Any) -> Any:
+        """See MMEngine. Its runner tells only the strategy of its own name the batch size."""
+        batch = (dispatch_kwargs or {}).get("train_micro_batch_size_per_gpu", 1)
+        self.config.setdefault("train_micro_batch_size_per_gpu", batch)
+        return super().prepare(model, dispatch_kwargs=dispatch_kwargs, **kwargs)
+
+    def load_checkpoint(self, filename: str, *, strict: bool = False, **kwargs: Any) -> dict:
+        """Load weights from a file of any run, or from ``weights.pth`` of DeepSpeed's folder.
+
+        Raises:
+            ValueError: The folder has none.
+        """
+        path = os.path.join(filename, "weights.pth") if os.path.isdir(filename) else filename
+        if path != filename and not os.path.isfile(path):
+            raise ValueError(f"{filename} has no weights.pth, which this strategy writes into it")
+        checkpoint = checkpoints._load_checkpoint(path, map_location="cpu")
+        state = checkpoint.get("state_dict", checkpoint)
+        _say_differences(self.model.module.load_state_dict(state, strict=strict))
+        if refresh := getattr(self.model.optimizer, "refresh_fp32_params", None):
+            refresh()  # it keeps its own part of the weights
+        return checkpoint
+
+    def resume(self, filename: str, **kwargs: Any) -> dict:
+        """See MMEngine. What DeepSpeed pickles is read as weights and its own few types."""
+        with _only_weights():
+            return super().resume(filename, **kwargs)
+
     def save_checkpoint(self, filename: str, **kwargs: Any) -> None:
         """Write DeepSpeed's folder, and the whole weights into it."""
         super().save_checkpoint(filename, **kwargs)
@@ -237,3 +271,24 @@ class WholeDeepSpeedStrategy(DeepSpeedStrategy):
             save_checkpoint(
                 {"state_dict": weights, "meta": meta}, os.path.join(filename, "weights.pth")
             )
+
+
+@contextlib.contextmanager
+def _only_weights() -> Iterator[None]:
+    """DeepSpeed asks ``torch.load`` to unpickle anything; here it gets nothing but data."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    types: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    types.append((dict, "mmengine.config.config.ConfigDict"))  # of the optimizer's settings
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(types):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before

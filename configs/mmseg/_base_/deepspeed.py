@@ -1,6 +1,5 @@
-# Gradients and optimizer state spread over all processes by DeepSpeed, a version that MMEngine
-# still takes (0.19.8 is too new). Set up by its documentation and MMEngine's, and not yet run.
-# Inherited beside a model's config.
+# Gradients and optimizer state spread over all processes by DeepSpeed 0.14.5 to 0.18 (0.19 lacks a
+# module that MMEngine imports). Inherited beside a model's config.
 runner_type = "FlexibleRunner"
 strategy = dict(
     type="WholeDeepSpeedStrategy",  # MMEngine's DeepSpeedStrategy, which also writes weights.pth
