@@ -507,6 +507,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help=f"timestep and block of linear probe, kNN, attention and DifFeed with {of} "
             "weights; tools/sweep.py finds the best",
         )  # fmt: skip
+    parser.add_argument(
+        "--pool", type=int, metavar="N",
+        help=f"linear probe and kNN pool the map to N x N; default: {Recipe.pool}",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say which cells are done, run none")
     parser.add_argument(
         "--only-missing",
@@ -529,6 +533,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for seed in args.seeds:
         if seed < 0:
             raise ToolError(f"--seeds {seed}: a seed must be at least 0")
+    if args.pool is not None and not 1 <= args.pool <= Recipe.cache_pool:
+        raise ToolError(f"--pool {args.pool}: must be from 1 to {Recipe.cache_pool}")
     for name in ("tasks", "weights", "labels", "seeds"):
         common.check_different(args, name)
     if args.time_limit is not None and not args.time_limit > 0:
@@ -554,6 +560,8 @@ def run(args: argparse.Namespace, processes: Processes, recipe: Recipe | None = 
     for name in ("tap", "random_tap"):
         if getattr(args, name):
             recipe = dataclasses.replace(recipe, **{name: tuple(getattr(args, name))})
+    if args.pool:
+        recipe = dataclasses.replace(recipe, pool=args.pool)
     out, cells = Path(args.out), make_grid(args)
     if args.list:
         records = read_records(out / "results.jsonl")
