@@ -145,6 +145,8 @@ def test_grid_is_the_product_and_its_seeds_come_one_after_the_other():
         (["--seeds", "1", "1"], "--seeds 1 1: one comes twice"),
         (["--time-limit", "0"], "--time-limit 0: minutes must be above 0"),
         (["--pool", "9"], "--pool 9: must be from 1 to 8"),
+        (["--digits", "99"], "--digits 99: must be at least 100"),
+        (["--scenes", "0"], "--scenes 0: must be at least 1"),
     ],
 )
 def test_arguments_out_of_range_are_named_with_what_is_allowed(options, message):
@@ -228,14 +230,17 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, checkpoint, measured)
     assert len(tool.read_records(tmp_path / "results.jsonl")) == 2
 
 
-def test_the_recipe_takes_taps_and_pool_from_the_command_line(tmp_path, measured):
+def test_the_recipe_takes_its_values_from_the_command_line(tmp_path, measured):
     grid = ["--unet", "tiny", "--labels", "1", "--seeds", "0", "--weights", "random"]
-    command(tmp_path, *grid, "--tap", 30, 9, "--random-tap", 60, 12, "--pool", 1)
+    given = {"tap": [30, 9], "random_tap": [60, 12], "pool": 1, "digits": 123, "scenes": 45}
+    words = [
+        word
+        for name, value in given.items()
+        for word in (f"--{name.replace('_', '-')}", *(value if name.endswith("tap") else [value]))
+    ]
+    command(tmp_path, *grid, *words)
     recipe = json.loads((tmp_path / "settings.json").read_text())["recipe"]
-    assert (recipe["tap"], recipe["random_tap"], recipe["pool"]) == ([30, 9], [60, 12], 1)
-    assert {**recipe, "tap": 0, "random_tap": 0, "pool": 0} == {
-        **json.loads(json.dumps(dataclasses.asdict(SMALL))), "tap": 0, "random_tap": 0, "pool": 0
-    }  # fmt: skip
+    assert recipe == {**json.loads(json.dumps(dataclasses.asdict(SMALL))), **given}
 
 
 def test_recipe_is_part_of_the_settings(tmp_path):

@@ -71,6 +71,9 @@ COLOURS = {"pretrained": (38, 110, 172), "random": (206, 84, 30), "initial": (12
 HEADS = ("linear", "attention", "difformer", "difffeed")
 """Tasks on the same images, compared with each other."""
 
+_MIN_DIGITS = 100
+"""Training scenes of one digit, so that each class keeps enough of them to choose by."""
+
 Measure = Callable[[Cell], Mapping[str, Any]]
 Record = Mapping[str, Any]
 
@@ -511,6 +514,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--pool", type=int, metavar="N",
         help=f"linear probe and kNN pool the map to N x N; default: {Recipe.pool}",
     )  # fmt: skip
+    for name, least, of in (("digits", _MIN_DIGITS, "one digit"), ("scenes", 1, "many digits")):
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N",
+            help=f"training scenes of {of}, at least {least}; default: {getattr(Recipe, name)}",
+        )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say which cells are done, run none")
     parser.add_argument(
         "--only-missing",
@@ -535,6 +543,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise ToolError(f"--seeds {seed}: a seed must be at least 0")
     if args.pool is not None and not 1 <= args.pool <= Recipe.cache_pool:
         raise ToolError(f"--pool {args.pool}: must be from 1 to {Recipe.cache_pool}")
+    for name, least in (("digits", _MIN_DIGITS), ("scenes", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ToolError(f"--{name} {value}: must be at least {least}")
     for name in ("tasks", "weights", "labels", "seeds"):
         common.check_different(args, name)
     if args.time_limit is not None and not args.time_limit > 0:
@@ -560,8 +572,9 @@ def run(args: argparse.Namespace, processes: Processes, recipe: Recipe | None = 
     for name in ("tap", "random_tap"):
         if getattr(args, name):
             recipe = dataclasses.replace(recipe, **{name: tuple(getattr(args, name))})
-    if args.pool:
-        recipe = dataclasses.replace(recipe, pool=args.pool)
+    for name in ("pool", "digits", "scenes"):
+        if getattr(args, name):
+            recipe = dataclasses.replace(recipe, **{name: getattr(args, name)})
     out, cells = Path(args.out), make_grid(args)
     if args.list:
         records = read_records(out / "results.jsonl")
