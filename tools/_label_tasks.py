@@ -100,9 +100,9 @@ class Recipe:
         maskrcnn_options: Changes in it, keys and values.
     """
 
-    scenes: int = 800
+    scenes: int = 4000
     val_scenes: int = 200
-    digits: int = 2000
+    digits: int = 10_000
     val_digits: int = 1000
     image_size: int = 32
     tap: Tap = (300, 33)
