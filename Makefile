@@ -29,8 +29,8 @@ demo-detection: $(VENV)/.installed-detectron2
 	$(RUN) tools/visualize_predictions.py --config mask_rcnn_gd_sample.yaml \
 		--out $(DEMO_DETECTION)/predictions.png OUTPUT_DIR $(DEMO_DETECTION)
 
-test: $(VENV)/.installed-detectron2
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile  # two processes, a thread each
+test: $(VENV)/.installed-detectron2  # two processes, a thread each, in tests/conftest.py's order
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

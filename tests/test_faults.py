@@ -20,7 +20,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("DIFFBACKBONE_KILLS", "2"))
-ITERATIONS = 10 + 4 * KILLS
+ITERATIONS = 4 + 4 * KILLS
+
+# Few blocks for quick steps, and wide ones in the middle: files take a while to write.
+UNET = {"channel_mult": (1, 1, 1, 1, 4), "num_res_blocks": 1, "attention_strides": (16,)}
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +67,13 @@ val_dataloader = dict(num_workers=0, persistent_workers=False, **data)
 model = dict(
     backbone=dict(
         init_cfg=None,
-        unet=dict(_delete_=True, preset="tiny", channel_mult=(1, 1, 1, 1, 2, 2)),
+        unet=dict(_delete_=True, preset="tiny", **{unet}),
+        blocks=[20, 18, 15, 12],
+        out_channels=16,
         noise="random",
     ),
-    decode_head=dict(dropout_ratio=0.1),
+    decode_head=dict(in_channels=[16] * 4, channels=16, dropout_ratio=0.1),
+    auxiliary_head=dict(in_channels=16, channels=16),
 )
 train_cfg = dict(max_iters={iterations}, val_interval=10_000)
 default_hooks = dict(checkpoint=dict(interval=3, max_keep_ckpts=1, save_best="mIoU"))
@@ -84,7 +90,7 @@ class MMSeg(Framework):
         config = folder.with_name("config.py")
         base = ROOT / "configs" / "mmseg" / "upernet_difffeed_sample.py"
         data = scenes / "ADEChallengeData2016"
-        config.write_text(CONFIG.format(base=base, data=data, iterations=ITERATIONS))
+        config.write_text(CONFIG.format(base=base, data=data, unet=UNET, iterations=ITERATIONS))
         return ["tools/mmseg_train.py", config, "--work-dir", folder]
 
 
@@ -110,7 +116,11 @@ class Detectron2(Framework):
             "SEED": 7,
             "MODEL.DIFFUSION.CHECKPOINT": "",
             "MODEL.DIFFUSION.NOISE": "random",
-            "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2, 2)",
+            "MODEL.DIFFUSION.BLOCKS": "(12,)",
+            "MODEL.FPN.OUT_CHANNELS": 32,
+            "MODEL.ROI_BOX_HEAD.CONV_DIM": 32,
+            "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
+            **{f"MODEL.DIFFUSION.UNET_OPTIONS.{name}": value for name, value in UNET.items()},
         }
         words = [word for pair in options.items() for word in pair]
         return ["tools/train_net.py", "--config-file", "mask_rcnn_difffeed_sample", *words]
@@ -172,8 +182,15 @@ def test_killed_runs_end_as_unbroken_ones(framework, scenes, tmp_path):
     else:
         pytest.importorskip("detectron2", reason="detectron2 is not installed")
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
+
+    def has_begun() -> bool:
+        return framework.begun in log.read_text("utf8", "replace")
+
     with started(framework.command(scenes, whole), scenes, log) as process:
+        assert wait_for(has_begun, process, log)
+        begun = time.monotonic()
         assert process.wait(timeout=600) == 0, log.read_text()[-4000:]
+        seconds = time.monotonic() - begun
 
     draws = random.Random(os.environ.get("DIFFBACKBONE_KILL_SEED", "0"))
     command, done, killed = framework.command(scenes, broken), 0, []
@@ -184,14 +201,12 @@ def test_killed_runs_end_as_unbroken_ones(framework, scenes, tmp_path):
             return set(broken.glob(".*.writing")) - left
 
         with started(command, scenes, log) as process:
-            if not wait_for(
-                lambda: framework.begun in log.read_text("utf8", "replace"), process, log
-            ):
+            if not wait_for(has_begun, process, log):
                 break  # there was nothing left to do
             if kill % 2:  # while a file is written
                 wait_for(written, process, log)
             else:
-                time.sleep(draws.uniform(0, 4))
+                time.sleep(draws.uniform(0, seconds / KILLS))
         writing = sorted(path.name.split(".")[1] for path in written())  # and never was
         last = framework.last(broken)
         before, done = done, iteration(last)
