@@ -6,12 +6,12 @@ In batches of another size too, but for rounding.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
+import golden
 import numpy as np
 import pytest
 import torch
@@ -29,33 +29,32 @@ pytestmark = pytest.mark.skipif(
 def scenes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "sample"
     counts = ["--train", "1", "--val", str(IMAGES), "--unlabelled", "0"]
-    tool = ROOT / "tools" / "make_sample_data.py"
-    subprocess.run([sys.executable, tool, "--out", root, *counts], check=True, capture_output=True)
+    forked.run("tools/make_sample_data.py", "--out", root, *counts, log=root.with_name("log"))
     return root
 
 
 def run_all(commands: dict[str, list], scenes: Path, folder: Path) -> dict[str, str]:
-    """Run commands side by side; what each printed."""
+    """Run commands side by side; what each printed.
+
+    Those with a launcher run in two processes.
+    """
     env = {
-        **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "-1",
         "DIFFBACKBONE_SAMPLE_DATA": str(scenes),
     }
     running = {}
-    for name, command in commands.items():
-        with open(folder / f"{name}.log", "w") as log:
-            running[name] = subprocess.Popen(
-                [sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=log, stderr=log
-            )
     try:
-        for name, process in running.items():
-            code = process.wait(timeout=300)
-            assert code == 0, (folder / f"{name}.log").read_text()[-4000:]
+        for name, command in commands.items():
+            ranks = forked.ranks(2) if "--launcher" in command else [{}]
+            running[name] = [
+                forked.Script(command, folder / f"{name}{index}.log", {**env, **rank})
+                for index, rank in enumerate(ranks)
+            ]
+        return {name: "".join(p.finish(300) for p in running[name]) for name in commands}
     finally:
-        for process in running.values():
+        for process in itertools.chain(*running.values()):
             process.kill()
-    return {name: (folder / f"{name}.log").read_text() for name in commands}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,8 +62,9 @@ def run_all(commands: dict[str, list], scenes: Path, folder: Path) -> dict[str, 
 
 MMSEG = """
 _base_ = "{base}"
-unet = dict(_delete_=True, preset="tiny", channel_mult=(1, 1, 1, 1, 2, 2))
-model = dict(backbone=dict(unet=unet, init_cfg=None))
+unet = dict(_delete_=True, preset="tiny", channel_mult=(1, 1, 1, 1, 2), num_res_blocks=1)
+unet["attention_strides"] = (8, 16)
+model = dict(backbone=dict(unet=unet, blocks=[20, 18, 15, 12], init_cfg=None))
 test_dataloader = dict(
     batch_size={batch},
     num_workers=0,
@@ -94,7 +94,6 @@ def test_mmseg_evaluation(scenes, tmp_path):
 
     base = ROOT / "configs" / "mmseg" / "upernet_difffeed_sample.py"
     data = scenes / "ADEChallengeData2016"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     weights = tmp_path / "weights.pth"
     commands = {}
     for name, batch, shuffle, seed in (
@@ -108,12 +107,14 @@ def test_mmseg_evaluation(scenes, tmp_path):
         )
         command = ["tools/mmseg_test.py", config, weights, "--out", tmp_path / name]
         command += ["--work-dir", tmp_path / f"{name}.work"]
+        (tmp_path / name).mkdir()  # the first process makes it, but the second doesn't wait
         commands[name] = command
-    commands["two"] = [*torchrun, *commands["two"], "--launcher", "pytorch"]
+    commands["two"] += ["--launcher", "pytorch"]
 
     init_default_scope("mmseg")
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     model = MODELS.build(Config.fromfile(tmp_path / "one.py").model)
+    golden.fill(model.backbone)
     torch.nn.init.normal_(model.decode_head.conv_seg.weight)  # all classes come up
     torch.save({"state_dict": model.state_dict(), "meta": {}}, weights)
 
@@ -155,7 +156,10 @@ def test_detectron2_evaluation(scenes, tmp_path):
         "INPUT.MIN_SIZE_TEST": 64,
         "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,
         "MODEL.DIFFUSION.CHECKPOINT": "",
-        "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2, 2)",
+        "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2)",
+        "MODEL.DIFFUSION.UNET_OPTIONS.num_res_blocks": 1,
+        "MODEL.DIFFUSION.UNET_OPTIONS.attention_strides": "(8, 16)",
+        "MODEL.DIFFUSION.BLOCKS": "(12,)",
         "DATALOADER.NUM_WORKERS": 0,
         "SOLVER.MAX_ITER": 1,
         "SOLVER.IMS_PER_BATCH": 1,

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -30,11 +29,7 @@ UNET = {"channel_mult": (1, 1, 1, 1, 4), "num_res_blocks": 1, "attention_strides
 def scenes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "sample"
     counts = ["--train", "12", "--val", "2", "--unlabelled", "0"]
-    subprocess.run(
-        [sys.executable, ROOT / "tools" / "make_sample_data.py", "--out", root, *counts],
-        check=True,
-        capture_output=True,
-    )
+    forked.run("tools/make_sample_data.py", "--out", root, *counts, log=root.with_name("log"))
     return root
 
 
@@ -127,31 +122,21 @@ class Detectron2(Framework):
 
 
 @contextlib.contextmanager
-def started(command: Sequence, scenes: Path, log: Path) -> Iterator[subprocess.Popen]:
+def started(command: Sequence, scenes: Path, log: Path) -> Iterator[forked.Script]:
     """A run in a process group of its own, which ends with the block."""
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "-1",
-                "DIFFBACKBONE_SAMPLE_DATA": str(scenes),
-            },
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "DIFFBACKBONE_SAMPLE_DATA": str(scenes),
+    }
+    process = forked.Script(command, log, env)
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
-def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 240) -> bool:
+def wait_for(condition, process: forked.Script, log: Path, seconds: float = 240) -> bool:
     """Wait until a condition holds; False where the run ended well before."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -203,9 +188,10 @@ def test_killed_runs_end_as_unbroken_ones(framework, scenes, tmp_path):
         with started(command, scenes, log) as process:
             if not wait_for(has_begun, process, log):
                 break  # there was nothing left to do
-            if kill % 2:  # while a file is written
+            if kill % 2 == 0:  # while a file is written, at first with nothing to go on from
                 wait_for(written, process, log)
             else:
+                wait_for(lambda: framework.last(broken) is not None, process, log)
                 time.sleep(draws.uniform(0, seconds / KILLS))
         writing = sorted(path.name.split(".")[1] for path in written())  # and never was
         last = framework.last(broken)
@@ -217,6 +203,7 @@ def test_killed_runs_end_as_unbroken_ones(framework, scenes, tmp_path):
     print(f"\n{len(killed)} kills, each with the iterations saved and what was written: {killed}")
     assert len(killed) == KILLS
     assert any(len(entry) > 1 for entry in killed), "no kill met a file that was being written"
+    assert "--resume" in command
     with started(command, scenes, log) as process:
         assert process.wait(timeout=600) == 0, log.read_text()[-4000:]
     a, b = (

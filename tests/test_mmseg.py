@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import golden
 import pytest
 import torch
@@ -278,9 +276,8 @@ def test_empty_data_and_labels_out_of_range_stop_the_run():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "sample"
-    command = ["tools/make_sample_data.py", "--out", str(root)]
     counts = ["--train", "6", "--val", "3", "--unlabelled", "0"]
-    subprocess.run([sys.executable, *command, *counts], cwd=ROOT, check=True)
+    forked.run("tools/make_sample_data.py", "--out", root, *counts, log=root.with_name("log"))
     return root / "ADEChallengeData2016"
 
 
@@ -309,54 +306,41 @@ def script(name: str) -> str:
     return str(Path(mmseg.__file__).parent / ".mim" / "tools" / name)
 
 
-def run(*command: str) -> str:
-    result = subprocess.run(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
-    return result.stdout
-
-
 def test_official_scripts_train_resume_after_sigkill_and_test(data, tmp_path):
-    command = [sys.executable, script("train.py"), CONFIG]
-    endless = subprocess.Popen(
-        [*command, *arguments(data, tmp_path, 10_000)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    log = tmp_path / "log"
+    command = [script("train.py"), CONFIG]
+    endless = forked.Script([*command, *arguments(data, tmp_path, 10_000)], log, {})
     try:
         deadline = time.monotonic() + 180
         while not (tmp_path / "last_checkpoint").exists() and time.monotonic() < deadline:
             assert endless.poll() is None
             time.sleep(0.2)
     finally:
-        endless.send_signal(signal.SIGKILL)
-        endless.wait()
+        endless.kill()
     reached = int((tmp_path / "last_checkpoint").read_text().rsplit("_", 1)[1].split(".")[0])
-    output = run(*command, *arguments(data, tmp_path, reached + 2), "--resume")
+    output = forked.run(*command, *arguments(data, tmp_path, reached + 2), "--resume", log=log)
     assert f"resumed epoch: 0, iter: {reached}" in output
     assert f"Iter(train) [{reached + 1}/{reached + 2}]" in output
     assert f"Iter(train) [{reached}/" not in output
     assert "mIoU" in output
 
     weights = str(tmp_path / f"iter_{reached + 2}.pth")
-    ours = [sys.executable, "tools/mmseg_test.py", "upernet_difffeed_sample", weights]
+    ours = ["tools/mmseg_test.py", "upernet_difffeed_sample", weights]
     scores = [
         [
             line
-            for line in run(*cmd, *arguments(data, tmp_path / "t", 2)).splitlines()
+            for line in forked.run(*cmd, *arguments(data, tmp_path / "t", 2), log=log).splitlines()
             if "mIoU:" in line
         ][-1]
-        for cmd in ([sys.executable, script("test.py"), CONFIG, weights], ours)
+        for cmd in ([script("test.py"), CONFIG, weights], ours)
     ]
     score = [line.split("mIoU:")[1].split()[0] for line in scores]
     assert score[0] == score[1]  # "fixed" noise: evaluation does not move from run to run
 
     picture = tmp_path / "picture.png"
-    visualize = ["tools/mmseg_visualize.py", CONFIG, weights, "--out", str(picture)]
+    visualize = ["tools/mmseg_visualize.py", CONFIG, weights, "--out", picture]
     roots = [f"{p}_dataloader.dataset.data_root={data}" for p in ("train", "val", "test")]
-    run(sys.executable, *visualize, "--images", "3", "--cfg-options", *roots)
+    forked.run(*visualize, "--images", "3", "--cfg-options", *roots, log=log)
     with Image.open(picture) as image:
         assert image.width > 1000
         assert len(set(image.convert("RGB").getdata())) > 500  # photographs, not a blank page
