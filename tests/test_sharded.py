@@ -111,7 +111,8 @@ def small_model():
     def build(config):
         from mmseg.registry import MODELS
 
-        with DefaultScope.overwrite_default_scope("mmseg"):
+        with torch.random.fork_rng(), DefaultScope.overwrite_default_scope("mmseg"):
+            torch.manual_seed(0)
             model = MODELS.build(Config.fromfile(config).model)
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
