@@ -111,9 +111,9 @@ def problem(count=60, width=12, classes=4, seed=0):
 def test_regularisation_is_chosen_by_held_out_images():
     x, y = problem(80, 40, seed=5)
     queries, truth = problem(30, 40, seed=6)
-    learn, held = common.split_holdout(y.numpy(), 0.25, 0)
+    learn, held = split = common.split_holdout(y.numpy(), 0.25, 0)
     strengths = [1e-4, 1e-1, 1e-2]
-    found = sweep.linear_accuracy(x, y, queries, truth, 4, strengths, learn, held)
+    found = sweep.linear_accuracy(x, y, queries, truth, 4, strengths, [split])
     (z,) = _analysis.standardise(x)
     losses = {
         l2: float(F.cross_entropy(_analysis.fit_probe(z[learn], y[learn], 4, l2)(z[held]), y[held]))
@@ -124,11 +124,63 @@ def test_regularisation_is_chosen_by_held_out_images():
     alone = sweep.linear_accuracy(x, y, queries, truth, 4, [found["l2"]])
     assert alone["top1"] == found["top1"]
     assert alone["loss"] == pytest.approx(found["loss"], rel=1e-3)
-    other = sweep.linear_accuracy(x, y, queries, truth.flip(0), 4, strengths, learn, held)
+    other = sweep.linear_accuracy(x, y, queries, truth.flip(0), 4, strengths, [split])
     assert other["l2"] == found["l2"]  # the validation labels have no say
     assert other["top1"] != found["top1"]
     with pytest.raises(ValueError, match="3 strengths need held-out images"):
         sweep.linear_accuracy(x, y, queries, truth, 4, strengths)
+
+
+def test_few_images_are_each_held_out_once():
+    x, y = problem(60, 40, seed=5)
+    queries, truth = problem(30, 40, seed=6)
+    rows = np.arange(60)
+    draw = sweep.Labels.draw(3, rows, y.numpy(), 0.2)
+    assert len(draw.splits) == 5
+    assert sorted(np.concatenate([held for _, held in draw.splits])) == rows.tolist()
+    for learn, held in draw.splits:
+        assert sorted([*learn, *held]) == rows.tolist()
+        assert np.bincount(y[held], minlength=4).tolist() == [3, 3, 3, 3]
+    again, other = (sweep.Labels.draw(seed, rows, y.numpy(), 0.2) for seed in (3, 4))
+    assert np.array_equal(again.splits[0][1], draw.splits[0][1])
+    assert not np.array_equal(other.splits[0][1], draw.splits[0][1])
+
+    strengths = [1.0, 1e-1, 1e-2, 1e-3]
+    (z,) = _analysis.standardise(x)
+    losses = torch.tensor(
+        [
+            [
+                F.cross_entropy(_analysis.fit_probe(z[learn], y[learn], 4, l2)(z[held]), y[held])
+                for l2 in strengths
+            ]
+            for learn, held in draw.splits
+        ]
+    )
+    found = sweep.linear_accuracy(x, y, queries, truth, 4, strengths, draw.splits)
+    assert found["l2"] == strengths[losses.mean(0).argmin()]
+    assert len(losses.argmin(1).unique()) > 1  # one fold alone may say something else
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "folds"),
+    [
+        ([9, 3, 50], 0.2, 3),  # each class is to be learned from each time, and chosen by
+        ([2, 2], 0.2, 2),
+        ([7, 7, 7], 0.33, 3),  # one left over in each class, for folds that differ
+        ([400, 599], 0.9, 2),
+        ([500, 500], 0.2, 1),  # enough for one share
+        ([5, 1], 0.2, 0),
+    ],
+)
+def test_folds_follow_the_number_of_images(counts, share, folds):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    draw = sweep.Labels.draw(0, np.arange(len(labels)), labels, share)
+    assert len(draw.splits) == folds
+    for learn, held in draw.splits:
+        assert set(labels[learn]) == set(labels[held]) == set(range(len(counts)))
+        assert not set(learn) & set(held)
+    sizes = [len(held) for _, held in draw.splits]
+    assert folds < 2 or max(sizes) - min(sizes) <= 1
 
 
 # ------------------------------------------------------------------------------------- the grid
@@ -238,9 +290,9 @@ def test_probe_of_a_cell_is_that_of_its_features(planted):
         cache.read(np.arange(len(cache)), [(300, 24)])[300, 24].mean((2, 3)) for cache in planted
     ]
     labels = [torch.from_numpy(cache.labels) for cache in planted]
-    learn, held = common.split_holdout(planted[0].labels, 0.2, 0)
+    splits = common.split_folds(planted[0].labels, 5, 0)
     expected = sweep.linear_accuracy(
-        vectors[0], labels[0], vectors[1], labels[1], 3, sweep.L2, learn, held
+        vectors[0], labels[0], vectors[1], labels[1], 3, sweep.L2, splits
     )
     assert record["linear"] == expected["top1"]
     assert record["l2"] == expected["l2"]
@@ -256,10 +308,9 @@ def test_probe_sees_only_the_rows_that_have_labels(planted):
     assert record["train_images"] == 30
     x, queries = (cache.read(np.arange(len(cache)), [(90, 19)])[90, 19] for cache in planted)
     truth = torch.from_numpy(planted[1].labels)
-    learn, held = common.split_holdout(labels, 0.2, 0)
     expected = sweep.linear_accuracy(
         x[rows].mean((2, 3)), torch.from_numpy(labels), queries.mean((2, 3)), truth, 3, sweep.L2,
-        learn, held,
+        common.split_folds(labels, 5, 0),
     )  # fmt: skip
     assert (record["linear"], record["l2"]) == (expected["top1"], expected["l2"])
 

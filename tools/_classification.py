@@ -453,6 +453,34 @@ def split_holdout(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarr
     return np.flatnonzero(~mask), np.flatnonzero(mask)
 
 
+def split_folds(labels: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Divide training images into folds; each is held out once.
+
+    Args:
+        labels: Class index of each image (N,).
+        folds: How many, at least two; fewer where the smallest class has fewer images.
+        seed: Of the draw, class by class.
+
+    Returns:
+        For each fold the ascending indices of those to learn from and of those to choose by.
+
+    Raises:
+        ToolError: A class has one image only.
+    """
+    rng = np.random.default_rng([seed, _HOLDOUT])
+    fold_of = np.empty(len(labels), dtype=np.int64)
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < 2:
+        raise ToolError("a class has one training image only, so none can be held out")
+    folds = min(folds, int(counts.min()))
+    first = 0
+    for label in classes:
+        members = rng.permutation(np.flatnonzero(labels == label))
+        fold_of[members] = (first + np.arange(len(members))) % folds
+        first += len(members)  # so that what is left over of the classes is spread as well
+    return [(np.flatnonzero(fold_of != k), np.flatnonzero(fold_of == k)) for k in range(folds)]
+
+
 # -------------------------------------------------------------------------------------- processes
 
 

@@ -64,7 +64,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffbackbone.features import CacheError, setting_differences
 
-FORMAT = "diffbackbone label efficiency 1"
+FORMAT = "diffbackbone label efficiency 2"  # 2: folds choose the probe where labels are few
 LABELS = (1.0, 0.1, 0.01)
 SEEDS = (0, 1, 2)
 COLOURS = {"pretrained": (38, 110, 172), "random": (206, 84, 30), "initial": (120, 120, 120)}

@@ -14,7 +14,8 @@ each combination and seed), ``results.json``, ``linear_pool2.png`` and the like 
 * **linear**: multinomial logistic regression on standardised features, solved to its minimum, so
   that neither a learning rate nor a seed has a say. The same strengths of regularisation are tried
   for every combination; a share of the training images (``--holdout``) chooses among them, and the
-  probe is then fitted to all of them.
+  probe is then fitted to all of them. Of fewer than 1,000 images, where a share is a handful, each
+  is held out once (cross-validation by as many folds as the share goes into them).
 * **knn**: the protocol of ``tools/knn.py``.
 * **cka**: linear CKA between flattened maps (``--cka-pool``), with the unbiased HSIC estimator
   over minibatches (Nguyen et al. 2021), on the validation images. It needs no labels.
@@ -61,7 +62,7 @@ from diffbackbone.features import (
 )
 from diffbackbone.unet import UNetConfig
 
-FORMAT = "diffbackbone sweep 1"
+FORMAT = "diffbackbone sweep 2"  # 2: folds where labels are few
 BLOCKS = (6, 9, 12, 15, 18, 19, 21, 24, 27, 30, 33, 36)
 TIMESTEPS = (10, 30, 50, 90, 150, 300, 500, 700)
 PAPERS_BLOCK, PAPERS_TIMESTEP = 24, 90
@@ -70,6 +71,8 @@ MEASURES = {"linear": "linear probe", "knn": "kNN"}
 L2 = (1e-2, 1e-3, 1e-4, 1e-5)
 FALLBACK_L2 = 1e-3
 """Taken where no training image can be held out to choose by: a class has a single one."""
+FEW = 1000
+"""Labelled images below which one share of them chooses too much by chance."""
 SHARDS = 32
 _ORDER = 6  # of the images in CKA, beside the seeds of _classification
 
@@ -117,22 +120,27 @@ class Labels:
     Attributes:
         seed: The seed.
         rows: Rows of the training features that have a label (N,).
-        learn: Which of them the probe is fitted to while the regularisation is chosen (n,).
-        held: Which of them choose (m,); None where none can be held out.
+        splits: Which of them the probe is fitted to while the regularisation is chosen (n,), and
+            which choose (m,), once or for each fold; empty where none can be held out.
     """
 
     seed: int
     rows: np.ndarray
-    learn: np.ndarray | None
-    held: np.ndarray | None
+    splits: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     @classmethod
     def draw(cls, seed: int, rows: np.ndarray, labels: np.ndarray, share: float) -> Labels:
-        """Hold a share out, class by class, where each class has two images at least."""
+        """Hold a share out, class by class, where each class has two images at least.
+
+        Of fewer than :data:`FEW` images, one share after the other is held out.
+        """
         counts = np.bincount(labels)
         if counts[counts > 0].min() < 2:
-            return cls(seed, rows, None, None)
-        return cls(seed, rows, *common.split_holdout(labels, share, seed))
+            return cls(seed, rows, ())
+        if len(labels) < FEW:
+            folds = max(2, round(1 / share))
+            return cls(seed, rows, tuple(common.split_folds(labels, folds, seed)))
+        return cls(seed, rows, (common.split_holdout(labels, share, seed),))
 
 
 def linear_accuracy(
@@ -142,13 +150,13 @@ def linear_accuracy(
     val_labels: Tensor,
     classes: int,
     strengths: Sequence[float],
-    learn: np.ndarray | None = None,
-    held: np.ndarray | None = None,
+    splits: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> dict[str, float]:
     """Top-1 accuracy of a linear probe whose regularisation is chosen by held-out images.
 
     The strengths are tried from strong to weak, each from where the last one ended; the one
-    with the smallest held-out loss wins. The loss moves more smoothly than the accuracy.
+    with the smallest held-out loss wins, over all splits. The loss moves more smoothly than the
+    accuracy.
 
     Args:
         train: (N, D).
@@ -157,8 +165,8 @@ def linear_accuracy(
         val_labels: (M,).
         classes: K.
         strengths: See :func:`_analysis.fit_probe`.
-        learn: Training images to fit to while choosing; None takes one strength as it is.
-        held: Training images to choose by.
+        splits: Training images to fit to while choosing, and to choose by, of each fold; one
+            strength is taken as it is.
 
     Returns:
         ``top1``, ``l2`` (the one chosen), and ``loss`` on the validation images.
@@ -168,19 +176,23 @@ def linear_accuracy(
     """
     train, val = _analysis.standardise(train, [val])
     (train, val), squares = _analysis.rotate(train, [val])
-    tried: list[tuple[float, _analysis.Probe, float]] = []
+    strengths = sorted(strengths, reverse=True)
+    probes: dict[float, _analysis.Probe] = {}
+    losses = dict.fromkeys(strengths, 0.0)
     if len(strengths) > 1:
-        if learn is None or held is None:
+        if not splits:
             raise ValueError(f"{len(strengths)} strengths need held-out images to choose by")
-        probe = None
-        for l2 in sorted(strengths, reverse=True):
-            probe = _analysis.fit_probe(
-                train[learn], train_labels[learn], classes, l2, probe, squares
-            )
-            loss = F.cross_entropy(probe(train[held]), train_labels[held])
-            tried.append((float(loss), probe, l2))
-    _, start, l2 = min(tried, key=lambda x: x[0]) if tried else (0.0, None, strengths[0])
-    probe = _analysis.fit_probe(train, train_labels, classes, l2, start, squares)
+        for learn, held in splits:
+            probe = None
+            for l2 in strengths:
+                probe = _analysis.fit_probe(
+                    train[learn], train_labels[learn], classes, l2, probe, squares
+                )
+                probes[l2] = probe
+                loss = F.cross_entropy(probe(train[held]), train_labels[held], reduction="sum")
+                losses[l2] += float(loss)
+    l2 = min(losses, key=losses.__getitem__)
+    probe = _analysis.fit_probe(train, train_labels, classes, l2, probes.get(l2), squares)
     scores = probe(val)
     right = common.true_ranks(scores, val_labels) == 0
     loss = float(F.cross_entropy(scores, val_labels))
@@ -239,8 +251,8 @@ class Judge:
                     continue
                 # maps no larger than several pools, and draws that are equal, are measured once
                 same = (measure, size, draw.rows.tobytes())
-                if measure == "linear" and draw.held is not None:
-                    same += (draw.held.tobytes(),)
+                if measure == "linear":
+                    same += tuple(held.tobytes() for _, held in draw.splits)
                 if same not in known:
                     known[same] = own(x, queries, draw)
                 record.update(known[same])
@@ -249,9 +261,10 @@ class Judge:
 
     def _linear(self, x: Tensor, queries: Tensor, draw: Labels) -> dict[str, float]:
         labels = self.labels[0][torch.from_numpy(draw.rows)]
-        held = draw.learn, draw.held
-        strengths = self.args.l2 if draw.held is not None else fallback(self.args.l2)
-        found = linear_accuracy(x, labels, queries, self.labels[1], self.classes, strengths, *held)
+        strengths = self.args.l2 if draw.splits else fallback(self.args.l2)
+        found = linear_accuracy(
+            x, labels, queries, self.labels[1], self.classes, strengths, draw.splits
+        )
         return {"linear": found["top1"], "l2": found["l2"], "loss": found["loss"]}
 
     def _knn(self, x: Tensor, queries: Tensor, draw: Labels) -> dict[str, float]:
@@ -885,7 +898,7 @@ class _Sweep:
         done = {_key(record): record for record in records}
         judge = Judge((caches[0], caches[1]), self.draws, args, self.processes.device)
         if "linear" in args.measures and len(args.l2) > 1:
-            bare = [draw.seed for draw in self.draws if draw.held is None]
+            bare = [draw.seed for draw in self.draws if not draw.splits]
             if bare:
                 self.processes.say(
                     f"note: a class has one labelled image only (seeds {bare}), so none can be "
@@ -955,7 +968,8 @@ class _Sweep:
         if "linear" in args.measures:
             text.append(
                 f"Linear probe: logistic regression on standardised features, l2 from {strengths}, "
-                f"chosen by {args.holdout:.0%} of the training images, then fitted to all."
+                f"chosen by {args.holdout:.0%} of the training images (by each such share of them "
+                f"where there are fewer than {FEW:,}), then fitted to all."
             )
         if "knn" in args.measures:
             text.append(
