@@ -251,6 +251,59 @@ def test_recipe_is_part_of_the_settings(tmp_path):
         tool.Ledger(tmp_path, {"checkpoint": None, "recipe": {"k": 6}})
 
 
+def test_what_a_config_says_is_part_of_the_settings(tmp_path, monkeypatch):
+    pytest.importorskip("mmseg")
+    pytest.importorskip("detectron2")
+    made = tasks.config_digests(tasks.TASKS, SMALL)
+    assert set(made) == {"upernet", "maskrcnn"}
+    for name, text in (
+        ("upernet", "_base_ = '{}'\n# {}\ntrain_cfg = dict(max_iters={})\n"),
+        ("maskrcnn", "_BASE_: {} # {}\nSOLVER: {{MAX_ITER: {}}}\n"),
+    ):
+        base = {"upernet": ROOT / "configs/mmseg", "maskrcnn": ROOT / "configs/detectron2"}[name]
+        digests = []
+        for remark, iterations in (("one", 7), ("two", 7), ("two", 8)):
+            path = tmp_path / getattr(SMALL, name)  # of the same name each time
+            path.write_text(text.format(base / getattr(SMALL, name), remark, iterations))
+            options = {f"{name}_options": type(getattr(SMALL, f"{name}_options"))()}
+            recipe = dataclasses.replace(SMALL, **{name: str(path)}, **options)
+            digests.append(tasks.config_digests([name], recipe)[name])
+        assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_framework_that_is_missing_is_named_before_anything_is_measured(
+    tmp_path, monkeypatch, measured
+):
+    def missing():
+        raise SystemExit("error: there is no Detectron2")
+
+    monkeypatch.setattr(tasks._detectron2, "prepare", missing)
+    grid = ["--weights", "random", "--labels", "1", "--seeds", "0"]
+    with pytest.raises(ToolError, match=r"there is no Detectron2\n--tasks goes without maskrcnn"):
+        command(tmp_path, *grid, "--tasks", "knn", "maskrcnn")
+    assert measured == []
+    command(tmp_path, *grid, "--tasks", "knn")
+    assert measured == [Cell("knn", "random", 1.0, 0)]
+
+
+def test_results_of_a_config_that_says_something_else_now_are_not_mixed(tmp_path):
+    def ledger(overwrite=False, checkpoint=None, **configs):
+        settings = {"checkpoint": checkpoint, "configs": configs}
+        made = tool.Ledger(tmp_path, settings, overwrite)
+        common.write_json(tmp_path / "settings.json", made.settings)
+        return made.settings["configs"]
+
+    common.write_json(tmp_path / "settings.json", {"checkpoint": None})  # older than digests
+    assert ledger() == {}
+    assert ledger(upernet="a") == {"upernet": "a"}
+    assert ledger(maskrcnn="b") == {"upernet": "a", "maskrcnn": "b"}
+    assert ledger() == {"upernet": "a", "maskrcnn": "b"}
+    with pytest.raises(ToolError, match=r"configs\.maskrcnn: it has 'b', wanted is 'c'"):
+        ledger(maskrcnn="c")
+    assert ledger(overwrite=True, maskrcnn="c") == {"maskrcnn": "c"}  # nothing else is left
+    assert ledger(upernet="d") == {"maskrcnn": "c", "upernet": "d"}
+
+
 def test_damaged_results_are_named_by_their_line(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(planted()[0]) + "\n{\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -467,14 +468,10 @@ class Lab:
 
     def upernet(self, cell: Cell) -> dict[str, Any]:
         """UperNet by ``mmseg_train.py``."""
-        import _mmseg
-
-        _mmseg.prepare()
         from mmengine.config import Config
 
         scenes, folder, weights = self.scenes(), self.folder(cell), self.weights(cell)
-        cfg = Config.fromfile(_mmseg.find_config(self.recipe.upernet), import_custom_modules=False)
-        cfg.merge_from_dict(dict(self.recipe.upernet_options))
+        cfg = Config(read_upernet_config(self.recipe))
         names = sorted(
             p.stem for p in (scenes / "ADEChallengeData2016" / "images" / "training").glob("*.jpg")
         )
@@ -543,6 +540,37 @@ class Lab:
             )
 
 
+def read_upernet_config(recipe: Recipe) -> dict[str, Any]:
+    """MMSegmentation's config with the recipe's changes.
+
+    Raises:
+        SystemExit: MMSegmentation is missing.
+    """
+    import _mmseg
+
+    _mmseg.prepare()
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(_mmseg.find_config(recipe.upernet), import_custom_modules=False)
+    cfg.merge_from_dict(dict(recipe.upernet_options))
+    return cfg.to_dict()
+
+
+def read_maskrcnn_config(recipe: Recipe) -> dict[str, Any]:
+    """Detectron2's config with the recipe's changes.
+
+    Raises:
+        SystemExit: Detectron2 is missing.
+        ValueError: The config is wrong.
+    """
+    _detectron2.prepare()
+    path = _common.find_config(
+        recipe.maskrcnn, _detectron2.CONFIG_DIR, _detectron2.SUFFIXES[".yaml"]
+    )
+    cfg = _detectron2.load_yaml(path, recipe.maskrcnn_options)
+    return {**cfg, "MODEL": {**cfg.MODEL, "DEVICE": None}}  # the machine's, not the config's
+
+
 def write_coco_subset(source: Path, target: Path, cell: Cell) -> int:
     """Lay out COCO data with some of the training scenes; images and validation are linked.
 
@@ -608,12 +636,14 @@ class Task:
         score: What is measured.
         run: The runner.
         images: What is labelled.
+        config: Reads the config of the tool that it starts; None where it starts none.
     """
 
     title: str
     score: str
     run: Callable[[Lab, Cell], dict[str, Any]]
     images: str
+    config: Callable[[Recipe], dict[str, Any]] | None = None
 
 
 TASKS: dict[str, Task] = {
@@ -622,6 +652,26 @@ TASKS: dict[str, Task] = {
     "attention": Task("attention head", "top-1", Lab.head, "digits"),
     "difformer": Task("DifFormer head", "top-1", Lab.head, "digits"),
     "difffeed": Task("DifFeed, attention head", "top-1", Lab.head, "digits"),
-    "upernet": Task("UperNet", "mIoU", Lab.upernet, "scenes"),
-    "maskrcnn": Task("Mask R-CNN", "box AP", Lab.maskrcnn, "scenes"),
+    "upernet": Task("UperNet", "mIoU", Lab.upernet, "scenes", read_upernet_config),
+    "maskrcnn": Task("Mask R-CNN", "box AP", Lab.maskrcnn, "scenes", read_maskrcnn_config),
 }
+
+
+def config_digests(tasks: Iterable[str], recipe: Recipe) -> dict[str, str]:
+    """Digests of what the tasks' configs say, whatever their comments and layout.
+
+    Raises:
+        ToolError: A task's framework is missing, or its config can't be read.
+    """
+    digests = {}
+    for name in tasks:
+        read = TASKS[name].config
+        if read is None:
+            continue
+        try:
+            text = json.dumps(read(recipe), sort_keys=True, default=str)
+        except (SystemExit, OSError, ValueError) as error:
+            reason = str(error).removeprefix("error: ")
+            raise ToolError(f"{reason}\n--tasks goes without {name}") from error
+        digests[name] = hashlib.sha256(text.encode()).hexdigest()
+    return digests

@@ -58,6 +58,7 @@ from _label_tasks import (
     Lab,
     Recipe,
     checkpoint_digest,
+    config_digests,
 )
 from make_sample_data import SampleDataError
 from PIL import Image, ImageDraw, ImageFont
@@ -117,12 +118,16 @@ class Ledger:
     def __init__(self, out: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path = out / "results.jsonl"
         self.records: dict[Cell, Record] = {}
-        settings = json.loads(json.dumps(settings))
+        settings = wanted = {"configs": {}, **json.loads(json.dumps(settings))}
         made = self._read(out / "settings.json")
-        if made and settings["checkpoint"] is None:  # no cell asks for it
-            settings["checkpoint"] = made["checkpoint"]
-        elif made and made["checkpoint"] is None:
-            made["checkpoint"] = settings["checkpoint"]
+        if made:  # what no cell asks for is not known
+            settings = {
+                **wanted,
+                "checkpoint": wanted["checkpoint"] or made["checkpoint"],
+                "configs": {**made.get("configs", {}), **wanted["configs"]},
+            }
+            made["checkpoint"] = made["checkpoint"] or settings["checkpoint"]
+            made["configs"] = {**settings["configs"], **made.get("configs", {})}
         differences = setting_differences(made, settings) if made else []
         if differences and not overwrite:
             raise ToolError(
@@ -134,7 +139,7 @@ class Ledger:
         if not differences:
             self.records = read_records(self.path)
         self.replaced = bool(differences)
-        self.settings = settings
+        self.settings = wanted if differences else settings
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
@@ -595,6 +600,7 @@ def run(args: argparse.Namespace, processes: Processes, recipe: Recipe | None = 
         "checkpoint": None if source is None else checkpoint_digest(config, source),
         "unet": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
+        "configs": config_digests(args.tasks, recipe),
     }
     with lock(out):
         ledger = Ledger(out, settings, args.overwrite)
