@@ -8,12 +8,14 @@ the draws of the model depend on the seed and the iteration alone.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import pickle
 import random
 import re
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -218,27 +220,61 @@ def check_datasets(names: Sequence[str]) -> None:
         )
 
 
+def load_dicts(name: str) -> list[dict[str, Any]]:
+    """The records of a dataset's images.
+
+    Raises:
+        ValueError: There are none, or the file of annotations is damaged.
+    """
+    source = MetadataCatalog.get(name).get("json_file", "its files")
+    try:
+        dicts = DatasetCatalog.get(name)
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _READERS:
+            raise  # in a loader of the user's own
+        raise ValueError(
+            f"dataset {name!r}: {source} is damaged or no file of COCO annotations: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not len(dicts):
+        raise ValueError(f"dataset {name!r} is empty: there are no images in {source}")
+    return dicts
+
+
+_READERS = ("codecs", "detectron2", "json", "pycocotools")
+
+
+@contextlib.contextmanager
+def naming_damaged(names: Sequence[str]) -> Iterator[None]:
+    """Where something fails that reads datasets, read each of them alone, which says what is wrong.
+
+    Raises:
+        ValueError: See :func:`load_dicts`.
+    """
+    try:
+        yield
+    except Exception:
+        for name in names:
+            load_dicts(name)
+        raise
+
+
 def load_train_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
     """The training images' records.
 
     Raises:
-        ValueError: There are no images, none is annotated, or the model has another number of
-            classes than the dataset.
+        ValueError: There are no images, none is annotated, annotations can't be read, or the model
+            has another number of classes than the dataset.
     """
     names = list(cfg.DATASETS.TRAIN)
     if not names:
         raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
-    for name in names:
-        total = len(DatasetCatalog.get(name))
-        if total == 0:
-            raise ValueError(
-                f"dataset {name!r} is empty: there are no images in "
-                f"{MetadataCatalog.get(name).get('json_file', 'its files')}"
-            )
     try:
-        dicts = get_detection_dataset_dicts(
-            names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
+        with naming_damaged(names):
+            dicts = get_detection_dataset_dicts(
+                names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            )
     except AssertionError as error:
         raise ValueError(
             f"datasets {names}: no image has an annotation that is no crowd, so there is nothing "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import pickle
 
@@ -14,6 +15,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: see its o
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
@@ -202,7 +204,8 @@ def dataset(tmp_path):
     def register(records, **metadata):
         name = f"test_engine_{len(names)}"
         names.append(name)
-        DatasetCatalog.register(name, lambda: records)
+        load = records if callable(records) else lambda name: records
+        DatasetCatalog.register(name, lambda: load(name))
         MetadataCatalog.get(name).set(**metadata)
         return name
 
@@ -237,6 +240,66 @@ def test_datasets_without_content(dataset):
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
     with pytest.raises(ValueError, match=r"ROI_HEADS.NUM_CLASSES is 3.*has 1 thing_classes"):
         engine.load_train_dicts(cfg)
+
+
+def coco(**changes):
+    """The smallest file of COCO annotations, changed."""
+    content = {
+        "images": [{"id": 5, "file_name": "a.jpg", "height": 9, "width": 9}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [{"id": 1, "image_id": 5, "category_id": 1, "bbox": [0, 0, 5, 5],
+                         "area": 25, "iscrowd": 0}],
+    }  # fmt: skip
+    for key, value in changes.items():
+        content[key][0].update(value)
+        content[key][0] = {k: v for k, v in content[key][0].items() if v is not None}
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (coco()[:-9], "JSONDecodeError"),
+        (b"", "JSONDecodeError"),
+        (b"\xff\xfe" + coco(), "UnicodeDecodeError"),
+        (b"[1]", "AssertionError"),
+        (b'{"images": []}', "KeyError"),
+        (coco(images={"file_name": None}), "KeyError: 'file_name'"),
+        (coco(images={"id": None}), "KeyError: 'id'"),
+        (coco(categories={"name": None}), "KeyError: 'name'"),
+        (coco(annotations={"image_id": None}), "KeyError: 'image_id'"),
+        (coco(annotations={"category_id": 7}), "category_id=7"),
+        (coco(annotations={"segmentation": 7}), "TypeError"),
+    ],
+)
+def test_damaged_annotations_are_named_by_their_file(dataset, tmp_path, content, words):
+    path = tmp_path / "instances.json"
+    path.write_bytes(content)
+    name = dataset(lambda name: load_coco_json(str(path), str(tmp_path), name), json_file=str(path))
+    cfg = make_config("DATASETS.TRAIN", (name,), "MODEL.ROI_HEADS.NUM_CLASSES", 1)
+    for load in (lambda: engine.load_dicts(name), lambda: engine.load_train_dicts(cfg)):
+        with pytest.raises(ValueError, match=rf"(?s)dataset '{name}': {path} is .*{words}"):
+            load()
+    path.write_bytes(coco())
+    assert len(engine.load_train_dicts(cfg)) == 1
+
+
+def test_errors_of_ones_own_loader_are_not_taken_for_damage(dataset):
+    def load(name):
+        return {}["gone"]
+
+    name = dataset(load, thing_classes=["a"], json_file="x.json")
+    with pytest.raises(KeyError, match="gone"):
+        engine.load_train_dicts(make_config("DATASETS.TRAIN", (name,)))
+
+
+def test_annotations_of_training_are_read_once(dataset):
+    box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
+    read = []
+    name = dataset(lambda name: read.append(name) or [record(box)], thing_classes=["a"])
+    cfg = make_config("DATASETS.TRAIN", (name,), "MODEL.ROI_HEADS.NUM_CLASSES", 1)
+    assert len(engine.load_train_dicts(cfg)) == 1
+    assert read == [name]
 
 
 def test_missing_files_and_names(dataset, tmp_path, monkeypatch):

@@ -655,8 +655,17 @@ def test_empty_datasets(refused, small, changed, python_config, tool, split):
     command = ["--config", SAMPLE, *small] if tool == "train_net" else ["--config", python_config]
     message = refused(*command, tool=tool)
     assert f"'diffbackbone_sample_{split}' is empty" in message.replace("Dataset", "dataset")
-    if tool == "train_net" or split == "val":
-        assert str(root / "coco" / "annotations" / f"instances_{split}2017.json") in message
+    assert str(root / "coco" / "annotations" / f"instances_{split}2017.json") in message
+
+
+@pytest.mark.parametrize("tool", ["train_net", "lazyconfig_train_net"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_damaged_annotations(refused, small, changed, python_config, tool, split):
+    path = changed() / "coco" / "annotations" / f"instances_{split}2017.json"
+    path.write_text(path.read_text()[:1000])
+    command = ["--config", SAMPLE, *small] if tool == "train_net" else ["--config", python_config]
+    message = refused(*command, tool=tool)
+    assert f"dataset 'diffbackbone_sample_{split}': {path} is damaged" in message
 
 
 def test_images_without_annotations(refused, tools, small, changed, python_config, tmp_path):

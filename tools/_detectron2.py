@@ -251,14 +251,12 @@ def check_evaluation(names: Sequence[str]) -> None:
     """Check that there is something to evaluate on, before hours of training.
 
     Raises:
-        ValueError: A dataset is empty.
+        ValueError: A dataset is empty or damaged.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from diffbackbone.detectron2_engine import load_dicts
 
     for name in names:
-        if not len(DatasetCatalog.get(name)):
-            source = MetadataCatalog.get(name).get("json_file", "its files")
-            raise ValueError(f"dataset {name!r} is empty: there are no images in {source}")
+        load_dicts(name)
 
 
 def check_weights(weights: str, folder: str, resume: bool) -> bool:

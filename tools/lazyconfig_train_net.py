@@ -180,7 +180,12 @@ def train(args: argparse.Namespace, cfg: Any) -> None:
     loader = cfg.dataloader.train
     if _locate(loader._target_) is engine.build_train_loader:
         loader.seed, loader.start_iter = seeding.seed, start
-    trainer.reset_data_loader(lambda: instantiate(loader))
+
+    def build_loader() -> Any:
+        with engine.naming_damaged(_dataset_names(cfg, "train")):
+            return instantiate(loader)
+
+    trainer.reset_data_loader(build_loader)
     trainer.train(start, cfg.train.max_iter)
 
 

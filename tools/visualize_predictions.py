@@ -120,22 +120,26 @@ def predict(
         FileNotFoundError: Data or weights are missing.
     """
     import torch
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data import MetadataCatalog
     from detectron2.data.detection_utils import read_image
     from detectron2.utils.visualizer import Visualizer
     from tqdm import tqdm
 
-    from diffbackbone.detectron2_engine import Checkpointer, check_datasets, seed_everything
+    from diffbackbone.detectron2_engine import (
+        Checkpointer,
+        check_datasets,
+        load_dicts,
+        seed_everything,
+    )
 
     setup = read_config(config_file, options)
     check_datasets((setup.dataset,))
-    _detectron2.check_evaluation((setup.dataset,))
+    records = load_dicts(setup.dataset)
     weights = weights or choose_weights(setup, options)
     _common.check_checkpoint(weights.partition("?")[0])
     model = setup.build().eval()
     Checkpointer(model, strict=True).load(weights)
     metadata = MetadataCatalog.get(setup.dataset)
-    records = DatasetCatalog.get(setup.dataset)
     chosen = np.unique(np.linspace(0, len(records) - 1, min(count, len(records))).astype(int))
     rows = []
     for index in tqdm(chosen, desc="predicting", unit="image"):
