@@ -608,8 +608,8 @@ def layer_scales(model: nn.Module, rate: float) -> dict[int, float]:
     Raises:
         ValueError: The rate is out of range, or there is no backbone in the model.
     """
-    if not 0 < rate <= 1:
-        raise ValueError(f"the layer decay rate must lie in (0, 1], got {rate}")
+    if not (is_number(rate) and 0 < rate <= 1):
+        raise ValueError(f"the layer decay rate must lie in (0, 1], got {shorten(rate)}")
     backbones = [m for m in model.modules() if isinstance(m, DiffusionBackbone)]
     if not backbones and rate < 1:
         raise ValueError(f"layer decay rate {rate}: there is no DiffusionBackbone in the model")

@@ -22,13 +22,14 @@ compat.apply_mmengine_repairs()
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.logging import print_log  # noqa: E402
 from mmengine.model import BaseModule, PretrainedInit  # noqa: E402
-from mmengine.optim import DefaultOptimWrapperConstructor  # noqa: E402
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper  # noqa: E402
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 from torch import nn  # noqa: E402
 
 from diffbackbone import openmmlab_engine, openmmlab_sharding  # noqa: E402, F401  register
 from diffbackbone.backbone import RANDOM_WEIGHTS, check_names, layer_scales  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
+from diffbackbone.unet import is_number  # noqa: E402
 
 IGNORE_LABEL = 255
 """Label of pixels that take no part in training and evaluation."""
@@ -145,6 +146,17 @@ class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     that they have without it.
     """
 
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer and its wrapper.
+
+        Raises:
+            ValueError: The optimizer's ``lr`` is no number, or a rule can't be followed; see
+                :meth:`add_params`.
+        """
+        if not is_number(self.base_lr):
+            raise ValueError(f"optimizer.lr must be a number, got {shorten(self.base_lr)}")
+        return super().__call__(model)
+
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
         """Add the parameters of a module to the groups, by the rules of ``paramwise_cfg``.
 
@@ -174,22 +186,29 @@ class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         params[:] = groups.values()
 
 
+IOU_METRICS = ("mIoU", "mDice", "mFscore")
+"""What mmseg's ``IoUMetric`` can count."""
+
+
 @HOOKS.register_module()
 class CheckInputsHook(Hook):
     """Stop with a clear error on data that can't be trained on, before any work is lost.
 
     * A dataset without images stops the run before the first iteration.
     * A label that the head has no class for stops it with the image's path.
+    * A metric that mmseg's ``IoUMetric`` doesn't have stops it before the first iteration, and an
+      evaluation before the first image.
     """
 
     priority = "VERY_HIGH"
 
     def before_train(self, runner) -> None:
-        """Check that there are images to train and to validate on.
+        """Check that there are images to train and to validate on, and the metrics.
 
         Raises:
-            ValueError: A dataset is empty.
+            ValueError: A dataset is empty, or there is no such metric.
         """
+        self._check_metrics(runner.val_loop)
         loops = {"train": runner.train_loop, "val": runner.val_loop}
         for name, loop in loops.items():
             dataset = getattr(getattr(loop, "dataloader", None), "dataset", None)
@@ -198,6 +217,21 @@ class CheckInputsHook(Hook):
                     f"the {name} dataset is empty: no image with a label map in "
                     f"{getattr(dataset, 'data_prefix', None) or getattr(dataset, 'data_root', '?')}"
                 )
+
+    def before_test(self, runner) -> None:
+        """Check the metrics.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        self._check_metrics(runner.test_loop)
+
+    @staticmethod
+    def _check_metrics(loop: Any) -> None:
+        for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
+            if any(kind.__name__ == "IoUMetric" for kind in type(metric).__mro__):
+                given = [metric.metrics] if isinstance(metric.metrics, str) else metric.metrics
+                check_names("iou_metrics", "metric", given, IOU_METRICS)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Check the labels of a batch.

@@ -15,10 +15,12 @@ pytest.importorskip("mmengine", reason="mmengine is not installed")
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry, init_default_scope
 from mmengine.structures import PixelData
+from mmseg.evaluation import IoUMetric
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
@@ -187,12 +189,12 @@ def test_paper_settings(name):
 OPTIMIZER = dict(type="AdamW", lr=1.0, weight_decay=0.5)
 
 
-def optimizer_settings(model, **paramwise_cfg):
+def optimizer_settings(model, lr=OPTIMIZER["lr"], **paramwise_cfg):
     wrapper = build_optim_wrapper(
         model,
         dict(
             type="OptimWrapper",
-            optimizer=dict(OPTIMIZER),
+            optimizer=dict(OPTIMIZER, lr=lr),
             constructor="DiffusionOptimWrapperConstructor",
             paramwise_cfg=paramwise_cfg,
         ),
@@ -236,6 +238,11 @@ def test_layer_decay_and_no_decay_rules():
         optimizer_settings(model, layer_decay_rate=1.5)
     with pytest.raises(ValueError, match="no DiffusionBackbone"):
         optimizer_settings(torch.nn.Linear(1, 1), layer_decay_rate=0.5)
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\], got 'half'"):
+        optimizer_settings(model, layer_decay_rate="half")
+    for rate in ("fast", None):
+        with pytest.raises(ValueError, match=f"optimizer.lr must be a number, got {rate!r}"):
+            optimizer_settings(model, lr=rate)
 
 
 def test_frozen_weights_are_no_business_of_the_optimizer():
@@ -268,6 +275,18 @@ def test_empty_data_and_labels_out_of_range_stop_the_run():
     bad.gt_sem_seg.data[0, 0] = 149
     with pytest.raises(ValueError, match=r"label 149 in a.png: the head has 3 classes.*0 to 2"):
         hook.before_train_iter(Runner(), 0, dict(data_samples=[good, bad]))
+
+
+@pytest.mark.parametrize("metrics", ["mIou", ["mIoU", "mIou"]])
+def test_metrics_that_do_not_exist_stop_the_run_before_it_starts(metrics):
+    hook, runner = adapter.CheckInputsHook(), Runner()
+    for loop, check in (("val_loop", hook.before_train), ("test_loop", hook.before_test)):
+        setattr(runner, loop, Runner().val_loop)
+        getattr(runner, loop).evaluator = Evaluator([IoUMetric(iou_metrics=["mIoU", "mFscore"])])
+        check(runner)
+        getattr(runner, loop).evaluator = Evaluator([IoUMetric(), IoUMetric(iou_metrics=metrics)])
+        with pytest.raises(ValueError, match=r"no metric 'mIou' \(did you mean 'mIoU'\?\).*mDice"):
+            check(runner)
 
 
 # The official scripts on the sample config, with everything made small by --cfg-options.
