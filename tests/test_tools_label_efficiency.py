@@ -374,6 +374,17 @@ def test_summary_has_mean_spread_and_paired_difference():
     assert "What." in text
 
 
+def test_summary_sets_pretrained_against_each_of_the_others():
+    initial = [{**r, "weights": "initial", "score": r["score"] - 10 - r["seed"]}
+               for r in planted() if r["weights"] == "random"]  # fmt: skip
+    text = tool.summarise([*planted(), *initial], "")
+    assert "| random | initial | pretrained - random | pretrained - initial |" in text
+    line = "| 81.0 ± 1.0 | 62.0 ± 2.0 | 51.0 ± 1.0 | +19.0 ± 1.0 | +30.0 ± 0.0 |"
+    assert line in text
+    text = tool.summarise(initial, "")
+    assert "| labels | images | initial |\n" in text
+
+
 def test_summary_says_how_many_seeds_there_are_and_pairs_what_both_have():
     records = planted(seeds=(0, 1))
     records = [r for r in records if (r["weights"], r["seed"]) != ("random", 0)]

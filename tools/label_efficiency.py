@@ -25,7 +25,7 @@ tool's unlabelled scenes (of seed 0), and no validation scan is in those either.
   every residual branch does something; **initial** are those before training, with the zeros.
 
 OUT gets ``results.jsonl`` (a line for each cell that is done), and after every cell ``summary.md``
-(mean ± standard deviation over the seeds, and pretrained minus random, seed by seed),
+(mean ± standard deviation over the seeds, and pretrained minus the others, seed by seed),
 ``results.csv`` and a picture for each task. A run that was killed goes on with the cells that are
 missing: run the same command again. The checkpoint is copied at first use; where the file changes
 later on, because pretraining goes on, leave ``--checkpoint`` out to finish the grid with the copy.
@@ -303,20 +303,20 @@ def summarise(records: Sequence[Record], caption: str) -> str:
     for task in [name for name in TASKS if any(r["task"] == name for r in records)]:
         own = [record for record in records if record["task"] == task]
         kinds = [name for name in WEIGHTS if any(r["weights"] == name for r in own)]
-        compared = "pretrained" in kinds and "random" in kinds
-        header = ["labels", "images", *kinds, *(["pretrained - random"] if compared else [])]
+        others = [kind for kind in kinds if kind != "pretrained" and "pretrained" in kinds]
+        header = ["labels", "images", *kinds, *(f"pretrained - {kind}" for kind in others)]
         lines = [_row(header), "|" + "---:|" * len(header)]
         for labels in _shares(own):
             images = sorted({r["train_images"] for r in own if r["labels"] == labels})
             found = {kind: scores(own, weights=kind, labels=labels) for kind in kinds}
             row = [f"{labels:.3g}", "/".join(f"{n:,}" for n in images)]
             row += [written(list(found[kind].values())) for kind in kinds]
-            if compared:
-                row.append(written(difference(found["pretrained"], found["random"]), sign=True))
+            for kind in others:
+                row.append(written(difference(found["pretrained"], found[kind]), sign=True))
             lines.append(_row(row))
         parts += [f"## {TASKS[task].title}: {TASKS[task].score} in %", "\n".join(lines)]
-        others = _other_metrics(own, kinds)
-        parts += [*([others] if others else []), f"![{task}]({task}.png)"]
+        metrics = _other_metrics(own, kinds)
+        parts += [*([metrics] if metrics else []), f"![{task}]({task}.png)"]
     heads = [task for task in HEADS if any(r["task"] == task for r in records)]
     if len(heads) > 1:
         parts += ["## Heads against each other: top-1 in %", _compare_heads(records, heads)]
