@@ -34,6 +34,14 @@ DETECTRON2 = [  # Detectron2 itself is not on PyPI: see its install guide
     "torchvision",
 ]
 SAMPLE = ["scikit-learn", "pillow", "opencv-python", "tqdm"]
+TOOLS = [  # command lines, pictures, classification, pretraining, benchmarks
+    *SAMPLE,
+    "tyro>=0.9",
+    "matplotlib>=3.7",
+    "torchvision",
+    "torchmetrics>=1.4",
+    "accelerate>=1.0",
+]
 DEEPSPEED = [*MMSEG, "deepspeed>=0.14.5,<0.19"]  # 0.19 lacks a module that MMEngine imports
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py --format onnx
 
@@ -59,8 +67,9 @@ setup(
         "deepspeed": DEEPSPEED,
         "detectron2": DETECTRON2,
         "sample": SAMPLE,
+        "tools": TOOLS,
         "export": EXPORT,
-        "dev": [*SAMPLE, *EXPORT, "pytest", "pytest-xdist", "ruff==0.17.5"],
+        "dev": [*TOOLS, *EXPORT, "pytest", "pytest-xdist", "ruff==0.17.5"],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",

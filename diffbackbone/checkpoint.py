@@ -32,6 +32,7 @@ from torch import Tensor, distributed
 
 from diffbackbone import compat
 from diffbackbone.unet import _NOT_IN_SHAPES, PRESETS, UNet, UNetConfig, read_architecture
+from diffbackbone.utils import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ _ZIP_HEADER = 30 + 2 * 65535  # at most, in front of a part
 _BYTEARRAY = re.compile(rb"\nbytearray\n")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that can't be used; the message says why, and what would fit."""
 
 
