@@ -8,7 +8,7 @@ from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import CheckpointError, load_checkpoint
 from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.feedback import Feedback
-from diffbackbone.unet import BlockInfo, UNet, UNetConfig
+from diffbackbone.models.guided_diffusion import BlockInfo, UNet, UNetConfig
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,8 @@ from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.compat import is_compiling
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import STRATEGIES, Feedback
-from diffbackbone.ops import as_type
-from diffbackbone.unet import UNet, UNetConfig, check_budget, is_number, resize
+from diffbackbone.models.guided_diffusion import UNet, UNetConfig, check_budget, is_number, resize
+from diffbackbone.models.ops import as_type
 
 MIN_SIZE = 32
 """Smallest height and width of an image, in pixels."""

@@ -31,7 +31,13 @@ import torch
 from torch import Tensor, distributed
 
 from diffbackbone import compat
-from diffbackbone.unet import _NOT_IN_SHAPES, PRESETS, UNet, UNetConfig, read_architecture
+from diffbackbone.models.guided_diffusion import (
+    _NOT_IN_SHAPES,
+    PRESETS,
+    UNet,
+    UNetConfig,
+    read_architecture,
+)
 from diffbackbone.utils import UserError
 
 logger = logging.getLogger(__name__)

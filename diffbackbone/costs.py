@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffbackbone.unet import UNet, UNetConfig
+from diffbackbone.models.guided_diffusion import UNet, UNetConfig
 
 
 @dataclasses.dataclass(frozen=True)

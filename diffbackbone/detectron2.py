@@ -48,7 +48,7 @@ from diffbackbone.backbone import (  # noqa: E402
     pad_to_multiple,
     pad_to_size,
 )
-from diffbackbone.unet import UNetConfig, is_number  # noqa: E402
+from diffbackbone.models.guided_diffusion import UNetConfig, is_number  # noqa: E402
 
 PADDINGS = ("separate", "reflect", "keep")
 """What is done about the padding that brings images of unequal size into one batch."""
@@ -484,7 +484,7 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     stand for None. See :class:`DiffusionBackbone` for what each does.
 
     =========================  =====================================================================
-    UNET                       Preset (``diffbackbone.unet.PRESETS``)
+    UNET                       Preset (``diffbackbone.models.guided_diffusion.PRESETS``)
     UNET_OPTIONS               Fields of ``UNetConfig`` that differ from the preset
     CHECKPOINT                 Path or URL of guided-diffusion weights; "" leaves random weights
     TIMESTEP                   t, 0-based

@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffbackbone.backbone import DiffusionBackbone
+from diffbackbone.models.guided_diffusion import UNetConfig
 from diffbackbone.runs import write_whole
-from diffbackbone.unet import UNetConfig
 
 try:
     import fcntl

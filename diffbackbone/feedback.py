@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffbackbone.ops import as_type
-from diffbackbone.unet import UNet, UNetConfig
+from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+from diffbackbone.models.ops import as_type
 
 STRATEGIES = ("all", "bottleneck", "windowed", "multi-scale")
 _WINDOW = 5

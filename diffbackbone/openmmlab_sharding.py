@@ -29,7 +29,7 @@ from mmengine.runner import save_checkpoint, weights_to_cpu  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # noqa: E402
 
-from diffbackbone.unet import Block  # noqa: E402
+from diffbackbone.models.guided_diffusion import Block  # noqa: E402
 
 
 @FUNCTIONS.register_module()

@@ -9,7 +9,7 @@ import torch
 
 from diffbackbone.checkpoint import CheckpointError, read_unet_config
 from diffbackbone.costs import LiveTensors, block_costs, counting_flops
-from diffbackbone.unet import UNet, UNetConfig
+from diffbackbone.models.guided_diffusion import UNet, UNetConfig
 
 REAL = UNetConfig.from_preset("gd256_uncond")
 TINY = UNetConfig.from_preset("tiny")
@@ -58,7 +58,7 @@ def test_the_type_changes_bytes_only():
 def test_counted_without_running_against_a_run(like_a_gpu, monkeypatch):
     """The count is of a GPU's ways; a CPU's don't take more."""
     if like_a_gpu:
-        monkeypatch.setattr("diffbackbone.ops._picks_kernels", lambda x: False)
+        monkeypatch.setattr("diffbackbone.models.ops._picks_kernels", lambda x: False)
     unet = UNet(TINY, last_block=24).eval()
     with torch.no_grad(), counting_flops() as counter, LiveTensors() as live:
         unet.forward_features(torch.rand(1, 3, 192, 192), 5, (24,))

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffbackbone import compat, ops
+from diffbackbone import compat
 from diffbackbone.costs import LiveTensors, counting_flops
-from diffbackbone.ops import Conv3x3, GroupNorm32, recomputed
-from diffbackbone.unet import AttentionBlock, ResBlock, UNet, UNetConfig
+from diffbackbone.models import ops
+from diffbackbone.models.guided_diffusion import AttentionBlock, ResBlock, UNet, UNetConfig
+from diffbackbone.models.ops import Conv3x3, GroupNorm32, recomputed
 
 NHWC = torch.channels_last
 
@@ -337,7 +338,7 @@ def test_recomputing_changes_no_gradient(monkeypatch):
     config = UNetConfig.from_preset("tiny")
     gradients = []
     for function in (recomputed, lambda function, *args: function(*args)):
-        monkeypatch.setattr("diffbackbone.unet.recomputed", function)
+        monkeypatch.setattr("diffbackbone.models.guided_diffusion.recomputed", function)
         unet = filled(UNet(config, 24))
         out = unet.forward_features(seeded(2, 3, 64, 64), 20, (24,))[24]
         out.square().mean().backward()

@@ -22,6 +22,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import ShardingStrategy
 
 import diffbackbone.mmseg  # noqa: F401  registers
+from diffbackbone.models.guided_diffusion import UNet, UNetConfig
 from diffbackbone.openmmlab_sharding import (
     WholeDeepSpeedStrategy,
     WholeFSDPStrategy,
@@ -29,7 +30,6 @@ from diffbackbone.openmmlab_sharding import (
     _only_weights,
     wrap_blocks,
 )
-from diffbackbone.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "mmseg"

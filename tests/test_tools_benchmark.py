@@ -22,7 +22,7 @@ import torch
 from in_process import InProcess
 
 from diffbackbone.costs import counting_flops
-from diffbackbone.unet import UNet, UNetConfig
+from diffbackbone.models.guided_diffusion import UNet, UNetConfig
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 TINY = UNetConfig.from_preset("tiny")
@@ -31,7 +31,7 @@ FAST += ["--warmup", "0", "--min-seconds", "1e-9", "--peak-seconds", "1e-4"]
 
 UNET = """
 import torch
-from diffbackbone.unet import UNet, UNetConfig
+from diffbackbone.models.guided_diffusion import UNet, UNetConfig
 from . import logger
 print("a line that is no answer")
 class UNetModel(UNet):
@@ -54,7 +54,7 @@ import torch
 from torch import nn
 from torchinfo import summary
 from diffbackbone.feedback import feedback_map
-from diffbackbone.unet import UNetConfig
+from diffbackbone.models.guided_diffusion import UNetConfig
 DM_FEAT_DIM_DICT = {b: i.channels for b, i in UNetConfig.from_preset("tiny").blocks.items()}
 class DiffSSLModelFeedbackFusion(nn.Module):
     def __init__(self, encoder, diffusion, head, device, mode, feedback_arch, use_feedback,
@@ -117,7 +117,9 @@ def checkout(tmp_path):
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "logger.py").write_text("from mpi4py import MPI\n")
-        (package / "nn.py").write_text("from diffbackbone.unet import timestep_embedding\n")
+        (package / "nn.py").write_text(
+            "from diffbackbone.models.guided_diffusion import timestep_embedding\n"
+        )
         (package / "unet.py").write_text(UNET.format(init=init, hook=hook))
         if name == "diffssl":
             (folder / "ssl_diff").mkdir()

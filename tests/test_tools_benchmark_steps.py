@@ -23,7 +23,7 @@ from torch import nn
 
 from diffbackbone import compat
 from diffbackbone.costs import counting_flops
-from diffbackbone.unet import UNet, UNetConfig
+from diffbackbone.models.guided_diffusion import UNet, UNetConfig
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 STACKS = {"upernet": compat.check_mmseg_stack, "mask_rcnn": compat.check_detectron2_stack}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffbackbone import BlockInfo, UNet, UNetConfig, compat
-from diffbackbone.unet import PRESETS, timestep_embedding
+from diffbackbone.models.guided_diffusion import PRESETS, timestep_embedding
 
 try:
     from torch.nn import attention
@@ -285,14 +285,14 @@ def test_activation_checkpointing_keeps_less():
 @pytest.mark.parametrize("last", [1, 5, 19, 24, 33, 37])
 @pytest.mark.parametrize("updown", [True, False])
 def test_what_a_block_keeps_is_known_beforehand(last, updown, monkeypatch):
-    monkeypatch.setattr("diffbackbone.ops._picks_kernels", lambda x: False)  # as on a GPU
+    monkeypatch.setattr("diffbackbone.models.ops._picks_kernels", lambda x: False)  # as on a GPU
     config = SMALL.replace(resblock_updown=updown)
     expected = 4 * 128**2 * sum(config.kept_values(b) for b in range(1, last + 1))
     assert kept_bytes(UNet(config, last), blocks=(last,)) == pytest.approx(expected, rel=0.05)
 
 
 def test_activation_budget_is_kept_by_recomputing_as_little_as_it_takes(monkeypatch):
-    monkeypatch.setattr("diffbackbone.ops._picks_kernels", lambda x: False)  # as on a GPU
+    monkeypatch.setattr("diffbackbone.models.ops._picks_kernels", lambda x: False)  # as on a GPU
     free = kept_bytes(UNet(SMALL, 24))
     counts = []
     for share in (1.1, 0.8, 0.5, 0.3):

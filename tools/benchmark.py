@@ -456,7 +456,7 @@ def find_config(args: argparse.Namespace) -> Any:
     """
     _common.add_root()
     from diffbackbone.feedback import feedback_map
-    from diffbackbone.unet import UNetConfig
+    from diffbackbone.models.guided_diffusion import UNetConfig
 
     _benchmark.check_machine(args)
     try:

@@ -362,7 +362,7 @@ def check(args: argparse.Namespace) -> None:
         SystemExit: An option does not fit.
     """
     _common.add_root()
-    from diffbackbone.unet import UNetConfig
+    from diffbackbone.models.guided_diffusion import UNetConfig
 
     _benchmark.check_machine(args)
     try:

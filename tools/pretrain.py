@@ -54,6 +54,7 @@ from torch.utils.data import DataLoader, Dataset
 from diffbackbone.backbone import _resolve_config
 from diffbackbone.checkpoint import load_checkpoint, read_checkpoint
 from diffbackbone.diffusion import NoiseSchedule
+from diffbackbone.models.guided_diffusion import PRESETS, UNet, UNetConfig
 from diffbackbone.pretraining import (
     DiffusionObjective,
     Ema,
@@ -62,7 +63,6 @@ from diffbackbone.pretraining import (
     sample_ddim,
     save_safetensors,
 )
-from diffbackbone.unet import PRESETS, UNet, UNetConfig
 
 FORMAT = "diffbackbone pretraining 1"
 EXPORT_DTYPES = {

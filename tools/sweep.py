@@ -60,7 +60,7 @@ from diffbackbone.features import (
     setting_differences,
     tap_shapes,
 )
-from diffbackbone.unet import UNetConfig
+from diffbackbone.models.guided_diffusion import UNetConfig
 
 FORMAT = "diffbackbone sweep 2"  # 2: folds where labels are few
 BLOCKS = (6, 9, 12, 15, 18, 19, 21, 24, 27, 30, 33, 36)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from diffbackbone.ops import GROUPS, Conv3x3, GroupNorm32, autocasts, layout, recomputed
+from diffbackbone.models.ops import GROUPS, Conv3x3, GroupNorm32, autocasts, layout, recomputed
 
 
 @dataclasses.dataclass(frozen=True)

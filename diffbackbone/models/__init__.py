@@ -1,0 +1,1 @@
+"""Diffusion networks behind one interface: numbered blocks, one traversal, taps."""
