@@ -922,7 +922,7 @@ class UNet(nn.Module):
             last: The last block that the copy will be asked for (1-based).
         """
         skips = {i: skip for i, skip in state.skips.items() if self.config.mirror(i) <= last}
-        return dataclasses.replace(state, last=last, skips=skips)
+        return TraversalState(state.index, state.h, state.emb, last, skips, state.recompute)
 
     def _run_block(self, index: int, state: TraversalState) -> Tensor:
         block = self.module(index)
