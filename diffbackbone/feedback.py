@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffbackbone.compat import is_compiling
 from diffbackbone.models.guided_diffusion import UNet, UNetConfig
 from diffbackbone.models.ops import as_type
 
@@ -178,6 +179,10 @@ class Feedback(nn.ModuleDict):
         with contextlib.nullcontext() if self.first_pass_grad else torch.no_grad():
             features = unet.traverse(first, self.last_source, self.mapping)
         del first
+        if torch.is_grad_enabled() and not self.first_pass_grad and not is_compiling():
+            # Before torch 2.11 the second pass would reuse the first one's casts of the weights,
+            # which carry no gradient.
+            torch.clear_autocast_cache()
         maps: dict[int, list[Tensor]] = {}
         for source, target in self.mapping.items():
             layers = self[str(source)]

@@ -151,3 +151,16 @@ def test_training_on_an_image_with_one_position_at_the_deepest_stride():
     maps[0].sum().backward()
     gradients = [p.grad for p in backbone.feedback.parameters()]
     assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "memory", [{}, {"activation_checkpointing": True}, {"activation_budget": 5e-4}]
+)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fine_tuning_under_autocast_reaches_every_parameter(strategy, memory):
+    """Before torch 2.11, autocast caches the first pass's casts, which carry no gradient."""
+    backbone = golden.fill(DiffusionBackbone(SMALL, feedback=strategy, **memory)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = backbone(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))
+    sum(x.float().square().mean() for x in maps).backward()
+    assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffbackbone import BlockInfo, UNet, UNetConfig, compat
-from diffbackbone.models.guided_diffusion import PRESETS, timestep_embedding
+from diffbackbone.models.guided_diffusion import PRESETS, AttentionBlock, timestep_embedding
 
 try:
     from torch.nn import attention
@@ -229,6 +229,38 @@ def test_attention_takes_a_memory_linear_kernel(new_order, channels_last):
     names = {event.key for event in profile.key_averages()}
     assert any("flash_attention" in name for name in names), names
     assert not any("attention_math" in name for name in names)
+
+
+class Adapter(torch.nn.Module):
+    """Adds a trained layer to a frozen convolution, as LoRA does."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.extra = torch.nn.Conv1d(base.in_channels, base.out_channels, 1)
+
+    def forward(self, x):
+        return self.base(x) + self.extra(x)
+
+
+@pytest.mark.parametrize("name", ["qkv", "proj_out"])
+def test_attention_layers_can_be_hooked_and_replaced(name):
+    block = golden.fill(AttentionBlock(64, 2, new_order=False))
+    x, shapes = torch.randn(2, 64, 4, 6), []
+    layer = getattr(block, name)
+    hook = layer.register_forward_hook(
+        lambda _, args, out: shapes.append((args[0].shape, out.shape))
+    )
+    with torch.no_grad():
+        before = block(x, x)
+    assert shapes == [((2, 64, 24), (2, layer.out_channels, 24))]
+    hook.remove()
+    setattr(block, name, Adapter(layer))
+    with kernels("FLASH_ATTENTION"):
+        after = block(x, x)
+    assert not torch.allclose(after, before, atol=1e-3)
+    after.sum().backward()
+    assert getattr(block, name).extra.weight.grad.any()
 
 
 @pytest.mark.skipif(attention is None, reason="torch before 2.3 can't be told which kernel to take")

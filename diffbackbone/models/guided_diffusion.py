@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from diffbackbone.models.ops import GROUPS, Conv3x3, GroupNorm32, autocasts, layout, recomputed
+from diffbackbone.models.ops import (
+    GROUPS,
+    Conv1x1,
+    Conv3x3,
+    GroupNorm32,
+    autocasts,
+    layout,
+    recomputed,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -611,14 +619,13 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads
         self.new_order = new_order
         self.norm = GroupNorm32(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
+        self.qkv = Conv1x1(channels, 3 * channels)
+        self.proj_out = _zero(Conv1x1(channels, channels))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape; the embedding is not used."""
         n, c, height, width = x.shape
-        tokens = recomputed(self.norm, x).flatten(2).transpose(1, 2)
-        qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
+        qkv = self.qkv(recomputed(self.norm, x).flatten(2)).transpose(1, 2).contiguous()
         if self.new_order:
             q, k, v = qkv.view(n, height * width, 3, self.num_heads, -1).unbind(2)
         else:
@@ -627,8 +634,7 @@ class AttentionBlock(nn.Module):
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         )
         out = out.transpose(1, 2).reshape(n, height * width, c)
-        out = F.linear(out, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
-        return x + out.transpose(1, 2).reshape(n, c, height, width)
+        return x + self.proj_out(out.transpose(1, 2)).reshape(n, c, height, width)
 
 
 def _zero(module: nn.Module) -> nn.Module:
@@ -922,7 +928,7 @@ class UNet(nn.Module):
             last: The last block that the copy will be asked for (1-based).
         """
         skips = {i: skip for i, skip in state.skips.items() if self.config.mirror(i) <= last}
-        return dataclasses.replace(state, last=last, skips=skips)
+        return TraversalState(state.index, state.h, state.emb, last, skips, state.recompute)
 
     def _run_block(self, index: int, state: TraversalState) -> Tensor:
         block = self.module(index)

@@ -190,6 +190,20 @@ def _norm_rows(
             target.copy_(out)
 
 
+class Conv1x1(nn.Conv1d):
+    """1x1 convolution (N, C_in, T) to (N, C_out, T), computed as a matrix product of tokens.
+
+    The result is a transposed view: its channels are contiguous in memory.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve."""
+        return F.linear(x.transpose(1, 2), self.weight.squeeze(-1), self.bias).transpose(1, 2)
+
+
 class Conv3x3(nn.Conv2d):
     """3x3 convolution with padding 1, (N, C_in, H, W) to (N, C_out, H, W)."""
 
