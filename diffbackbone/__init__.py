@@ -8,7 +8,9 @@ from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import CheckpointError, load_checkpoint
 from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.feedback import Feedback
-from diffbackbone.models.guided_diffusion import BlockInfo, UNet, UNetConfig
+from diffbackbone.models.base import BlockInfo
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 
 __version__ = "0.1.0"
 

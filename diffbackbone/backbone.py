@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
-from diffbackbone.compat import is_compiling
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import STRATEGIES, Feedback
-from diffbackbone.models.guided_diffusion import UNet, UNetConfig, check_budget, is_number, resize
+from diffbackbone.models.base import check_budget, resize
+from diffbackbone.models.gd_config import UNetConfig, is_number
+from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.models.ops import as_type
 
 MIN_SIZE = 32
@@ -123,7 +124,7 @@ class DiffusionBackbone(nn.Module):
                 )
             config = config.replace(num_classes=None)
         self.class_label = _check_label(class_label, config)
-        self.blocks = config.check_blocks(_as_tuple("blocks", blocks))
+        self.blocks = config.blocks.check(_as_tuple("blocks", blocks))
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
         self.timestep = self.schedule.check_timestep(timestep)
         if noise not in NOISE_POLICIES:
@@ -289,7 +290,7 @@ class DiffusionBackbone(nn.Module):
         Raises:
             ValueError: See :meth:`forward`; or a timestep or block is out of range.
         """
-        chosen = self.blocks if blocks is None else self.unet.config.check_blocks(blocks)
+        chosen = self.blocks if blocks is None else self.unet.config.blocks.check(blocks)
         if max(chosen) > self.unet.last_block:
             raise ValueError(
                 f"blocks {list(chosen)}: this U-Net was built up to block {self.unet.last_block}"
@@ -308,7 +309,7 @@ class DiffusionBackbone(nn.Module):
         self, images: Tensor, t: int, blocks: Sequence[int], y: Tensor | None
     ) -> dict[int, Tensor]:
         """Noise padded images and run the U-Net once, or twice with feedback."""
-        if not is_compiling():
+        if not torch.compiler.is_compiling():
             check_images(images)
         if y is None and self.class_label is not None:
             y = torch.full((images.shape[0],), self.class_label, device=images.device)
@@ -327,7 +328,7 @@ class DiffusionBackbone(nn.Module):
     def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
         """Noise (3, H, W) that a pixel's coordinates determine, kept for the largest size seen."""
         made_for = (self.seed, device)
-        if is_compiling() and not self._exports_kept_noise(made_for, height, width):
+        if torch.compiler.is_compiling() and not self._exports_kept_noise(made_for, height, width):
             return coordinate_noise(3, height, width, seed=self.seed, device=device)
         if self._field is None or self._field[0] != made_for:
             self._field = made_for, torch.empty(3, 0, 0, device=device)

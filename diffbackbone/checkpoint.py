@@ -31,13 +31,8 @@ import torch
 from torch import Tensor, distributed
 
 from diffbackbone import compat
-from diffbackbone.models.guided_diffusion import (
-    _NOT_IN_SHAPES,
-    PRESETS,
-    UNet,
-    UNetConfig,
-    read_architecture,
-)
+from diffbackbone.models.gd_config import NOT_IN_SHAPES, PRESETS, UNetConfig, read_architecture
+from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -209,7 +204,7 @@ def read_unet_config(
     state_dict, _, _ = _find_unet(read_checkpoint(source), source, prefix)
     stored = _stored_config(_find_file(source))
     if stored is not None:
-        told = {name: getattr(stored, name) for name in (*_NOT_IN_SHAPES, "num_head_channels")}
+        told = {name: getattr(stored, name) for name in (*NOT_IN_SHAPES, "num_head_channels")}
         rest = {**told, **rest}
     try:
         if stored is not None and not read_architecture(state_dict):

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ def block_costs(
     if height < 1 or width < 1 or height % deepest or width % deepest:
         raise ValueError(f"height and width must be multiples of {deepest}, got {height}x{width}")
     last_block = len(blocks) if last_block is None else last_block
-    config.check_blocks((last_block,))
+    config.blocks.check((last_block,))
     with torch.device("meta"):
         unet = UNet(config, last_block=last_block).to(dtype).eval()
         image = torch.empty(1, 3, height, width, dtype=dtype)

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffbackbone.backbone import DiffusionBackbone
-from diffbackbone.models.guided_diffusion import UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.runs import write_whole
 
 try:
@@ -183,7 +183,7 @@ def tap_shapes(
     """
     shapes = {}
     for t in timesteps:
-        for b in config.check_blocks(blocks):
+        for b in config.blocks.check(blocks):
             side = math.ceil(image_size / config.blocks[b].stride)
             side = side if pool is None else min(side, pool)
             shapes[t, b] = (config.blocks[b].channels, side, side)
@@ -247,7 +247,7 @@ def feature_settings(
         "schedule": [backbone.schedule.name, backbone.schedule.num_timesteps],
         "class_label": backbone.class_label,
         "timesteps": [backbone.schedule.check_timestep(t) for t in timesteps],
-        "blocks": list(config.check_blocks(blocks)),
+        "blocks": list(config.blocks.check(blocks)),
         "noise": backbone.noise,
         "seed": backbone.seed if backbone.noise == "fixed" else None,
         "image_size": image_size,

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffbackbone.compat import is_compiling
-from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+from diffbackbone.models.base import BlockTable, DiffusionModel
+from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.ops import as_type
 
 STRATEGIES = ("all", "bottleneck", "windowed", "multi-scale")
 _WINDOW = 5
 
 
-def feedback_map(config: UNetConfig, strategy: str | Mapping[int, int]) -> dict[int, int]:
-    """Source block → target block, both 1-based, of a feedback strategy (Section 4.1.1, Table 4).
+def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[int, int]:
+    """Return source block -> target block, both 1-based, of a strategy (Section 4.1.1, Table 4).
 
     * ``all``: every decoder block b into its mirror, encoder block 38 - b.
     * ``bottleneck``: the decoder blocks that mirror the first residual block of each encoder
@@ -32,46 +33,45 @@ def feedback_map(config: UNetConfig, strategy: str | Mapping[int, int]) -> dict[
     * ``multi-scale``: the first five decoder blocks, all into the mirror of the fifth (block 14).
 
     Args:
-        config: Architecture; the numbers above are for the 37 blocks of the 256-px models.
-        strategy: A name, or a map of one's own.
+        blocks: The network's blocks; the numbers above are for the 37 of the 256-px models.
+        strategy: A name, or a map; its keys may be digits, as config files write them.
 
     Raises:
         ValueError: Unknown name, a number out of range, a target outside the encoder, or a source
             that does not come after its target.
     """
-    encoder = config.num_encoder_blocks
-    decoder = range(encoder + 2, config.num_blocks + 1)
+    encoder = blocks.num_encoder_blocks
+    decoder = [b for b, info in blocks.items() if info.part == "decoder"]
     if isinstance(strategy, Mapping):
-        mapping = {_integer(source): _integer(target) for source, target in strategy.items()}
+        sources = blocks.check(map(_integer, strategy), "feedback sources")
+        mapping = dict(zip(sources, blocks.check(map(_integer, strategy.values()), "targets")))
     elif strategy == "all":
-        mapping = {source: config.mirror(source) for source in decoder}
+        mapping = {source: blocks.mirror(source) for source in decoder}
     elif strategy == "bottleneck":
-        firsts = range(2, encoder + 1, config.num_res_blocks + 1)
-        mapping = {config.mirror(target): target for target in reversed(firsts)}
-    elif strategy in ("windowed", "multi-scale"):
+        firsts = [b for b in range(2, encoder + 1) if b == 2 or blocks[b - 1].resample == "down"]
+        mapping = {blocks.mirror(target): target for target in firsts}
+    elif strategy in STRATEGIES:
         if encoder < _WINDOW:
             raise ValueError(f"feedback {strategy!r} needs {_WINDOW} decoder blocks, got {encoder}")
         window = decoder[:_WINDOW]
-        shared = config.mirror(window[-1]) if strategy == "multi-scale" else None
-        mapping = {source: shared or config.mirror(source) for source in window}
+        shared = blocks.mirror(window[-1]) if strategy == "multi-scale" else None
+        mapping = {source: shared or blocks.mirror(source) for source in window}
     else:
         raise ValueError(
-            f"unknown feedback {strategy!r}; choose from {', '.join(STRATEGIES)}, or give a map "
-            "{source block: target block}"
+            f"unknown feedback {strategy!r:.200}; choose from {', '.join(STRATEGIES)}, or give a "
+            "map {source block: target block}"
         )
-    config.check_blocks(mapping, "feedback sources")
     for source, target in mapping.items():
-        if isinstance(target, bool) or target not in range(1, encoder + 1) or source <= target:
+        if target > encoder or source <= target:
             raise ValueError(
-                f"feedback {source} → {target}: the target must be an encoder block (1 to "
+                f"feedback {source} -> {target}: the target must be an encoder block (1 to "
                 f"{encoder}) that comes before its source"
             )
     return dict(sorted(mapping.items()))
 
 
-def _integer(number: int | str) -> int:
-    """Config files may carry the keys of a map as strings."""
-    return int(number) if isinstance(number, str) and number.isdigit() else number
+def _integer(number: Any) -> Any:
+    return int(number) if isinstance(number, str) and number.isdecimal() else number
 
 
 class _BatchNorm(nn.BatchNorm2d):
@@ -94,12 +94,12 @@ class Feedback(nn.ModuleDict):
     it to 5,253,120).
 
     Args:
-        config: Architecture of the U-Net.
+        config: Architecture of the U-Net, or the network.
         strategy: See :func:`feedback_map`.
         first_pass_grad: Let gradients through the first pass too (the paper does not).
 
     Attributes:
-        mapping: Source block → target block, 1-based.
+        mapping: Source block -> target block, 1-based.
 
     Raises:
         ValueError: See :func:`feedback_map`.
@@ -107,12 +107,12 @@ class Feedback(nn.ModuleDict):
 
     def __init__(
         self,
-        config: UNetConfig,
+        config: UNetConfig | DiffusionModel,
         strategy: str | Mapping[int, int] = "bottleneck",
         first_pass_grad: bool = False,
     ) -> None:
         super().__init__()
-        self.mapping = feedback_map(config, strategy)
+        self.mapping = feedback_map(config.blocks, strategy)
         self.first_pass_grad = first_pass_grad
         for source, target in self.mapping.items():
             channels = config.blocks[target].channels
@@ -147,7 +147,7 @@ class Feedback(nn.ModuleDict):
 
     def forward(
         self,
-        unet: UNet,
+        unet: DiffusionModel,
         x_t: Tensor,
         t: Tensor | int | float,
         blocks: Collection[int],
@@ -168,7 +168,7 @@ class Feedback(nn.ModuleDict):
         Raises:
             ValueError: See :meth:`check_taps` and :meth:`UNet.forward_features`.
         """
-        wanted = unet.config.check_blocks(blocks)
+        wanted = unet.blocks.check(blocks)
         self.check_taps(wanted)
         end, start = max(wanted), self.first_target
         # Both passes share the blocks up to the first target, whose own output is not yet changed.
@@ -179,7 +179,11 @@ class Feedback(nn.ModuleDict):
         with contextlib.nullcontext() if self.first_pass_grad else torch.no_grad():
             features = unet.traverse(first, self.last_source, self.mapping)
         del first
-        if torch.is_grad_enabled() and not self.first_pass_grad and not is_compiling():
+        if (
+            torch.is_grad_enabled()
+            and not self.first_pass_grad
+            and not torch.compiler.is_compiling()
+        ):
             # Before torch 2.11 the second pass would reuse the first one's casts of the weights,
             # which carry no gradient.
             torch.clear_autocast_cache()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffbackbone.checkpoint import METADATA_KEY
 from diffbackbone.diffusion import NoiseSchedule
-from diffbackbone.models.guided_diffusion import UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
 
 VLB_WEIGHT = 0.001
 """Weight of the variational bound beside the simple loss (Nichol and Dhariwal, Section 3.1)."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from diffbackbone import CheckpointError, UNet, UNetConfig, load_checkpoint
 from diffbackbone.checkpoint import RELEASED_CHECKPOINTS
-from diffbackbone.models.guided_diffusion import PRESETS
+from diffbackbone.models.gd_config import PRESETS
 
 SMALL = UNetConfig(
     model_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, attention_strides=(4,)

@@ -9,7 +9,8 @@ import torch
 
 from diffbackbone.checkpoint import CheckpointError, read_unet_config
 from diffbackbone.costs import LiveTensors, block_costs, counting_flops
-from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 
 REAL = UNetConfig.from_preset("gd256_uncond")
 TINY = UNetConfig.from_preset("tiny")

@@ -30,7 +30,8 @@ from diffbackbone.detectron2 import (
     content_sizes,
     get_optimizer_params,
 )
-from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 
 SFP, FPN, TAPS = (f"build_diffusion_{kind}backbone" for kind in ("sfp_", "fpn_", ""))
 BLOCKS = {SFP: (24,), FPN: (30, 27, 24, 21), TAPS: (30, 24)}

@@ -56,10 +56,10 @@ def test_strategies_and_parameters_of_table_4(strategy, millions, mapping):
 
 def test_strategies_follow_the_architecture():
     config = golden.CONFIGS["classic64"]  # 25 blocks, levels of 4
-    assert feedback_map(config, "bottleneck") == {16: 10, 20: 6, 24: 2}
-    assert feedback_map(config, "windowed") == {14: 12, 15: 11, 16: 10, 17: 9, 18: 8}
-    assert feedback_map(config, "multi-scale") == dict.fromkeys(range(14, 19), 8)
-    assert feedback_map(config, {"20": 3}) == {20: 3}  # JSON and YAML make strings of keys
+    assert feedback_map(config.blocks, "bottleneck") == {16: 10, 20: 6, 24: 2}
+    assert feedback_map(config.blocks, "windowed") == {14: 12, 15: 11, 16: 10, 17: 9, 18: 8}
+    assert feedback_map(config.blocks, "multi-scale") == dict.fromkeys(range(14, 19), 8)
+    assert feedback_map(config.blocks, {"20": 3}) == {20: 3}  # JSON and YAML make strings of keys
 
 
 def two_full_passes(feedback, unet, x, t, taps):
@@ -131,8 +131,8 @@ def test_first_pass_has_a_gradient_only_when_asked(small):
     [
         ("botleneck", "unknown feedback 'botleneck'; choose from all, bottleneck"),
         ({40: 3}, r"feedback sources .* 1 to 37 .* got \[40\]"),
-        ({24: 19}, r"24 → 19: the target must be an encoder block \(1 to 18\)"),
-        ({5: 9}, "5 → 9"),
+        ({24: 19}, r"24 -> 19: the target must be an encoder block \(1 to 18\)"),
+        ({5: 9}, "5 -> 9"),
     ],
 )
 def test_bad_strategies(strategy, message):

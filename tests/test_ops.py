@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffbackbone import compat
 from diffbackbone.costs import LiveTensors, counting_flops
 from diffbackbone.models import ops
-from diffbackbone.models.guided_diffusion import AttentionBlock, ResBlock, UNet, UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import AttentionBlock, ResBlock, UNet
 from diffbackbone.models.ops import Conv3x3, GroupNorm32, recomputed
 
 NHWC = torch.channels_last

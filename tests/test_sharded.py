@@ -22,7 +22,8 @@ from torch import distributed, nn
 from torch.distributed.fsdp import ShardingStrategy
 
 import diffbackbone.mmseg  # noqa: F401  registers
-from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.openmmlab_sharding import (
     WholeDeepSpeedStrategy,
     WholeFSDPStrategy,

@@ -22,7 +22,8 @@ import torch
 from in_process import InProcess
 
 from diffbackbone.costs import counting_flops
-from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 TINY = UNetConfig.from_preset("tiny")
@@ -31,7 +32,8 @@ FAST += ["--warmup", "0", "--min-seconds", "1e-9", "--peak-seconds", "1e-4"]
 
 UNET = """
 import torch
-from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 from . import logger
 print("a line that is no answer")
 class UNetModel(UNet):
@@ -54,7 +56,7 @@ import torch
 from torch import nn
 from torchinfo import summary
 from diffbackbone.feedback import feedback_map
-from diffbackbone.models.guided_diffusion import UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
 DM_FEAT_DIM_DICT = {b: i.channels for b, i in UNetConfig.from_preset("tiny").blocks.items()}
 class DiffSSLModelFeedbackFusion(nn.Module):
     def __init__(self, encoder, diffusion, head, device, mode, feedback_arch, use_feedback,

@@ -23,7 +23,8 @@ from torch import nn
 
 from diffbackbone import compat
 from diffbackbone.costs import counting_flops
-from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 STACKS = {"upernet": compat.check_mmseg_stack, "mask_rcnn": compat.check_detectron2_stack}

@@ -458,9 +458,9 @@ def test_architecture_may_come_from_a_pretrained_file(data, tmp_path):
     features = results["settings"]["features"]
     assert features["unet"]["num_res_blocks"] == 1
     assert features["schedule"][0] == "cosine"
-    assert config.num_blocks < 33
+    assert len(config.blocks) < 33
     message = fails("--data", data, "--out", tmp_path / "x", *options, "--blocks", 33)
-    assert f"from 1 to {config.num_blocks}" in message
+    assert f"from 1 to {len(config.blocks)}" in message
     assert "give a .safetensors file" in fails("--data", data, "--unet", "unet.pt")
     assert "there is no checkpoint" in fails("--data", data, "--unet", "gone.safetensors")
 

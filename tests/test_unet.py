@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from diffbackbone import BlockInfo, UNet, UNetConfig, compat
-from diffbackbone.models.guided_diffusion import PRESETS, AttentionBlock, timestep_embedding
+from diffbackbone.models.gd_config import PRESETS
+from diffbackbone.models.guided_diffusion import AttentionBlock, timestep_embedding
 
 try:
     from torch.nn import attention
@@ -165,7 +166,7 @@ def test_only_what_is_reached_is_built(small):
     with torch.no_grad():
         ours = partial.eval().forward_features(x, 90, (24,))[24]
         assert torch.equal(ours, small.forward_features(x, 90, (24,))[24])
-    with pytest.raises(ValueError, match="ends at block 24"):
+    with pytest.raises(ValueError, match="ends at 24"):
         partial.forward_features(x, 90, (25,))
     with pytest.raises(ValueError, match="no output layer"):
         partial(x, 90)
@@ -319,7 +320,7 @@ def test_activation_checkpointing_keeps_less():
 def test_what_a_block_keeps_is_known_beforehand(last, updown, monkeypatch):
     monkeypatch.setattr("diffbackbone.models.ops._picks_kernels", lambda x: False)  # as on a GPU
     config = SMALL.replace(resblock_updown=updown)
-    expected = 4 * 128**2 * sum(config.kept_values(b) for b in range(1, last + 1))
+    expected = 4 * 128**2 * sum(config.blocks[b].kept_values for b in range(1, last + 1))
     assert kept_bytes(UNet(config, last), blocks=(last,)) == pytest.approx(expected, rel=0.05)
 
 
@@ -404,7 +405,7 @@ def test_traversal_compiles_as_one_graph():
     unet = golden.fill(UNet(config))
     compiled = torch.compile(unet.forward_features, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 3, 32, 32)
-    taps = (3, config.num_blocks)
+    taps = (3, len(config.blocks))
     with torch.no_grad():
         expected, ours = unet.forward_features(x, 90, taps), compiled(x, 90, taps)
     for b in taps:
@@ -421,8 +422,8 @@ def test_embedding_has_cosines_first():
     ("changes", "message"),
     [
         ({"model_channels": 40}, "multiple of 32"),
-        ({"model_channels": 0}, "model_channels must be a positive integer, got 0"),
-        ({"attention_strides": (64,)}, r"\[64\] don't occur; choose from \[1, 2, 4, 8, 16, 32\]"),
+        ({"model_channels": 0}, "model_channels must be an integer from 1 .* got 0"),
+        ({"attention_strides": (64,)}, "attention_strides {64}"),
         ({"num_head_channels": 48}, "num_head_channels=48 does not divide"),
         ({"num_head_channels": None, "num_heads": 3}, "num_heads=3 does not divide"),
         ({"noise_schedule": "sqrt"}, "'linear' or 'cosine', got 'sqrt'"),

@@ -111,7 +111,7 @@ class Implementation:
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         from diffbackbone.diffusion import NoiseSchedule
-        from diffbackbone.models.guided_diffusion import UNetConfig
+        from diffbackbone.models.gd_config import UNetConfig
 
         self.job = job
         self.device = job["device"]
@@ -548,7 +548,8 @@ def prepare(
     """
     from diffbackbone.checkpoint import load_checkpoint
     from diffbackbone.feedback import Feedback
-    from diffbackbone.models.guided_diffusion import UNet, UNetConfig
+    from diffbackbone.models.gd_config import UNetConfig
+    from diffbackbone.models.guided_diffusion import UNet
 
     architecture = UNetConfig(**config)
     torch.manual_seed(0)

@@ -41,7 +41,7 @@ from diffbackbone import features as feature_cache
 from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.diffusion import NOISE_POLICIES
 from diffbackbone.features import CacheError, FeatureCache, Listing, Tap
-from diffbackbone.models.guided_diffusion import PRESETS, UNetConfig
+from diffbackbone.models.gd_config import PRESETS, UNetConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 CHECK_WHOLE = 20_000

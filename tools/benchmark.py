@@ -456,16 +456,16 @@ def find_config(args: argparse.Namespace) -> Any:
     """
     _common.add_root()
     from diffbackbone.feedback import feedback_map
-    from diffbackbone.models.guided_diffusion import UNetConfig
+    from diffbackbone.models.gd_config import UNetConfig
 
     _benchmark.check_machine(args)
     try:
         config = UNetConfig.from_preset(args.unet).replace(num_classes=None)
         for name in args.cases:
             blocks, feedback = CASES[name]
-            config.check_blocks(blocks, f"the blocks of the case {name}")
+            config.blocks.check(blocks, f"the blocks of the case {name}")
             if feedback:
-                feedback_map(config, feedback)
+                feedback_map(config.blocks, feedback)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     _benchmark.check_sizes(config, args.sizes)

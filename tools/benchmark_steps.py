@@ -362,7 +362,7 @@ def check(args: argparse.Namespace) -> None:
         SystemExit: An option does not fit.
     """
     _common.add_root()
-    from diffbackbone.models.guided_diffusion import UNetConfig
+    from diffbackbone.models.gd_config import UNetConfig
 
     _benchmark.check_machine(args)
     try:

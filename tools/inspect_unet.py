@@ -69,7 +69,7 @@ def entry(argv: Sequence[str] | None = None) -> None:
 
     from diffbackbone.checkpoint import read_unet_config
     from diffbackbone.costs import block_costs
-    from diffbackbone.models.guided_diffusion import UNetConfig
+    from diffbackbone.models.gd_config import UNetConfig
 
     try:
         if args.unet:

@@ -54,7 +54,8 @@ from torch.utils.data import DataLoader, Dataset
 from diffbackbone.backbone import _resolve_config
 from diffbackbone.checkpoint import load_checkpoint, read_checkpoint
 from diffbackbone.diffusion import NoiseSchedule
-from diffbackbone.models.guided_diffusion import PRESETS, UNet, UNetConfig
+from diffbackbone.models.gd_config import PRESETS, UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.pretraining import (
     DiffusionObjective,
     Ema,
@@ -229,7 +230,7 @@ def list_presets() -> str:
         with torch.device("meta"):
             count = sum(p.numel() for p in UNet(config.replace(num_classes=None)).parameters())
         lines.append(
-            f"{name:14} {config.image_size:>5} {config.num_blocks:>7} {count / 1e6:>10.1f}M  "
+            f"{name:14} {config.image_size:>5} {len(config.blocks):>7} {count / 1e6:>10.1f}M  "
             f"{config.noise_schedule}"
         )
     return "\n".join(lines)

@@ -60,7 +60,7 @@ from diffbackbone.features import (
     setting_differences,
     tap_shapes,
 )
-from diffbackbone.models.guided_diffusion import UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
 
 FORMAT = "diffbackbone sweep 2"  # 2: folds where labels are few
 BLOCKS = (6, 9, 12, 15, 18, 19, 21, 24, 27, 30, 33, 36)
@@ -661,7 +661,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--cka-images", type=int, default=2500, help="images at most")
     args = parser.parse_args(argv)
     common.check_common(args)
-    count = common.unet_config(args.unet).num_blocks
+    count = len(common.unet_config(args.unet).blocks)
     args.timesteps = args.timesteps or list(TIMESTEPS)
     args.blocks = args.blocks or [b for b in BLOCKS if b <= count]
     args.seeds = args.seeds or [args.seed]
@@ -669,7 +669,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("pools", "seeds", "l2", "measures"):
         common.check_different(args, name)
     try:
-        common.unet_config(args.unet).check_blocks(args.blocks)
+        common.unet_config(args.unet).blocks.check(args.blocks)
     except ValueError as error:
         raise ToolError(str(error)) from error
     if min(args.pools) < 1 or min(args.seeds) < 0:
@@ -723,7 +723,7 @@ class _Sweep:
         if not args.cka_only:
             self._draw()
         # the whole U-Net, so that its digest, and with it what was measured, outlasts other blocks
-        whole = [common.unet_config(args.unet).num_blocks]
+        whole = [len(common.unet_config(args.unet).blocks)]
         self.backbone = common.build_backbone(argparse.Namespace(**{**vars(args), "blocks": whole}))
         self.taps: list[Tap] = [(t, b) for b in args.blocks for t in args.timesteps]
         config = self.backbone.unet.config

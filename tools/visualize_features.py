@@ -312,7 +312,7 @@ def _build(args: argparse.Namespace, processes: Processes) -> DiffusionBackbone:
         saved = train_classifier.read_checkpoint(Path(args.classifier))
         built.blocks, freeze = saved["settings"]["blocks"], saved["settings"]["freeze"]
     elif built.blocks is None:
-        count = common.unet_config(args.unet).num_blocks
+        count = len(common.unet_config(args.unet).blocks)
         built.blocks = [b for b in BLOCKS if b <= count]
     backbone = common.build_backbone(built, feedback, freeze)
     last = backbone.unet.last_block

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from diffbackbone.compat import is_autocast_enabled, is_compiling
-
 GROUPS = 32
 """Groups of every group norm in guided-diffusion; all widths are multiples of it."""
 PRODUCT_POSITIONS = 256
@@ -49,7 +47,7 @@ def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
         function: Draws nothing at random.
         args: Its arguments.
     """
-    if not torch.is_grad_enabled() or is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*args)
     return activation_checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
@@ -59,14 +57,14 @@ def _picks_kernels(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
-        and not is_compiling()
+        and not torch.compiler.is_compiling()
         and not autocasts(x)
     )
 
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    return is_autocast_enabled(x.device.type)
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,314 @@
+"""The interface of all diffusion networks: numbered blocks, one traversal, taps at any block.
+
+A family (``guided_diffusion.py`` and its neighbors) describes its network by a :class:`BlockTable`
+and says how one block runs; early stopping, taps, injected feedback, forking and activation budgets
+are here, once for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
+
+from diffbackbone.models.ops import autocasts, layout
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInfo:
+    """One block of a network.
+
+    Attributes:
+        index: 1-based block number b, counted over encoder, middle and decoder.
+        channels: Channels of the block's output.
+        stride: Stride of the output relative to the input image.
+        name: Name of the module, as in the state dict (``output_blocks.4``).
+        in_channels: Channels that the block reads, the concatenated skip included.
+        attention: Whether self-attention follows the block's residual layer.
+        resample: ``"down"``, ``"up"`` or None.
+        part: ``"encoder"``, ``"middle"`` or ``"decoder"``. A decoder block reads the output of
+            the encoder block that mirrors it.
+        kept_values: Values that training keeps for the backward pass, per pixel of the image:
+            what norms, convolutions and attention read.
+        read_values: The part of them that is kept also when the block is recomputed.
+    """
+
+    index: int
+    channels: int
+    stride: int
+    name: str = dataclasses.field(default="", repr=False, compare=False)
+    in_channels: int = dataclasses.field(default=0, repr=False, compare=False)
+    attention: bool = dataclasses.field(default=False, repr=False, compare=False)
+    resample: str | None = dataclasses.field(default=None, repr=False, compare=False)
+    part: str = dataclasses.field(default="encoder", repr=False, compare=False)
+    kept_values: float = dataclasses.field(default=0.0, repr=False, compare=False)
+    read_values: float = dataclasses.field(default=0.0, repr=False, compare=False)
+
+
+class BlockTable(dict[int, BlockInfo]):
+    """The blocks of a network by 1-based number, in the order in which they run."""
+
+    def __init__(self, infos: Iterable[BlockInfo]) -> None:
+        super().__init__((info.index, info) for info in infos)
+
+    @property
+    def num_encoder_blocks(self) -> int:
+        """Number of encoder blocks; a U-Net's decoder has as many."""
+        return sum(info.part == "encoder" for info in self.values())
+
+    def mirror(self, index: int) -> int:
+        """Return the block on the other side of the U: 38 - b for the 256-px models (1-based)."""
+        return len(self) + 1 - index
+
+    def deepest_stride(self, last: int) -> int:
+        """Return the largest stride of blocks 1 to ``last``."""
+        return max(self[b].stride for b in range(1, last + 1))
+
+    def check(self, blocks: Iterable[int], what: str = "blocks") -> tuple[int, ...]:
+        """Validate block numbers; numpy's integers are taken, too.
+
+        Raises:
+            ValueError: Not a block number of this network; the message gives the range.
+        """
+        given = list(blocks)
+        try:
+            numbers = tuple(operator.index(b) for b in given if not isinstance(b, bool))
+        except TypeError:
+            numbers = ()
+        if not given or len(numbers) < len(given) or any(b not in self for b in numbers):
+            encoder = self.num_encoder_blocks
+            raise ValueError(
+                f"{what} must be block numbers from 1 to {len(self)} (1-based: encoder 1-{encoder}"
+                f", middle {encoder + 1}, decoder {encoder + 2}-{len(self)}), got {given[:8]}"
+            )
+        return numbers
+
+
+@dataclasses.dataclass
+class TraversalState:
+    """Where a run through the network stands, so that it can go on from there.
+
+    Attributes:
+        index: The last block that ran (1-based); 0 before the first.
+        h: Its output (N, C, H, W).
+        emb: The condition that each block reads, for example the time embedding (N or 1, E).
+        last: The last block that will be asked for; skips that only later blocks read are not kept.
+        skips: Encoder outputs that a block up to ``last`` still reads, by block number.
+        recompute: Blocks that the backward pass computes again, by number.
+    """
+
+    index: int
+    h: Tensor
+    emb: Any
+    last: int
+    skips: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    recompute: frozenset[int] = frozenset()
+
+    def inject(self, maps: Sequence[Tensor]) -> None:
+        """Add maps to the last block's output, resized bilinearly; the skip carries the sum."""
+        for extra in maps:
+            self.h = self.h + resize(extra, self.h.shape[-2:]).to(self.h.dtype)
+        if self.index in self.skips:
+            self.skips[self.index] = self.h
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize of maps (N, C, H, W) to ``size``; the same tensor where it fits already."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def check_budget(budget: float | None) -> float | None:
+    """Validate GB of activations to keep; None for no limit.
+
+    Raises:
+        ValueError: Not a number from 0.
+    """
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if budget is not None and not (number and budget >= 0):
+        raise ValueError(
+            f"activation_budget must be a number of GB from 0, or None for no limit, got {budget!r}"
+        )
+    return budget
+
+
+class DiffusionModel(nn.Module):
+    """A diffusion network that can be run block by block.
+
+    A family builds its modules, sets up the table, and implements :meth:`embed` and
+    :meth:`module`.
+
+    Args:
+        blocks: The table of all blocks of the architecture.
+        last_block: The last block that is built (1-based); None for all.
+        activation_checkpointing: Recompute each block in the backward pass instead of keeping its
+            activations.
+        activation_budget: GB of activations that a run may keep for the backward pass. As many
+            blocks are recomputed as that takes, those with the largest maps first: they free the
+            most memory for the time. None sets no limit.
+
+    Raises:
+        ValueError: ``last_block`` is not a block number, or the budget is negative.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockTable,
+        last_block: int | None = None,
+        activation_checkpointing: bool = False,
+        activation_budget: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.last_block = len(blocks)
+        if last_block is not None:
+            (self.last_block,) = blocks.check([last_block], "last_block")
+        self.activation_checkpointing = activation_checkpointing
+        self.activation_budget = check_budget(activation_budget)
+
+    def module(self, index: int) -> nn.Module:
+        """Return the module of a block (1-based), called with ``(h, emb)``."""
+        raise NotImplementedError
+
+    def embed(self, t: Tensor | int | float, y: Tensor | None, device: torch.device) -> Any:
+        """Return the condition that blocks read, for timesteps t and labels y."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and of the maps between blocks."""
+        return next(self.parameters()).dtype
+
+    def start(
+        self, x_t: Tensor, t: Tensor | int | float, last: int, y: Tensor | None = None
+    ) -> TraversalState:
+        """Begin a run that goes no further than block ``last``.
+
+        Args:
+            x_t: Noised images (N, C, H, W); H and W multiples of the deepest stride.
+            t: Timesteps (N,) or (1,), or one number.
+            last: The last block that will be asked for (1-based).
+            y: Class labels (N,), for a class-conditional model.
+
+        Raises:
+            ValueError: ``last`` is not built, the size does not fit, or labels are missing, not
+                wanted or out of range.
+        """
+        self.blocks.check([last])
+        if last > self.last_block:
+            raise ValueError(f"block {last} is not built: this network ends at {self.last_block}")
+        deepest = self.blocks.deepest_stride(last)
+        if x_t.shape[-2] % deepest or x_t.shape[-1] % deepest:
+            raise ValueError(
+                f"height and width must be multiples of {deepest}, got {tuple(x_t.shape[-2:])}"
+            )
+        state = TraversalState(0, x_t.to(self.dtype), self.embed(t, y, x_t.device), last)
+        if torch.is_grad_enabled():
+            state.recompute = self._recomputed_blocks(state.h, last)
+        return state
+
+    def _recomputed_blocks(self, x_t: Tensor, last: int) -> frozenset[int]:
+        """Return the blocks to recompute in the backward pass of a run to block ``last``."""
+        if self.activation_checkpointing:
+            return frozenset(range(1, last + 1))
+        if self.activation_budget is None:
+            return frozenset()
+        bytes_each = 2 if autocasts(x_t) else x_t.element_size()
+        bytes_each *= x_t.shape[0] * x_t.shape[2] * x_t.shape[3]
+        kept = {b: bytes_each * self.blocks[b].kept_values for b in range(1, last + 1)}
+        chosen: set[int] = set()
+        for index in sorted(kept, key=lambda b: (self.blocks[b].stride, b)):
+            if sum(kept.values()) <= self.activation_budget * 1e9:
+                break
+            kept[index] = bytes_each * self.blocks[index].read_values
+            chosen.add(index)
+        return frozenset(chosen)
+
+    def traverse(
+        self,
+        state: TraversalState,
+        stop: int,
+        taps: Collection[int] = (),
+        inject: Mapping[int, Sequence[Tensor]] | None = None,
+    ) -> dict[int, Tensor]:
+        """Run the blocks after ``state.index`` up to ``stop``.
+
+        Args:
+            state: Where to go on from; it is advanced.
+            stop: The last block to run (1-based).
+            taps: Blocks whose outputs are returned.
+            inject: Maps to add to the output of a block, before it is tapped and before its skip
+                is kept; resized bilinearly where sizes differ.
+
+        Returns:
+            The outputs of the tapped blocks that ran, (N, C_b, H/stride_b, W/stride_b).
+        """
+        outputs: dict[int, Tensor] = {}
+        state.h = layout(state.h)
+        for index in range(state.index + 1, stop + 1):
+            part, mirror = self.blocks[index].part, self.blocks.mirror(index)
+            if part == "decoder":
+                state.h = torch.cat([state.h, state.skips.pop(mirror)], dim=1)
+            state.h = self._run_block(index, state)
+            state.index = index
+            if part == "encoder" and mirror <= state.last:
+                state.skips[index] = state.h
+            if inject and index in inject:
+                state.inject(inject[index])
+            if index in taps:
+                outputs[index] = state.h
+        return outputs
+
+    def _run_block(self, index: int, state: TraversalState) -> Tensor:
+        block = self.module(index)
+        if index in state.recompute and torch.is_grad_enabled():
+            return activation_checkpoint(block, state.h, state.emb, use_reentrant=False)
+        return block(state.h, state.emb)
+
+    def fork(self, state: TraversalState, last: int) -> TraversalState:
+        """Copy a state, for a run that goes no further than block ``last`` (1-based)."""
+        skips = {i: skip for i, skip in state.skips.items() if self.blocks.mirror(i) <= last}
+        return TraversalState(state.index, state.h, state.emb, last, skips, state.recompute)
+
+    def forward_features(
+        self,
+        x_t: Tensor,
+        t: Tensor | int | float,
+        blocks: Iterable[int],
+        y: Tensor | None = None,
+        inject: Mapping[int, Tensor | Sequence[Tensor]] | None = None,
+    ) -> dict[int, Tensor]:
+        """Return the outputs of any blocks in one run, which stops after the last of them.
+
+        Args:
+            x_t: Noised images (N, C, H, W); H and W multiples of the deepest stride.
+            t: Timesteps (N,) or (1,), 0-based indices into the schedule, or one number.
+            blocks: Block numbers (1-based).
+            y: Class labels (N,), for a class-conditional model.
+            inject: Maps (N, C_b, h, w) to add to the output of block b, resized bilinearly where
+                sizes differ; the skip carries the sum.
+
+        Returns:
+            ``{b: (N, C_b, H/stride_b, W/stride_b)}`` in the order asked for.
+
+        Raises:
+            ValueError: A block is out of range or not built, the size does not fit, or labels are
+                missing or not wanted.
+        """
+        wanted = self.blocks.check(blocks)
+        extra = {
+            index: [maps] if isinstance(maps, Tensor) else list(maps)
+            for index, maps in (inject or {}).items()
+        }
+        if extra:
+            self.blocks.check(extra, "inject")
+        state = self.start(x_t, t, max(wanted), y)
+        outputs = self.traverse(state, max(wanted), wanted, extra)
+        return {index: outputs[index] for index in wanted}

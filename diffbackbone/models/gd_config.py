@@ -1,0 +1,425 @@
+"""Architecture of guided-diffusion's U-Net: configuration, presets, table of blocks.
+
+The network is described once, by the table :attr:`UNetConfig.blocks`; construction, taps, skips and
+where features stop are derived from it.
+
+Reference: Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffbackbone.models.base import BlockInfo, BlockTable
+from diffbackbone.models.ops import GROUPS
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Architecture of a guided-diffusion U-Net.
+
+    Attributes:
+        model_channels: Base width; level l is ``int(channel_mult[l] * model_channels)`` wide.
+        channel_mult: Width multiplier for each level; fractions are allowed (0.5 in the 512 model).
+        num_res_blocks: Residual blocks for each level of the encoder (the decoder has one more).
+        attention_strides: Strides at which attention follows every residual block. This is
+            ``image_size / resolution`` for each of guided-diffusion's ``attention_resolutions``.
+        in_channels: Channels of the image.
+        out_channels: 3 for noise alone, 6 with a learned variance.
+        num_head_channels: Width of an attention head; None to give ``num_heads`` instead.
+        num_heads: Attention heads, where ``num_head_channels`` is None.
+        num_heads_upsample: Attention heads of the decoder; None for the same as ``num_heads``.
+        use_scale_shift_norm: The time embedding scales and shifts the second norm; otherwise it is
+            added before it.
+        resblock_updown: Residual blocks resample; otherwise a convolution or pooling does.
+        conv_resample: Without ``resblock_updown``: resample by a learned 3x3 convolution.
+        use_new_attention_order: q, k, v are split before the heads; otherwise (legacy) after.
+        num_classes: Classes of a class-conditional model; None for an unconditional one.
+        dropout: Dropout rate of the residual blocks.
+        image_size: Resolution in pixels that the weights were trained at.
+        noise_schedule: Schedule that the weights were trained with, ``"linear"`` or ``"cosine"``.
+
+    Raises:
+        ValueError: A value is not allowed; the message says which and what is.
+    """
+
+    model_channels: int = 256
+    channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_strides: tuple[int, ...] = (8, 16, 32)
+    in_channels: int = 3
+    out_channels: int = 6
+    num_head_channels: int | None = 64
+    num_heads: int = 1
+    num_heads_upsample: int | None = None
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    conv_resample: bool = True
+    use_new_attention_order: bool = False
+    num_classes: int | None = None
+    dropout: float = 0.0
+    image_size: int = 256
+    noise_schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("channel_mult", "attention_strides"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise ValueError(f"{name} must be a list of numbers, got {given!r:.200}")
+            object.__setattr__(self, name, tuple(given))
+        for name in ("num_head_channels", "num_heads_upsample"):  # guided-diffusion writes -1
+            if getattr(self, name) == -1:
+                object.__setattr__(self, name, None)
+        _check_types(self)
+        strides = [2**level for level in range(len(self.channel_mult))]
+        if unknown := set(self.attention_strides) - set(strides):
+            raise ValueError(f"no level has attention_strides {unknown}; choose from {strides}")
+        if self.noise_schedule not in ("linear", "cosine"):
+            raise ValueError(
+                f"noise_schedule must be 'linear' or 'cosine', got {self.noise_schedule!r:.200}"
+            )
+        for level, width in enumerate(self.widths):
+            if width < GROUPS or width % GROUPS:
+                raise ValueError(
+                    f"level {level} is {width} channels wide (model_channels="
+                    f"{self.model_channels} x {self.channel_mult[level]}); group norm needs a "
+                    f"positive multiple of {GROUPS}"
+                )
+            attended = level == len(self.widths) - 1 or 2**level in self.attention_strides
+            heads = self.num_head_channels or self.num_heads
+            if attended and width % heads:
+                name = "num_head_channels" if self.num_head_channels else "num_heads"
+                raise ValueError(
+                    f"{name}={heads} does not divide the {width} channels of level {level}"
+                )
+
+    @classmethod
+    def from_preset(cls, name: str) -> UNetConfig:
+        """The configuration of a released model, or of ``tiny``.
+
+        ``tiny`` has the same 37 blocks, strides and feedback strategies as the 256-px models at an
+        eighth of the width and less, so block numbers carry over.
+
+        Args:
+            name: One of :data:`PRESETS`.
+
+        Raises:
+            ValueError: Unknown preset; the message lists the known ones.
+        """
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r:.200}; choose from {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        num_head_channels: int | None = 64,
+        **rest: Any,
+    ) -> UNetConfig:
+        """Read the architecture off the shapes of a guided-diffusion state dict.
+
+        What shapes can't tell is asked for: the attention heads (``num_head_channels``, or
+        ``num_heads`` with ``num_head_channels=None``), ``use_new_attention_order``, ``dropout``,
+        ``image_size`` and ``noise_schedule``.
+
+        Args:
+            state_dict: guided-diffusion's keys, without a prefix.
+            num_head_channels: Width of an attention head.
+            **rest: Further fields of :class:`UNetConfig` that shapes can't tell.
+
+        Raises:
+            ValueError: The keys are not those of a guided-diffusion U-Net, or ``rest`` names a
+                field that is read off the shapes.
+        """
+        if unknown := set(rest) - NOT_IN_SHAPES:
+            raise ValueError(
+                f"{sorted(unknown)} can't be asked for here; what shapes don't tell is "
+                f"{sorted(NOT_IN_SHAPES | {'num_head_channels'})}"
+            )
+        found = read_architecture(state_dict)
+        if not found:
+            raise ValueError("the state dict stops short of the U-Net's last block")
+        return cls(num_head_channels=num_head_channels, **rest, **found)
+
+    def replace(self, **changes: Any) -> UNetConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
+
+    @functools.cached_property
+    def blocks(self) -> BlockTable:
+        """The table of blocks: encoder, middle, decoder; 37 for the 256-px models."""
+        return BlockTable(_block_infos(self))
+
+    def heads(self, channels: int, decoder: bool = False) -> int:
+        """Number of attention heads of a layer with ``channels`` channels."""
+        if self.num_head_channels is not None:
+            return channels // self.num_head_channels
+        if decoder and self.num_heads_upsample is not None:
+            return self.num_heads_upsample
+        return self.num_heads
+
+
+_LARGEST = {
+    "model_channels": 8192,
+    "num_res_blocks": 64,
+    "in_channels": 1024,
+    "out_channels": 1024,
+    "num_head_channels": 8192,
+    "num_heads": 8192,
+    "num_heads_upsample": 8192,
+    "num_classes": 1_000_000,
+    "image_size": 65536,
+}
+"""Bounds of whole numbers, from 1: reject typos before they allocate huge tensors."""
+_OPTIONAL = ("num_head_channels", "num_heads_upsample", "num_classes")
+_FLAGS = ("use_scale_shift_norm", "resblock_updown", "conv_resample", "use_new_attention_order")
+_MAX_LEVELS, _MAX_WIDTH = 10, 16384
+
+
+def is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    """Whether a value is a finite number; booleans are none."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _check_types(config: UNetConfig) -> None:
+    """Check types and bounds of single fields."""
+
+    def require(valid: bool, name: str, wanted: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)!r:.200}")
+
+    for name, largest in _LARGEST.items():
+        value = getattr(config, name)
+        valid = is_number(value, int) and 1 <= value <= largest
+        optional = name in _OPTIONAL
+        wanted = f"an integer from 1 to {largest}{' or None' * optional}"
+        require(valid or (optional and value is None), name, wanted)
+    for name in _FLAGS:
+        require(isinstance(getattr(config, name), bool), name, "True or False")
+    mults = config.channel_mult
+    widths = all(is_number(m) and 0 < m * config.model_channels <= _MAX_WIDTH for m in mults)
+    require(
+        1 <= len(mults) <= _MAX_LEVELS and widths,
+        "channel_mult",
+        f"a number for each of 1 to {_MAX_LEVELS} levels (at most {_MAX_WIDTH} channels)",
+    )
+    integers = all(is_number(stride, int) for stride in config.attention_strides)
+    require(integers, "attention_strides", "integers")
+    require(is_number(config.dropout) and 0 <= config.dropout <= 1, "dropout", "from 0 to 1")
+
+
+NOT_IN_SHAPES = frozenset(
+    {
+        "num_heads",
+        "num_heads_upsample",
+        "use_new_attention_order",
+        "dropout",
+        "image_size",
+        "noise_schedule",
+    }
+)
+"""Fields, beside ``num_head_channels``, that the shapes of the weights don't tell."""
+
+_GD256 = UNetConfig()
+PRESETS: dict[str, UNetConfig] = {
+    "gd64": UNetConfig(
+        model_channels=192,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=3,
+        attention_strides=(2, 4, 8),
+        use_new_attention_order=True,
+        num_classes=1000,
+        dropout=0.1,
+        image_size=64,
+        noise_schedule="cosine",
+    ),
+    "gd128": UNetConfig(
+        channel_mult=(1, 1, 2, 3, 4),
+        attention_strides=(4, 8, 16),
+        num_head_channels=None,
+        num_heads=4,
+        num_classes=1000,
+        image_size=128,
+    ),
+    "gd256": _GD256.replace(num_classes=1000),
+    "gd256_uncond": _GD256,
+    "gd512": UNetConfig(
+        channel_mult=(0.5, 1, 1, 2, 2, 4, 4),
+        attention_strides=(16, 32, 64),
+        num_classes=1000,
+        image_size=512,
+    ),
+    "lsun_bedroom": _GD256.replace(dropout=0.1),
+    "lsun_cat": _GD256.replace(dropout=0.1),
+    "lsun_horse": _GD256.replace(dropout=0.1),
+    "tiny": UNetConfig(
+        model_channels=32,
+        channel_mult=(1, 1, 2, 2, 2, 3),
+        num_head_channels=32,
+        image_size=64,
+    ),
+}
+"""Configurations of OpenAI's released image models, and a small one for trying things out."""
+
+
+def _block_infos(config: UNetConfig) -> Iterator[BlockInfo]:
+    """Derive the blocks (index, channels, stride, ...) from the configuration."""
+    widths, last_level = config.widths, len(config.widths) - 1
+    strides_before = [1]
+    skips: list[int] = []
+    index = 0
+
+    def block(part: str, name: str, channels: int, in_channels: int, **kind: Any) -> BlockInfo:
+        nonlocal index
+        index += 1
+        before = strides_before[-1]
+        factor = {"down": 2, "up": 0.5, None: 1}[kind.get("resample")]
+        stride = int(before * factor)
+        strides_before.append(stride)
+        info = BlockInfo(index, channels, stride, name, in_channels, part=part, **kind)
+        read = in_channels / before**2
+        kept = _kept_values(config, info, before)
+        return dataclasses.replace(info, kept_values=kept, read_values=read)
+
+    yield block("encoder", "input_blocks.0", widths[0], config.in_channels)
+    channels = widths[0]
+    skips.append(channels)
+    for level, width in enumerate(widths):
+        for _ in range(config.num_res_blocks):
+            attention = 2**level in config.attention_strides
+            yield block("encoder", f"input_blocks.{index}", width, channels, attention=attention)
+            channels = width
+            skips.append(channels)
+        if level != last_level:
+            yield block("encoder", f"input_blocks.{index}", channels, channels, resample="down")
+            skips.append(channels)
+    yield block("middle", "middle_block", channels, channels, attention=True)
+    first = index
+    for level in range(last_level, -1, -1):
+        for position in range(config.num_res_blocks + 1):
+            up = level > 0 and position == config.num_res_blocks
+            yield block(
+                "decoder",
+                f"output_blocks.{index - first}",
+                widths[level],
+                channels + skips.pop(),
+                attention=2**level in config.attention_strides,
+                resample="up" if up else None,
+            )
+            channels = widths[level]
+
+
+def _kept_values(config: UNetConfig, info: BlockInfo, stride_before: int) -> float:
+    """Count what norms, convolutions and attention of a block read, per pixel of the image."""
+    before = info.in_channels / stride_before**2
+    after = info.channels / info.stride**2
+    if info.index == 1:
+        return before
+    if info.resample == "down":
+        if not config.resblock_updown:
+            return before
+        return before + info.in_channels / info.stride**2 + 2 * after
+    inner = info.channels / stride_before**2
+    kept = before + before + 2 * inner  # norm, convolution; norm, convolution
+    if info.attention:
+        kept += 6 * inner  # norm, tokens, q, k, v, result
+    if info.part == "middle":
+        kept += 4 * inner
+    if info.resample == "up":
+        kept += inner
+        if config.resblock_updown:
+            kept += 3 * after
+        elif config.conv_resample:
+            kept += after
+    return kept
+
+
+def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of :class:`UNetConfig` that the shapes of a state dict determine.
+
+    Args:
+        state_dict: guided-diffusion's keys, without a prefix. One that stops short of the last
+            decoder block does not tell everything, and gives an empty result.
+
+    Raises:
+        ValueError: The keys are not those of a guided-diffusion U-Net.
+    """
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in state_dict:
+            raise ValueError(
+                f"not a guided-diffusion U-Net: {key!r} is missing (first keys: "
+                f"{', '.join(list(state_dict)[:4]) or 'none'})"
+            )
+        if 0 in state_dict[key].shape:
+            raise ValueError(f"not a guided-diffusion U-Net: {key!r} has no values")
+        return tuple(state_dict[key].shape)
+
+    def indices(part: str) -> list[int]:
+        keys = (key.split(".") for key in state_dict if key.startswith(part + "."))
+        return sorted({int(parts[1]) for parts in keys if len(parts) > 1 and parts[1].isdecimal()})
+
+    def upsamples(index: int) -> bool:
+        names = (f"output_blocks.{index}.{i}.{n}" for i in (1, 2) for n in ("conv", "in_layers.0"))
+        return any(f"{name}.weight" in state_dict for name in names)
+
+    model_channels = shape("time_embed.0.weight")[1]
+    encoder, decoder = indices("input_blocks"), indices("output_blocks")
+    if encoder and not decoder and any(key.startswith("out.") for key in state_dict):
+        raise ValueError(
+            "this is a classifier (an encoder without output_blocks), not a diffusion U-Net; take "
+            "the file with 'diffusion' in its name"
+        )
+    if not encoder:
+        raise ValueError("not a guided-diffusion U-Net: there are no input_blocks")
+    size = encoder[-1] + 1  # blocks of encoder and of decoder: levels * (num_res_blocks + 1)
+    if len(decoder) != size or decoder[-1] != size - 1 or "out.2.weight" not in state_dict:
+        return {}
+    gaps = sorted(set(range(size)) - set(encoder))  # pooling has no parameters, hence no keys
+    ups = [index for index in decoder if upsamples(index)]
+    per_level = gaps[0] if gaps else ups[0] + 1 if ups else size
+    levels, remainder = divmod(size, per_level)
+    if remainder or per_level < 2:
+        raise ValueError(
+            f"not a guided-diffusion U-Net: {size} encoder blocks don't make levels of {per_level}"
+        )
+
+    firsts = [1 + level * per_level for level in range(levels)]
+    mults = []
+    for first in firsts:
+        width = shape(f"input_blocks.{first}.0.in_layers.2.weight")[0]
+        mult = width / model_channels
+        if int(mult * model_channels) < width:  # rounding of the division
+            mult = math.nextafter(mult, math.inf)
+        mults.append(int(mult) if mult == int(mult) else mult)
+    width = shape("input_blocks.1.0.out_layers.3.weight")[0]
+    down = f"input_blocks.{per_level}.0."
+    label = "label_emb.weight"
+    return {
+        "model_channels": model_channels,
+        "channel_mult": tuple(mults),
+        "num_res_blocks": per_level - 1,
+        "attention_strides": tuple(
+            2**level
+            for level, first in enumerate(firsts)
+            if f"input_blocks.{first}.1.qkv.weight" in state_dict
+        ),
+        "in_channels": shape("input_blocks.0.0.weight")[1],
+        "out_channels": shape("out.2.weight")[0],
+        "use_scale_shift_norm": shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * width,
+        "resblock_updown": levels > 1 and down + "in_layers.2.weight" in state_dict,
+        "conv_resample": levels == 1 or not gaps,
+        "num_classes": shape(label)[0] if label in state_dict else None,
+    }
