@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping
+from reprlib import repr as shorten
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from diffbackbone.compat import is_compiling
 from diffbackbone.ops import as_type
-from diffbackbone.unet import UNet, UNetConfig
+from diffbackbone.unet import UNet, UNetConfig, integer
 
 STRATEGIES = ("all", "bottleneck", "windowed", "multi-scale")
 _WINDOW = 5
@@ -42,7 +43,7 @@ def feedback_map(config: UNetConfig, strategy: str | Mapping[int, int]) -> dict[
     encoder = config.num_encoder_blocks
     decoder = range(encoder + 2, config.num_blocks + 1)
     if isinstance(strategy, Mapping):
-        mapping = {_integer(source): _integer(target) for source, target in strategy.items()}
+        mapping = {_block(source): _block(target) for source, target in strategy.items()}
     elif strategy == "all":
         mapping = {source: config.mirror(source) for source in decoder}
     elif strategy == "bottleneck":
@@ -56,12 +57,12 @@ def feedback_map(config: UNetConfig, strategy: str | Mapping[int, int]) -> dict[
         mapping = {source: shared or config.mirror(source) for source in window}
     else:
         raise ValueError(
-            f"unknown feedback {strategy!r}; choose from {', '.join(STRATEGIES)}, or give a map "
-            "{source block: target block}"
+            f"unknown feedback {shorten(strategy)}; choose from {', '.join(STRATEGIES)}, or give a "
+            "map {source block: target block}"
         )
     config.check_blocks(mapping, "feedback sources")
     for source, target in mapping.items():
-        if isinstance(target, bool) or target not in range(1, encoder + 1) or source <= target:
+        if target not in range(1, encoder + 1) or source <= target:
             raise ValueError(
                 f"feedback {source} → {target}: the target must be an encoder block (1 to "
                 f"{encoder}) that comes before its source"
@@ -69,9 +70,18 @@ def feedback_map(config: UNetConfig, strategy: str | Mapping[int, int]) -> dict[
     return dict(sorted(mapping.items()))
 
 
-def _integer(number: int | str) -> int:
-    """Config files may carry the keys of a map as strings."""
-    return int(number) if isinstance(number, str) and number.isdigit() else number
+def _block(number: int | str) -> int:
+    """A block number of a map, which config files may write as a string.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if isinstance(number, str) and number.isdecimal() and len(number) < 9:
+        return int(number)
+    found = integer(number)
+    if found is None:
+        raise ValueError(f"feedback must map block numbers to block numbers, got {shorten(number)}")
+    return found
 
 
 class _BatchNorm(nn.BatchNorm2d):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from reprlib import repr as shorten
 from typing import Any
@@ -21,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from diffbackbone.compat import is_compiling
 from diffbackbone.ops import (
     GROUPS,
     Conv1x1,
     Conv3x3,
     GroupNorm32,
     autocasts,
+    is_readable,
     layout,
     recomputed,
 )
@@ -261,14 +262,13 @@ class UNetConfig:
         Raises:
             ValueError: Not a block number of this network; the message gives the range.
         """
-        numbers = tuple(blocks)
-        wrong = [b for b in numbers if isinstance(b, bool) or not isinstance(b, int)]
-        wrong += [b for b in numbers if b not in wrong and b not in self.blocks]
-        if wrong or not numbers:
+        given = tuple(blocks)
+        numbers = tuple(map(integer, given))
+        if not numbers or any(b not in self.blocks for b in numbers):
             raise ValueError(
                 f"{what} must be block numbers from 1 to {self.num_blocks} (1-based: encoder 1-"
                 f"{self.num_encoder_blocks}, middle {self.num_encoder_blocks + 1}, decoder "
-                f"{self.num_encoder_blocks + 2}-{self.num_blocks}), got {shorten(list(numbers))}"
+                f"{self.num_encoder_blocks + 2}-{self.num_blocks}), got {shorten(list(given))}"
             )
         return numbers
 
@@ -294,6 +294,29 @@ _MAX_LEVELS, _MAX_WIDTH = 10, 16384
 def is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
     """Whether a value is a finite number; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def integer(value: object) -> int | None:
+    """A Python or numpy integer as an int; None for anything else, booleans included."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """A tuple of a list from a config; a single integer becomes a tuple of one.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if integer(values) is not None:
+        return (values,)
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list of integers, got {shorten(values)}")
+    return tuple(values)
 
 
 def _check_fields(config: UNetConfig) -> None:
@@ -814,17 +837,7 @@ class UNet(nn.Module):
 
         Returns:
             Embedding (N, E), or (1, E) where one timestep serves the whole batch.
-
-        Raises:
-            ValueError: Labels are missing or not wanted.
         """
-        if (y is None) != (self.config.num_classes is None):
-            raise ValueError(
-                f"this U-Net is class-conditional ({self.config.num_classes} classes): labels y "
-                "are needed, or leave the label embedding out with config.replace(num_classes=None)"
-                if y is None
-                else "labels y were given, but this U-Net is not class-conditional"
-            )
         if not isinstance(t, Tensor):
             t = torch.full((1,), float(t), device=device)
         weight = self.time_embed[0].weight
@@ -844,7 +857,7 @@ class UNet(nn.Module):
             y: Class labels (N,), for a class-conditional model.
 
         Raises:
-            ValueError: ``last`` is not built, or labels are missing or not wanted.
+            ValueError: ``last`` is not built, or the labels don't fit.
         """
         self.config.check_blocks([last])
         if last > self.last_block:
@@ -856,12 +869,36 @@ class UNet(nn.Module):
             raise ValueError(
                 f"height and width must be multiples of {deepest}, got {tuple(x_t.shape[-2:])}"
             )
+        self._check_labels(y, x_t.shape[0])
         emb = self.embed(t, y, x_t.device)
         x_t = x_t.to(self.time_embed[0].weight.dtype)
         state = TraversalState(0, x_t, emb, last)
         if torch.is_grad_enabled():
             state.recompute = self._recomputed_blocks(x_t, last)
         return state
+
+    def _check_labels(self, y: Tensor | None, count: int) -> None:
+        classes = self.config.num_classes
+        if (y is None) != (classes is None):
+            raise ValueError(
+                f"this U-Net is class-conditional ({classes} classes): labels y are needed, or "
+                "leave the label embedding out with config.replace(num_classes=None)"
+                if y is None
+                else "labels y were given, but this U-Net is not class-conditional"
+            )
+        if y is None:
+            return
+        if y.shape != (count,) or y.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"labels y must be integers of shape ({count},), one for each image, got "
+                f"{y.dtype} of shape {tuple(y.shape)}"
+            )
+        if is_readable(y):
+            low, high = torch.stack(torch.aminmax(y)).tolist()
+            if low < 0 or high >= classes:
+                raise ValueError(
+                    f"labels y must lie in 0..{classes - 1}, got values from {low} to {high}"
+                )
 
     def _recomputed_blocks(self, x_t: Tensor, last: int) -> frozenset[int]:
         """The blocks to recompute in the backward pass of a run to block ``last``."""
@@ -959,8 +996,7 @@ class UNet(nn.Module):
             ``{b: (N, C_b, H/stride_b, W/stride_b)}`` in the order asked for.
 
         Raises:
-            ValueError: A block is out of range or not built, the size does not fit, or labels are
-                missing or not wanted.
+            ValueError: A block is out of range or not built, or the size or labels don't fit.
         """
         wanted = self.config.check_blocks(blocks)
         extra = {
@@ -982,8 +1018,8 @@ class UNet(nn.Module):
             y: Class labels (N,), for a class-conditional model.
 
         Raises:
-            ValueError: The U-Net was built without its last blocks, the size does not fit, or
-                labels are missing or not wanted.
+            ValueError: The U-Net was built without its last blocks, or the size or labels don't
+                fit.
         """
         if not hasattr(self, "out"):
             raise ValueError(f"this U-Net ends at block {self.last_block} and has no output layer")

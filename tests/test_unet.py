@@ -445,5 +445,8 @@ def test_bad_requests(small):
         small(x, 90, golden.Y)
     with pytest.raises(ValueError, match="labels y are needed"):
         UNet(golden.CONFIGS["classic64"])(x, 90)
+    for labels in ([3, 10], [-1, 3], [3], [[3, 3]], [3.0, 4.0]):
+        with pytest.raises(ValueError, match="labels y must"):
+            UNet(golden.CONFIGS["classic64"])(x, 90, torch.tensor(labels))
     with pytest.raises(ValueError, match="unknown preset 'gd1024'; choose from gd64"):
         UNetConfig.from_preset("gd1024")
