@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import math
 import os
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
-from diffbackbone.feedback import STRATEGIES, Feedback
-from diffbackbone.models.base import check_budget, resize
-from diffbackbone.models.gd_config import UNetConfig, is_number
+from diffbackbone.feedback import Feedback
+from diffbackbone.models.base import as_tuple, check_budget, integer, is_number, resize
+from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.guided_diffusion import UNet
-from diffbackbone.models.ops import as_type
+from diffbackbone.models.ops import as_type, is_readable
 
 MIN_SIZE = 32
 """Smallest height and width of an image, in pixels."""
@@ -124,7 +125,7 @@ class DiffusionBackbone(nn.Module):
                 )
             config = config.replace(num_classes=None)
         self.class_label = _check_label(class_label, config)
-        self.blocks = config.blocks.check(_as_tuple("blocks", blocks))
+        self.blocks = config.blocks.check(as_tuple("blocks", blocks))
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
         self.timestep = self.schedule.check_timestep(timestep)
         if noise not in NOISE_POLICIES:
@@ -137,7 +138,8 @@ class DiffusionBackbone(nn.Module):
         self.save_frozen = save_frozen
         self._digest: Tensor | None = None  # of the weights that a file brought
         self._dtype = _check_dtype(dtype, freeze)
-        self._field: tuple[Any, Tensor] | None = None  # fixed noise of the largest size seen
+        self._field: tuple[Any, Tensor] | None = None  # fixed noise, kept for the next call
+        self._largest = 0  # pixels of the largest image seen
 
         taps = [config.blocks[b] for b in self.blocks]
         self.strides = _check_strides(out_strides, taps)
@@ -148,7 +150,6 @@ class DiffusionBackbone(nn.Module):
         self.feedback = None
         last = max(self.blocks)
         if feedback is not None:
-            _check_feedback(feedback)
             self.feedback = Feedback(config, feedback, first_pass_grad)
             self.feedback.check_taps(self.blocks)
             last = max(last, self.feedback.last_source)
@@ -250,6 +251,7 @@ class DiffusionBackbone(nn.Module):
         Raises:
             ValueError: The images are of another shape, type or range, or hold NaN.
         """
+        check_images(images)
         features = self._run(images, self.timestep, self.blocks, y)
         height, width = images.shape[-2:]
         maps = []
@@ -271,7 +273,7 @@ class DiffusionBackbone(nn.Module):
     def forward_taps(
         self,
         images: Tensor,
-        timesteps: Iterable[int] | None = None,
+        timesteps: int | Iterable[int] | None = None,
         blocks: Iterable[int] | None = None,
         y: Tensor | None = None,
     ) -> dict[tuple[int, int], Tensor]:
@@ -279,7 +281,7 @@ class DiffusionBackbone(nn.Module):
 
         Args:
             images: See :meth:`forward`.
-            timesteps: 0-based timesteps; None takes the backbone's.
+            timesteps: 0-based timesteps, each once; None takes the backbone's.
             blocks: 1-based blocks, none after the last one built; None takes the backbone's.
             y: See :meth:`forward`.
 
@@ -288,16 +290,16 @@ class DiffusionBackbone(nn.Module):
             outputs of the second pass.
 
         Raises:
-            ValueError: See :meth:`forward`; or a timestep or block is out of range.
+            ValueError: See :meth:`forward`; a timestep or block is out of range, or a timestep is
+                given twice.
         """
+        check_images(images)
         chosen = self.blocks if blocks is None else self.unet.config.blocks.check(blocks)
         if max(chosen) > self.unet.last_block:
             raise ValueError(
                 f"blocks {list(chosen)}: this U-Net was built up to block {self.unet.last_block}"
             )
-        steps = [self.timestep] if timesteps is None else list(timesteps)
-        for t in steps:
-            self.schedule.check_timestep(t)
+        steps = self.schedule.check_timesteps(self.timestep if timesteps is None else timesteps)
         height, width = images.shape[-2:]
         return {
             (t, b): as_type(_crop(x, height, width, self.unet.blocks[b].stride), images.dtype)
@@ -309,8 +311,6 @@ class DiffusionBackbone(nn.Module):
         self, images: Tensor, t: int, blocks: Sequence[int], y: Tensor | None
     ) -> dict[int, Tensor]:
         """Noise padded images and run the U-Net once, or twice with feedback."""
-        if not torch.compiler.is_compiling():
-            check_images(images)
         if y is None and self.class_label is not None:
             y = torch.full((images.shape[0],), self.class_label, device=images.device)
         x_start = pad_to_multiple(images, self.size_divisibility)
@@ -326,7 +326,11 @@ class DiffusionBackbone(nn.Module):
             return self.unet.forward_features(x_t, t, blocks, y)
 
     def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Noise (3, H, W) that a pixel's coordinates determine, kept for the largest size seen."""
+        """Noise (3, H, W) that a pixel's coordinates determine.
+
+        A field that holds all sizes seen is kept, unless it would have more than twice the pixels
+        of the largest image; then only the last size is kept.
+        """
         made_for = (self.seed, device)
         if torch.compiler.is_compiling() and not self._exports_kept_noise(made_for, height, width):
             return coordinate_noise(3, height, width, seed=self.seed, device=device)
@@ -334,7 +338,10 @@ class DiffusionBackbone(nn.Module):
             self._field = made_for, torch.empty(3, 0, 0, device=device)
         field = self._field[1]
         if field.shape[1] < height or field.shape[2] < width:
+            self._largest = max(self._largest, height * width)
             size = max(field.shape[1], height), max(field.shape[2], width)
+            if math.prod(size) > 2 * self._largest:
+                size = height, width
             field = coordinate_noise(3, *size, seed=self.seed, device=device)
             self._field = made_for, field
         return field[:, :height, :width]
@@ -410,36 +417,6 @@ def _check_kinds(flags: Mapping[str, Any], seed: Any, schedule: Any) -> None:
         raise ValueError(f"schedule must be a NoiseSchedule or None, got {shorten(schedule)}")
 
 
-def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
-    """A tuple of a config's list; a number by itself is one of one."""
-    if isinstance(values, int):
-        return (values,)
-    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} must be a list of integers, got {shorten(values)}")
-    return tuple(values)
-
-
-def _check_feedback(feedback: Any) -> None:
-    """Check a strategy's name, or a map's integers, which config files may write as strings.
-
-    Raises:
-        ValueError: They are something else.
-    """
-    if not isinstance(feedback, Mapping) and feedback not in STRATEGIES:
-        raise ValueError(
-            f"unknown feedback {shorten(feedback)}; choose from {', '.join(STRATEGIES)}, or give a "
-            "map {source block: target block}"
-        )
-    pairs = feedback.items() if isinstance(feedback, Mapping) else ()
-    for number in (number for pair in pairs for number in pair):
-        written = isinstance(number, str) and number.isdecimal() and len(number) < 9
-        if not written and not is_number(number, int):
-            raise ValueError(
-                f"feedback must map block numbers to block numbers, got {shorten(number)} in "
-                f"{shorten(dict(feedback))}"
-            )
-
-
 def _resolve_config(unet: str | UNetConfig | Mapping[str, Any] | UNet) -> UNetConfig:
     if isinstance(unet, UNet):
         return unet.config
@@ -489,23 +466,23 @@ def _check_label(label: int | None, config: UNetConfig) -> int | None:
         raise ValueError(
             f"class_label={shorten(label)} was given, but the U-Net is not class-conditional"
         )
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < config.num_classes:
+    if integer(label) not in range(config.num_classes):
         raise ValueError(f"class_label must be 0 to {config.num_classes - 1}, got {shorten(label)}")
-    return label
+    return integer(label)
 
 
 def _check_strides(out_strides: Sequence[int] | None, taps: Sequence[Any]) -> tuple[int, ...]:
     if out_strides is None:
         return tuple(tap.stride for tap in taps)
-    strides = _as_tuple("out_strides", out_strides)
-    if len(strides) != len(taps):
+    given = as_tuple("out_strides", out_strides)
+    if len(given) != len(taps):
         raise ValueError(
-            f"out_strides {strides} has {len(strides)} entries for {len(taps)} blocks "
+            f"out_strides {given} has {len(given)} entries for {len(taps)} blocks "
             f"{tuple(tap.index for tap in taps)}; give one stride for each block"
         )
-    for stride in strides:
-        if isinstance(stride, bool) or not isinstance(stride, int) or stride not in _STRIDES:
-            raise ValueError(f"out_strides must be powers of two from {_STRIDES}, got {strides}")
+    strides = tuple(map(integer, given))
+    if not set(strides) <= set(_STRIDES):
+        raise ValueError(f"out_strides must be powers of two from {_STRIDES}, got {given}")
     return strides
 
 
@@ -518,6 +495,8 @@ def check_images(images: Tensor) -> None:
     Raises:
         ValueError: Not (N, 3, H, W) floating-point images of at least 32 px in [-1, 1], or NaN.
     """
+    if torch.compiler.is_compiling():
+        return
     what = "images must be a floating-point tensor (N, 3, H, W), RGB in [-1, 1]"
     if not isinstance(images, Tensor) or not images.is_floating_point():
         given = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -528,9 +507,9 @@ def check_images(images: Tensor) -> None:
         raise ValueError(
             f"images must be at least {MIN_SIZE} x {MIN_SIZE} px, got {tuple(images.shape[-2:])}"
         )
-    if images.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # a CUDA graph: no value can be looked at
-    low, high = (float(bound) for bound in torch.aminmax(images.detach()))
+    if not is_readable(images):
+        return
+    low, high = torch.stack(torch.aminmax(images.detach())).tolist()
     if math.isnan(low) or math.isnan(high):
         raise ValueError(f"{what}; there are NaN values in the batch")
     if low < -1.01 or high > 1.01:
@@ -538,6 +517,18 @@ def check_images(images: Tensor) -> None:
             f"{what}; the values given reach from {low:.4g} to {high:.4g}. Images of 0..255 are "
             "brought there by mean 127.5 and std 127.5"
         )
+    if 0 <= low < 0.1 and high > 0.5:
+        _warn_unit_range()
+
+
+@functools.cache  # once per process
+def _warn_unit_range() -> None:
+    warnings.warn(
+        "images must be RGB in [-1, 1], but this batch has no value below 0. If its images are in "
+        "[0, 1], scale them by 2 * x - 1. (This is said once.)",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

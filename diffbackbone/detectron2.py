@@ -48,7 +48,8 @@ from diffbackbone.backbone import (  # noqa: E402
     pad_to_multiple,
     pad_to_size,
 )
-from diffbackbone.models.gd_config import UNetConfig, is_number  # noqa: E402
+from diffbackbone.models.base import is_number  # noqa: E402
+from diffbackbone.models.gd_config import UNetConfig  # noqa: E402
 
 PADDINGS = ("separate", "reflect", "keep")
 """What is done about the padding that brings images of unequal size into one batch."""

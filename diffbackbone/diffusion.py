@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from reprlib import repr as shorten
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffbackbone.models.base import as_tuple, integer
+
 NOISE_POLICIES = ("random", "fixed", "none")
+_WITHOUT_FLOAT64 = ("mps",)
 
 
 class NoiseSchedule:
@@ -54,12 +58,27 @@ class NoiseSchedule:
         Raises:
             ValueError: Not an integer from 0 to T - 1.
         """
-        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.num_timesteps:
+        number = integer(t)
+        if number is None or not 0 <= number < self.num_timesteps:
             raise ValueError(
                 f"timestep must be an integer from 0 to {self.num_timesteps - 1} (0-based index "
                 f"into the schedule), got {shorten(t)}"
             )
-        return t
+        return number
+
+    def check_timesteps(self, timesteps: int | Iterable[int]) -> tuple[int, ...]:
+        """Validate one or more timesteps.
+
+        Raises:
+            ValueError: There is none, one is given twice, or see :meth:`check_timestep`.
+        """
+        given = as_tuple("timesteps", timesteps)
+        numbers = tuple(map(self.check_timestep, given))
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(
+                f"timesteps must name at least one timestep, each once, got {shorten(given)}"
+            )
+        return numbers
 
     def add_noise(self, x_start: Tensor, t: int | Tensor, noise: Tensor | None) -> Tensor:
         """Noise images to timestep t (Eq. 2): sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
@@ -76,11 +95,12 @@ class NoiseSchedule:
             ValueError: A timestep is out of range.
         """
         if isinstance(t, Tensor):
+            t = t.reshape(-1).cpu()  # not every device has float64
             if t.numel() == 0 or t.min() < 0 or t.max() >= self.num_timesteps:
                 raise ValueError(
                     f"timesteps must lie in 0..{self.num_timesteps - 1}, got {t.tolist()}"
                 )
-            alpha_bar = self.alphas_cumprod.to(t.device)[t.reshape(-1)][:, None, None, None]
+            alpha_bar = self.alphas_cumprod[t][:, None, None, None]
             signal = alpha_bar.sqrt().float().to(x_start.device)
             sigma = (1 - alpha_bar).sqrt().float().to(x_start.device)
         else:
@@ -111,6 +131,8 @@ def coordinate_noise(
     Returns:
         Noise (channels, height, width), float32.
     """
+    if device is not None and torch.device(device).type in _WITHOUT_FLOAT64:
+        return coordinate_noise(channels, height, width, seed).to(device)
     c, y, x = torch.meshgrid(
         torch.arange(channels, device=device),
         torch.arange(height, device=device),

@@ -71,7 +71,8 @@ def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[
 
 
 def _integer(number: Any) -> Any:
-    return int(number) if isinstance(number, str) and number.isdecimal() else number
+    digits = isinstance(number, str) and number.isdecimal() and len(number) < 9
+    return int(number) if digits else number
 
 
 class _BatchNorm(nn.BatchNorm2d):

@@ -50,33 +50,28 @@ class DiffusionTaps(DiffusionBackbone):
 
     Args:
         unet: See :class:`diffbackbone.openmmlab.DiffusionBackbone`.
-        timesteps: t, 0-based; DifFormer's paper setting has several (Section 3.2).
+        timesteps: t, 0-based, one or several; DifFormer's paper setting has several (Section 3.2).
         blocks: Tapped blocks, 1-based.
         **kwargs: Other arguments of the backbone; ``timestep``, ``out_channels`` and
             ``out_strides`` excepted.
 
     Raises:
-        ValueError: There is no timestep, or see :class:`diffbackbone.DiffusionBackbone`.
+        ValueError: There is no timestep, one is given twice, or see
+            :class:`diffbackbone.DiffusionBackbone`.
     """
 
     def __init__(
         self,
         unet: Any = "gd256_uncond",
-        timesteps: Sequence[int] = (150,),
-        blocks: Sequence[int] = (24,),
+        timesteps: Sequence[int] | int = (150,),
+        blocks: Sequence[int] | int = (24,),
         **kwargs: Any,
     ) -> None:
-        if not timesteps:
-            raise ValueError("timesteps must name at least one timestep")
         super().__init__(
-            unet,
-            timestep=timesteps[0],
-            blocks=tuple(blocks),
-            out_channels=None,
-            out_strides=None,
-            **kwargs,
+            unet, timestep=0, blocks=blocks, out_channels=None, out_strides=None, **kwargs
         )
-        self.timesteps = tuple(self.schedule.check_timestep(t) for t in timesteps)
+        self.timesteps = self.schedule.check_timesteps(timesteps)
+        self.timestep = self.timesteps[0]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Taps of a batch.
@@ -88,7 +83,8 @@ class DiffusionTaps(DiffusionBackbone):
             One map (N, C_b, ceil(H / stride_b), ceil(W / stride_b)) for each timestep and block,
             all blocks of a timestep after one another.
         """
-        return tuple(self.forward_taps(images, self.timesteps).values())
+        taps = self.forward_taps(images, self.timesteps)
+        return tuple(taps[t, b] for t in self.timesteps for b in self.blocks)
 
 
 class _DiffusionClsHead(ClsHead):

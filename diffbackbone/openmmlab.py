@@ -29,7 +29,7 @@ from torch import nn  # noqa: E402
 from diffbackbone import openmmlab_engine, openmmlab_sharding  # noqa: E402, F401  register
 from diffbackbone.backbone import RANDOM_WEIGHTS, check_names, layer_scales  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
-from diffbackbone.models.gd_config import is_number  # noqa: E402
+from diffbackbone.models.base import is_number  # noqa: E402
 
 IGNORE_LABEL = 255
 """Label of pixels that take no part in training and evaluation."""

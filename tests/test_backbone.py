@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 
 import golden
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffbackbone import DiffusionBackbone, UNet, UNetConfig, compat
-from diffbackbone.backbone import pad_to_multiple
+from diffbackbone.backbone import _warn_unit_range, pad_to_multiple
 from diffbackbone.diffusion import coordinate_noise
 
 SMALL = golden.CONFIGS["narrow256"]
@@ -341,6 +344,16 @@ def test_fixed_noise_is_computed_once_for_the_largest_size(monkeypatch):
     assert not any("field" in key for key in backbone.state_dict())
 
 
+@pytest.mark.parametrize("turns", [1, 4])
+def test_fixed_noise_keeps_at_most_twice_the_largest_image(turns):
+    backbone = build(blocks=(1,), out_strides=None)
+    for turn in range(turns):  # long images, then narrower and longer ones, then high ones
+        for height, width in ((1024 >> turn, 32 << turn), (32 << turn, 1024 >> turn)):
+            field = backbone._fixed_noise(height, width, torch.device("cpu"))
+            assert torch.equal(field, coordinate_noise(3, height, width))
+            assert field.untyped_storage().nbytes() <= 2 * 3 * 4 * 1024 * 32
+
+
 def test_activation_budget_reaches_the_u_net():
     assert build(activation_budget=1.5).unet.activation_budget == 1.5
     unet = UNet(SMALL)
@@ -422,6 +435,60 @@ def test_bad_settings(kwargs, message):
 def test_bad_images(bad, message):
     with pytest.raises(ValueError, match=message):
         build()(bad)
+
+
+def test_images_are_checked_once_for_all_timesteps():
+    ops = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ops.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Calls():
+        build(blocks=(1,), out_strides=None).forward_taps(images(), (10, 20, 30))
+    assert ops.count("aminmax") == 1
+    assert "_local_scalar_dense" not in ops  # each would wait for the device
+
+
+@pytest.mark.parametrize("timesteps", [(), (90, 20, 90), "90", (90, 1000), True])
+def test_bad_timesteps_of_taps(timesteps):
+    with pytest.raises(ValueError, match="timestep"):
+        build(blocks=(1,), out_strides=None).forward_taps(images(), timesteps)
+
+
+def test_numpy_integers_are_integers():
+    config = golden.CONFIGS["classic64"]
+    two, eighteen = np.array([2, 18])
+    backbone = DiffusionBackbone(
+        config,
+        timestep=np.int16(90),
+        blocks=np.array([18, 18]),
+        out_strides=np.array([4, 8]),
+        feedback={eighteen: two},
+        class_label=np.uint8(3),
+    )
+    assert (backbone.blocks, backbone.strides) == ((18, 18), (4, 8))
+    assert backbone.feedback.mapping == {18: 2}
+    settings = (*backbone.blocks, *backbone.strides, backbone.timestep, backbone.class_label)
+    assert {type(number) for number in settings} == {int}
+    taps = backbone.forward_taps(images(), np.arange(2), [eighteen])
+    assert list(taps) == [(0, 18), (1, 18)]
+    assert list(backbone.forward_taps(images(), np.int64(5))) == [(5, 18)]
+    for name in ("timestep", "blocks", "out_strides", "class_label"):
+        with pytest.raises(ValueError, match=name):
+            DiffusionBackbone(config, **{"blocks": 18, "out_strides": 4, name: np.True_})
+
+
+@pytest.mark.parametrize(("low", "high", "warns"), [(0, 1, 1), (0, 0, 0), (0.2, 1, 0), (-1, 1, 0)])
+def test_images_from_0_to_1_are_noticed_once(low, high, warns):
+    _warn_unit_range.cache_clear()
+    backbone = build(blocks=(1,), out_strides=None)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(2):
+            backbone(torch.linspace(low, high, 3 * 32 * 32).view(1, 3, 32, 32))
+    assert sum("2 * x - 1" in str(w.message) for w in caught) == warns
 
 
 def test_import_needs_no_framework():

@@ -6,6 +6,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffbackbone import NoiseSchedule
 from diffbackbone.diffusion import coordinate_noise
@@ -61,6 +62,24 @@ def test_noise_depends_on_coordinates_alone():
     state = torch.get_rng_state()
     coordinate_noise(3, 8, 8)
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Float64Error(TorchDispatchMode):
+    """Refuses float64 on the meta device, as MPS does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_meta and out.dtype == torch.float64:
+            raise TypeError("no float64 on this device")
+        return out
+
+
+def test_devices_without_float64(monkeypatch):
+    monkeypatch.setattr("diffbackbone.diffusion._WITHOUT_FLOAT64", ("meta",), raising=False)
+    with Float64Error():
+        noise = coordinate_noise(3, 8, 8, device=torch.device("meta"))
+        assert noise.device.type == "meta"
+        NoiseSchedule().add_noise(noise[None], torch.tensor([90]), noise)
 
 
 def test_noise_is_the_same_in_every_release():

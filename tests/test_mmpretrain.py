@@ -105,6 +105,15 @@ def test_bad_timesteps():
         MODELS.build({**BACKBONE, "timesteps": []})
     with pytest.raises(ValueError, match="1000"):
         MODELS.build({**BACKBONE, "timesteps": [10, 1000]})
+    with pytest.raises(ValueError, match="once"):
+        MODELS.build({**BACKBONE, "timesteps": [10, 10]})
+
+
+def test_single_numbers_and_repeated_blocks():
+    backbone = MODELS.build({**BACKBONE, "timesteps": 90, "blocks": 5})
+    assert (backbone.timesteps, backbone.timestep) == ((90,), 90)
+    backbone = MODELS.build({**BACKBONE, "blocks": (5, 5)})
+    assert len(backbone(torch.zeros(1, 3, 64, 64))) == len(backbone.channels) == 2
 
 
 def test_the_config_has_the_papers_head():

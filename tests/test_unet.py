@@ -423,7 +423,7 @@ def test_embedding_has_cosines_first():
     [
         ({"model_channels": 40}, "multiple of 32"),
         ({"model_channels": 0}, "model_channels must be an integer from 1 .* got 0"),
-        ({"attention_strides": (64,)}, "attention_strides {64}"),
+        ({"attention_strides": (64,)}, r"attention_strides \{64\}"),
         ({"num_head_channels": 48}, "num_head_channels=48 does not divide"),
         ({"num_head_channels": None, "num_heads": 3}, "num_heads=3 does not divide"),
         ({"noise_schedule": "sqrt"}, "'linear' or 'cosine', got 'sqrt'"),
@@ -446,5 +446,8 @@ def test_bad_requests(small):
         small(x, 90, golden.Y)
     with pytest.raises(ValueError, match="labels y are needed"):
         UNet(golden.CONFIGS["classic64"])(x, 90)
+    for labels in ([3, 10], [-1, 3], [3], [[3, 3]], [3.0, 4.0]):
+        with pytest.raises(ValueError, match="labels y must"):
+            UNet(golden.CONFIGS["classic64"])(x, 90, torch.tensor(labels))
     with pytest.raises(ValueError, match="unknown preset 'gd1024'; choose from gd64"):
         UNetConfig.from_preset("gd1024")

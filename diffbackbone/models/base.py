@@ -8,6 +8,7 @@ are here, once for all.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -77,17 +78,42 @@ class BlockTable(dict[int, BlockInfo]):
             ValueError: Not a block number of this network; the message gives the range.
         """
         given = list(blocks)
-        try:
-            numbers = tuple(operator.index(b) for b in given if not isinstance(b, bool))
-        except TypeError:
-            numbers = ()
-        if not given or len(numbers) < len(given) or any(b not in self for b in numbers):
+        numbers = tuple(map(integer, given))
+        if not numbers or any(b not in self for b in numbers):
             encoder = self.num_encoder_blocks
             raise ValueError(
                 f"{what} must be block numbers from 1 to {len(self)} (1-based: encoder 1-{encoder}"
                 f", middle {encoder + 1}, decoder {encoder + 2}-{len(self)}), got {given[:8]}"
             )
         return numbers
+
+
+def is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    """Whether a value is a finite number; booleans are none."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def integer(value: Any) -> int | None:
+    """Return a Python or numpy integer as an int; None for anything else, booleans included."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """Return a config's list as a tuple; a single integer becomes a tuple of one.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if integer(values) is not None:
+        return (values,)
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list of integers, got {values!r:.200}")
+    return tuple(values)
 
 
 @dataclasses.dataclass
@@ -181,6 +207,9 @@ class DiffusionModel(nn.Module):
         """Return the condition that blocks read, for timesteps t and labels y."""
         raise NotImplementedError
 
+    def check_labels(self, y: Tensor | None, count: int) -> None:
+        """Raise a ValueError where labels don't fit the network or the number of images."""
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, and of the maps between blocks."""
@@ -198,8 +227,7 @@ class DiffusionModel(nn.Module):
             y: Class labels (N,), for a class-conditional model.
 
         Raises:
-            ValueError: ``last`` is not built, the size does not fit, or labels are missing, not
-                wanted or out of range.
+            ValueError: ``last`` is not built, or the size or labels don't fit.
         """
         self.blocks.check([last])
         if last > self.last_block:
@@ -209,6 +237,7 @@ class DiffusionModel(nn.Module):
             raise ValueError(
                 f"height and width must be multiples of {deepest}, got {tuple(x_t.shape[-2:])}"
             )
+        self.check_labels(y, x_t.shape[0])
         state = TraversalState(0, x_t.to(self.dtype), self.embed(t, y, x_t.device), last)
         if torch.is_grad_enabled():
             state.recompute = self._recomputed_blocks(state.h, last)
@@ -299,8 +328,7 @@ class DiffusionModel(nn.Module):
             ``{b: (N, C_b, H/stride_b, W/stride_b)}`` in the order asked for.
 
         Raises:
-            ValueError: A block is out of range or not built, the size does not fit, or labels are
-                missing or not wanted.
+            ValueError: A block is out of range or not built, or the size or labels don't fit.
         """
         wanted = self.blocks.check(blocks)
         extra = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffbackbone.models.base import BlockInfo, BlockTable
+from diffbackbone.models.base import BlockInfo, BlockTable, is_number
 from diffbackbone.models.ops import GROUPS
 
 
@@ -186,11 +186,6 @@ _LARGEST = {
 _OPTIONAL = ("num_head_channels", "num_heads_upsample", "num_classes")
 _FLAGS = ("use_scale_shift_norm", "resblock_updown", "conv_resample", "use_new_attention_order")
 _MAX_LEVELS, _MAX_WIDTH = 10, 16384
-
-
-def is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
-    """Whether a value is a finite number; booleans are none."""
-    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _check_types(config: UNetConfig) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffbackbone.models.base import BlockInfo, DiffusionModel
 from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.ops import Conv1x1, Conv3x3, GroupNorm32, recomputed
+from diffbackbone.models.ops import Conv1x1, Conv3x3, GroupNorm32, is_readable, recomputed
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -265,8 +265,45 @@ class UNet(DiffusionModel):
         """Return the module of a block (1-based)."""
         return self.get_submodule(self.blocks[index].name)
 
-    def embed(self, t: Tensor | int | float, y: Tensor | None = None, device=None) -> Tensor:
-        """Time (and class) embedding.
+    def check_labels(self, y: Tensor | None, count: int) -> None:
+        """Check class labels.
+
+        Args:
+            y: Labels (N,), integers, or None.
+            count: Number of images N.
+
+        Raises:
+            ValueError: They are missing, not wanted, out of range or not one for each image.
+        """
+        classes = self.config.num_classes
+        if (y is None) != (classes is None):
+            raise ValueError(
+                f"this U-Net is class-conditional ({classes} classes): labels y are needed, or "
+                "leave the label embedding out with config.replace(num_classes=None)"
+                if y is None
+                else "labels y were given, but this U-Net is not class-conditional"
+            )
+        if y is None:
+            return
+        if y.shape != (count,) or y.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"labels y must be integers of shape ({count},), one for each image, got "
+                f"{y.dtype} of shape {tuple(y.shape)}"
+            )
+        if is_readable(y):
+            low, high = torch.stack(torch.aminmax(y)).tolist()
+            if low < 0 or high >= classes:
+                raise ValueError(
+                    f"labels y must lie in 0..{classes - 1}, got values from {low} to {high}"
+                )
+
+    def embed(
+        self,
+        t: Tensor | int | float,
+        y: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Return the time (and class) embedding.
 
         Args:
             t: Timesteps (N,) or (1,), or one number for the whole batch.
@@ -275,17 +312,7 @@ class UNet(DiffusionModel):
 
         Returns:
             Embedding (N, E), or (1, E) where one timestep serves the whole batch.
-
-        Raises:
-            ValueError: Labels are missing or not wanted.
         """
-        if (y is None) != (self.config.num_classes is None):
-            raise ValueError(
-                f"this U-Net is class-conditional ({self.config.num_classes} classes): labels y "
-                "are needed, or leave the label embedding out with config.replace(num_classes=None)"
-                if y is None
-                else "labels y were given, but this U-Net is not class-conditional"
-            )
         if not isinstance(t, Tensor):
             t = torch.full((1,), float(t), device=device)
         weight = self.time_embed[0].weight
@@ -294,7 +321,7 @@ class UNet(DiffusionModel):
         return emb if y is None else emb + self.label_emb(y)
 
     def forward(self, x_t: Tensor, t: Tensor | int | float, y: Tensor | None = None) -> Tensor:
-        """The model's own output: noise (N, 3, H, W), or noise and variance (N, 6, H, W).
+        """Return the model's own output: noise (N, 3, H, W), or noise and variance (N, 6, H, W).
 
         Args:
             x_t: Noised images (N, C, H, W); H and W multiples of the deepest stride.
@@ -302,8 +329,8 @@ class UNet(DiffusionModel):
             y: Class labels (N,), for a class-conditional model.
 
         Raises:
-            ValueError: The U-Net was built without its last blocks, the size does not fit, or
-                labels are missing or not wanted.
+            ValueError: The U-Net was built without its last blocks, or the size or labels don't
+                fit.
         """
         if not hasattr(self, "out"):
             raise ValueError(f"this U-Net ends at block {self.last_block} and has no output layer")

@@ -67,6 +67,13 @@ def autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether values can be read: not while tracing, in a CUDA graph or on the meta device."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in another type, unless autocast is on, which sees to types itself."""
     return x if x.dtype == dtype or autocasts(x) else x.to(dtype)
