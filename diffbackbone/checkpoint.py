@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from diffbackbone import compat
+from diffbackbone._unpickle import allow_globals, check_weights
 from diffbackbone.unet import _NOT_IN_SHAPES, PRESETS, UNet, UNetConfig, read_architecture
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,10 @@ _ZIP = b"PK\x03\x04"
 _ZIP_HEADER = 30 + 2 * 65535  # at most, in front of a part
 # the one thing that torch's weights-only unpickler calls with a size it is told, and fills
 _BYTEARRAY = re.compile(rb"\nbytearray\n")
+
+
+_CHECKS_WEIGHTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+"""Whether torch refuses itself what :func:`check_weights` keeps out."""
 
 
 class CheckpointError(ValueError):
@@ -254,8 +258,12 @@ def read_checkpoint(
 
             return load_file(path)
         archive = _check_torch_file(path)
-        # files from before torch 1.6 can't be mapped
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped and archive)
+        with allow_globals():
+            if not _CHECKS_WEIGHTS:
+                check_weights(path)
+            # files from before torch 1.6 can't be mapped
+            mapped = mapped and archive
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise CheckpointError(f"{name} can't be read: {first_line(error)}") from error
     except pickle.UnpicklingError as error:
@@ -297,8 +305,6 @@ def _check_torch_file(path: Path) -> bool:
                 ]
         if any(_BYTEARRAY.search(content, *span) for span in pickles):
             raise pickle.UnpicklingError("it asks for a bytearray, which is no weight")
-    if compat.TORCH < compat.CHECKS_WEIGHTS:
-        compat.check_weights(path)
     return packed
 
 
@@ -393,11 +399,11 @@ def _find_unet(
             for key, value in content.items()
             if isinstance(key, str) and key.endswith(_ANCHOR) and isinstance(value, Tensor)
         }
-        inner = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
-        if candidates or not inner:
+        wrapper = find_wrapper(content)
+        if candidates or wrapper is None:
             break
-        logger.info("%s: taking %r out of %s", source, inner[0], some_keys(content))
-        content = content[inner[0]]
+        logger.info("%s: taking %r out of %s", source, wrapper, some_keys(content))
+        content = content[wrapper]
     if not candidates:
         raise CheckpointError(
             f"{source} holds no guided-diffusion U-Net: no key ends in {_ANCHOR!r} (first keys: "
@@ -421,6 +427,13 @@ def _find_unet(
         )
     foreign = tuple(str(key) for key in content if not str(key).startswith(prefix))
     return inside, prefix, foreign
+
+
+def find_wrapper(content: Mapping[Any, Any]) -> str | None:
+    """The key of the state dict in a checkpoint, None if it has none."""
+    # MMEngine's EMAHook saves the averaged weights as state_dict, the others as ema_state_dict
+    names = ("state_dict",) if "message_hub" in content else _WRAPPERS
+    return next((name for name in names if isinstance(content.get(name), Mapping)), None)
 
 
 def _is_plain(value: Any) -> bool:
