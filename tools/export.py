@@ -331,9 +331,10 @@ def write(path: Path, save: Callable[[Path], None], check: Callable[[Path], None
     Raises:
         ToolError: The disk is full or can't be written.
     """
+    path = Path(os.path.realpath(path))  # "<path>.data" belongs beside a link's target
 
     def save_checked(partial: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             saved = Path(folder) / path.name
             save(saved)
             check(saved)
