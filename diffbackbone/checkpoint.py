@@ -12,6 +12,7 @@ infinite is seen. Checksums guard against accidents, not against somebody who re
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import http.client
 import json
 import logging
@@ -21,6 +22,7 @@ import os
 import pickle
 import re
 import stat
+import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,9 +30,10 @@ from reprlib import repr as shorten
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from diffbackbone._unpickle import allow_globals, check_weights
+from diffbackbone.runs import write_whole
 from diffbackbone.unet import _NOT_IN_SHAPES, PRESETS, UNet, UNetConfig, read_architecture
 
 logger = logging.getLogger(__name__)
@@ -486,27 +489,65 @@ def _where_to_get(config: UNetConfig | None) -> str:
     return f"OpenAI's files are at {', '.join(RELEASED_CHECKPOINTS.values())}"
 
 
+def _cache_path(url: str) -> Path:
+    """Where the file of an address is kept: in torch.hub's cache, each address for itself."""
+    name = Path(url.split("?")[0]).name
+    if url not in RELEASED_CHECKPOINTS.values():  # which may be there already
+        suffix = Path(name).suffix[:20]
+        digest = hashlib.sha256(url.encode()).hexdigest()
+        name = f"{name.removesuffix(suffix)[:100]}.{digest[:16]}{suffix}"
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
 def _download(url: str) -> Path:
     """Fetch a file into torch.hub's cache, with a progress bar; it arrives whole or not at all.
 
-    Of several processes on a machine the first one downloads, the others wait.
+    Of the processes that share a cache the first one downloads, the others wait.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.split("?")[0]).name
-    several = distributed.is_available() and distributed.is_initialized()
-    first = not several or int(os.environ.get("LOCAL_RANK", distributed.get_rank())) == 0
-    if first and not path.is_file():
+    from filelock import FileLock
+
+    path = _cache_path(url)
+    if path.is_file():  # also in a cache that is read-only
+        return path
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        logger.info("downloading %s to %s", url, path)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=True)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise CheckpointError(
-                f"{url} could not be downloaded ({error}); fetch it by other means and give the "
-                "local path"
-            ) from error
-    if several:
-        distributed.barrier()
+        with FileLock(path.with_name(f".{path.name}.lock")):  # ends with the process that holds it
+            if not path.is_file():
+                logger.info("downloading %s to %s", url, path)
+                write_whole(path, lambda partial: _fetch(url, partial))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise CheckpointError(
+            f"{url} could not be downloaded ({first_line(error)}); fetch it by other means and "
+            "give the local path"
+        ) from error
     return path
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Download a file, and check its length and the checksum in its name if it has one.
+
+    Raises:
+        OSError: It was not to be had, or not whole.
+        http.client.HTTPException: The server doesn't keep to the protocol.
+        ValueError: It is no address, or the file doesn't have its checksum.
+    """
+    digest, received = hashlib.sha256(), 0
+    request = urllib.request.Request(url, headers={"User-Agent": "diffbackbone"})
+    with urllib.request.urlopen(request, timeout=60) as response, open(path, "wb") as file:
+        length = response.headers["Content-Length"]
+        size = None if length is None else int(length)
+        with torch.hub.tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                digest.update(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+    if size is not None and received != size:
+        raise OSError(f"the connection ended after {received} of {size} bytes")
+    # torch.hub's and MMEngine's convention; digits alone are rather a date
+    expected = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", Path(url.split("?")[0]).name)
+    if expected and not digest.hexdigest().startswith(expected[1]):
+        raise ValueError(f"its SHA-256 is {digest.hexdigest()}, its name says {expected[1]}")
 
 
 def first_line(error: BaseException) -> str:
