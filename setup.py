@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 MMSEG = [
-    "torch>=2.6",  # older ones can't read MMEngine's checkpoints as weights only: compat.py
+    "torch>=2.6",  # older ones can't read MMEngine's checkpoints as weights only
     "mmengine>=0.10.7,<0.11",
     "mmcv-lite>=2.1.0,<2.2",  # a compiled mmcv 2.1 serves as well, and wins where it is installed
     "mmsegmentation>=1.2.2,<1.3",
@@ -60,6 +60,7 @@ setup(
         'torch>=2.6; python_version >= "3.13"',  # 2.5 can't save there: its pickler is read-only
         "numpy>=1.24",
         "safetensors>=0.4",
+        "filelock",
     ],
     extras_require={
         "mmseg": MMSEG,

@@ -12,6 +12,7 @@ infinite is seen. Checksums guard against accidents, not against somebody who re
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import http.client
 import json
 import logging
@@ -21,6 +22,7 @@ import os
 import pickle
 import re
 import stat
+import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,11 +30,12 @@ from reprlib import repr as shorten
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from diffbackbone import compat
+from diffbackbone._unpickle import allow_globals, check_weights
 from diffbackbone.models.gd_config import NOT_IN_SHAPES, PRESETS, UNetConfig, read_architecture
 from diffbackbone.models.guided_diffusion import UNet
+from diffbackbone.runs import write_whole
 from diffbackbone.utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,10 @@ _ZIP = b"PK\x03\x04"
 _ZIP_HEADER = 30 + 2 * 65535  # at most, in front of a part
 # the one thing that torch's weights-only unpickler calls with a size it is told, and fills
 _BYTEARRAY = re.compile(rb"\nbytearray\n")
+
+
+_CHECKS_WEIGHTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+"""Whether torch refuses itself what :func:`check_weights` keeps out."""
 
 
 class CheckpointError(UserError):
@@ -256,8 +263,12 @@ def read_checkpoint(
 
             return load_file(path)
         archive = _check_torch_file(path)
-        # files from before torch 1.6 can't be mapped
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped and archive)
+        with allow_globals():
+            if not _CHECKS_WEIGHTS:
+                check_weights(path)
+            # files from before torch 1.6 can't be mapped
+            mapped = mapped and archive
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise CheckpointError(f"{name} can't be read: {first_line(error)}") from error
     except pickle.UnpicklingError as error:
@@ -299,8 +310,6 @@ def _check_torch_file(path: Path) -> bool:
                 ]
         if any(_BYTEARRAY.search(content, *span) for span in pickles):
             raise pickle.UnpicklingError("it asks for a bytearray, which is no weight")
-    if compat.TORCH < compat.CHECKS_WEIGHTS:
-        compat.check_weights(path)
     return packed
 
 
@@ -395,11 +404,11 @@ def _find_unet(
             for key, value in content.items()
             if isinstance(key, str) and key.endswith(_ANCHOR) and isinstance(value, Tensor)
         }
-        inner = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
-        if candidates or not inner:
+        wrapper = find_wrapper(content)
+        if candidates or wrapper is None:
             break
-        logger.info("%s: taking %r out of %s", source, inner[0], some_keys(content))
-        content = content[inner[0]]
+        logger.info("%s: taking %r out of %s", source, wrapper, some_keys(content))
+        content = content[wrapper]
     if not candidates:
         raise CheckpointError(
             f"{source} holds no guided-diffusion U-Net: no key ends in {_ANCHOR!r} (first keys: "
@@ -423,6 +432,13 @@ def _find_unet(
         )
     foreign = tuple(str(key) for key in content if not str(key).startswith(prefix))
     return inside, prefix, foreign
+
+
+def find_wrapper(content: Mapping[Any, Any]) -> str | None:
+    """The key of the state dict in a checkpoint, None if it has none."""
+    # MMEngine's EMAHook saves the averaged weights as state_dict, the others as ema_state_dict
+    names = ("state_dict",) if "message_hub" in content else _WRAPPERS
+    return next((name for name in names if isinstance(content.get(name), Mapping)), None)
 
 
 def _is_plain(value: Any) -> bool:
@@ -475,27 +491,65 @@ def _where_to_get(config: UNetConfig | None) -> str:
     return f"OpenAI's files are at {', '.join(RELEASED_CHECKPOINTS.values())}"
 
 
+def _cache_path(url: str) -> Path:
+    """Where the file of an address is kept: in torch.hub's cache, each address for itself."""
+    name = Path(url.split("?")[0]).name
+    if url not in RELEASED_CHECKPOINTS.values():  # which may be there already
+        suffix = Path(name).suffix[:20]
+        digest = hashlib.sha256(url.encode()).hexdigest()
+        name = f"{name.removesuffix(suffix)[:100]}.{digest[:16]}{suffix}"
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
 def _download(url: str) -> Path:
     """Fetch a file into torch.hub's cache, with a progress bar; it arrives whole or not at all.
 
-    Of several processes on a machine the first one downloads, the others wait.
+    Of the processes that share a cache the first one downloads, the others wait.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.split("?")[0]).name
-    several = distributed.is_available() and distributed.is_initialized()
-    first = not several or int(os.environ.get("LOCAL_RANK", distributed.get_rank())) == 0
-    if first and not path.is_file():
+    from filelock import FileLock
+
+    path = _cache_path(url)
+    if path.is_file():  # also in a cache that is read-only
+        return path
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        logger.info("downloading %s to %s", url, path)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=True)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise CheckpointError(
-                f"{url} could not be downloaded ({error}); fetch it by other means and give the "
-                "local path"
-            ) from error
-    if several:
-        distributed.barrier()
+        with FileLock(path.with_name(f".{path.name}.lock")):  # ends with the process that holds it
+            if not path.is_file():
+                logger.info("downloading %s to %s", url, path)
+                write_whole(path, lambda partial: _fetch(url, partial))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise CheckpointError(
+            f"{url} could not be downloaded ({first_line(error)}); fetch it by other means and "
+            "give the local path"
+        ) from error
     return path
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Download a file, and check its length and the checksum in its name if it has one.
+
+    Raises:
+        OSError: It was not to be had, or not whole.
+        http.client.HTTPException: The server doesn't keep to the protocol.
+        ValueError: It is no address, or the file doesn't have its checksum.
+    """
+    digest, received = hashlib.sha256(), 0
+    request = urllib.request.Request(url, headers={"User-Agent": "diffbackbone"})
+    with urllib.request.urlopen(request, timeout=60) as response, open(path, "wb") as file:
+        length = response.headers["Content-Length"]
+        size = None if length is None else int(length)
+        with torch.hub.tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                digest.update(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+    if size is not None and received != size:
+        raise OSError(f"the connection ended after {received} of {size} bytes")
+    # torch.hub's and MMEngine's convention; digits alone are rather a date
+    expected = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", Path(url.split("?")[0]).name)
+    if expected and not digest.hexdigest().startswith(expected[1]):
+        raise ValueError(f"its SHA-256 is {digest.hexdigest()}, its name says {expected[1]}")
 
 
 def first_line(error: BaseException) -> str:

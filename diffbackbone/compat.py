@@ -1,7 +1,6 @@
 """What the oldest torch lacks, and what stock frameworks need to run on today's.
 
-:func:`is_compiling` and :func:`is_autocast_enabled` are torch's own where it has them;
-:func:`check_weights` keeps out what the weights-only reader of older torch lets in.
+:func:`is_compiling` and :func:`is_autocast_enabled` are torch's own where it has them.
 
 :func:`check_mmseg_stack`, :func:`check_mmpretrain_stack`, :func:`check_mmdet_stack` and
 :func:`check_detectron2_stack` say in one error what is missing or too new;
@@ -16,20 +15,16 @@ import functools
 import importlib.machinery
 import importlib.metadata
 import importlib.util
-import io
 import logging
-import mmap
-import os
-import pickle
 import re
 import sys
-import tarfile
 import types
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any, Callable, ClassVar
+from typing import Any, Callable
 
 import torch
+
+from diffbackbone._unpickle import checkpoint_globals
 
 logger = logging.getLogger(__name__)
 
@@ -226,103 +221,6 @@ def apply_mmengine_repairs() -> tuple[str, ...]:
 
 
 # --------------------------------------------------------------------------------------------------
-# weights of older torch
-
-CHECKS_WEIGHTS = (2, 10)
-"""From this torch on, :func:`check_weights` is of no use: it refuses all this itself."""
-
-
-def check_weights(path: str | os.PathLike[str]) -> None:
-    """Keep out what ``torch.load(weights_only=True)`` lets in before torch 2.10.
-
-    Before 2.6 it unpacks tar archives and runs TorchScript (CVE-2025-32434). Before 2.10 a pickle
-    can set items of a storage beyond its end (CVE-2026-24747), and a tensor may be longer than its
-    values in the file. So the pickles are gone through first, as torch will, but on stand-ins:
-    only containers take items.
-
-    Raises:
-        pickle.UnpicklingError: The file has such a thing in it. Other errors are possible, too.
-    """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content[:4] == b"PK\x03\x04":  # torch's own reader, so that both see the same archive
-            archive = torch._C.PyTorchFileReader(os.fspath(path))
-            if "constants.pkl" in archive.get_all_records():
-                raise pickle.UnpicklingError("it is TorchScript: GLOBAL code, not weights")
-            _StandInUnpickler(io.BytesIO(archive.get_record("data.pkl")), archive).load()
-            return
-        with contextlib.suppress(tarfile.TarError):
-            tarfile.open(fileobj=file, mode="r:").close()
-            raise pickle.UnpicklingError("it is a tar archive, as torch wrote before 0.2 (2017)")
-        for _ in range(5):  # magic number, version, machine, content, storages
-            _StandInUnpickler(content).load()
-
-
-class _StandIn:
-    """Stands for a tensor, storage or function: takes arguments and a state, and no items."""
-
-    def __new__(cls, *_: Any) -> _StandIn:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _StandInUnpickler(pickle._Unpickler):
-    """Goes through a pickle as torch's weights-only unpickler does.
-
-    It is Python's, as C's makes room for as many memos as a file names, and knows no more
-    operations than torch's, so that both take a pickle for the same.
-    """
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        code[0]: pickle._Unpickler.dispatch[code[0]]
-        for code in (
-            *(pickle.GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD, pickle.BINPERSID),
-            *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.MARK),
-            *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_TUPLE),
-            *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.EMPTY_LIST, pickle.EMPTY_DICT),
-            *(pickle.EMPTY_SET, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.BINFLOAT),
-            *(pickle.LONG1, pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.BINGET),
-            *(pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.PROTO, pickle.STOP),
-        )
-    }
-
-    def __init__(self, file: Any, archive: Any = None) -> None:
-        super().__init__(file, encoding="utf-8")
-        self._archive = archive
-        self._sizes: dict[str, int] = {}
-
-    def load(self) -> Any:
-        try:
-            return super().load()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise pickle.UnpicklingError(f"it asks for what no weights need: {error}") from error
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full == "collections.OrderedDict":
-            return OrderedDict
-        reader = torch._weights_only_unpickler
-        users = getattr(reader, "_get_user_allowed_globals", dict)()  # from torch 2.4 on
-        if full not in reader._get_allowed_globals() and full not in users:
-            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {full}")
-        return type(name, (_StandIn,), {})
-
-    def persistent_load(self, pid: Any) -> Any:
-        if self._archive is not None:
-            _, kind, key, _, count = pid
-            size = count
-            if kind.__name__ != "UntypedStorage":
-                dtype = torch.storage._get_dtype_from_pickle_storage_type(kind.__name__)
-                size = count * torch._utils._element_size(dtype)
-            if key not in self._sizes:
-                self._sizes[key] = len(self._archive.get_record(f"data/{key}"))
-            if not 0 <= size <= self._sizes[key]:
-                raise pickle.UnpicklingError(f"storage {key} is shorter than its {count} values")
-        return _StandIn()
-
-
-# --------------------------------------------------------------------------------------------------
 # mmcv_ops
 
 
@@ -384,76 +282,11 @@ def repair_resume_safe_globals() -> bool:
     Returns:
         Whether anything was not allowed yet.
     """
-    missing = _checkpoint_globals().difference(torch.serialization.get_safe_globals())
+    import mmengine.logging  # noqa: F401 - its own HistoryBuffer, not a stand-in for it
+
+    missing = checkpoint_globals().difference(torch.serialization.get_safe_globals())
     torch.serialization.add_safe_globals(list(missing))
     return bool(missing)
-
-
-@functools.cache
-def _checkpoint_globals() -> frozenset[Any]:
-    """What a training checkpoint asks for by name, with what answers to each name.
-
-    A few names stand for something harmless instead of the real thing. ``getattr`` is there for
-    the statistics methods that a ``HistoryBuffer`` carries, and finds nothing else. ``np.ndarray``
-    and ``np.dtype`` could make arrays of Python objects out of raw bytes; here, arrays start empty
-    and data types are numbers.
-    """
-    import numpy as np
-    from mmengine.logging import HistoryBuffer
-
-    uncallable_array = type("ndarray", (np.ndarray,), {"__new__": _refuse_array})
-    make_scalar = np.float64(0).__reduce__()[0]
-    names: dict[str, Any] = {
-        "mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer,
-        "builtins.getattr": _history_buffer_method,
-        "numpy.ndarray": uncallable_array,
-        "numpy.dtype": number_dtype,
-    }
-    for core in ("numpy._core", "numpy.core"):  # as numpy 2 and numpy 1 write it
-        names[f"{core}.multiarray._reconstruct"] = empty_array
-        names[f"{core}.multiarray.scalar"] = make_scalar
-    # Classes whose instances get their state from the file. A name in a file has a dot, so these
-    # names are in reach of none, and the classes can't be called.
-    codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
-    for kind in (np.ndarray, *(type(np.dtype(code)) for code in codes)):
-        names[kind.__name__] = kind
-    return frozenset((value, name) for name, value in names.items())
-
-
-def _history_buffer_method(owner: Any, name: Any) -> Callable[..., Any]:
-    from mmengine.logging import HistoryBuffer
-
-    allowed = ("min", "max", "mean", "current")
-    if owner is not HistoryBuffer or name not in allowed:
-        raise pickle.UnpicklingError(
-            f"the checkpoint asks for attribute {name!r} of {owner!r}; only {', '.join(allowed)} "
-            "of mmengine's HistoryBuffer are allowed"
-        )
-    return getattr(HistoryBuffer, name)
-
-
-def number_dtype(code: Any, *_: Any) -> Any:
-    """Stands for ``np.dtype`` in a pickle: numbers only.
-
-    Raises:
-        pickle.UnpicklingError: It is another type.
-    """
-    import numpy as np
-
-    if not isinstance(code, str) or np.dtype(code).kind not in "biufc":
-        raise pickle.UnpicklingError(f"the checkpoint asks for numpy's {code!r}, not for numbers")
-    return np.dtype(code, False, True)  # a copy, which may take a byte order
-
-
-def empty_array(*_: Any) -> Any:
-    """Stands for numpy's ``_reconstruct`` in a pickle: an array that gets size and values next."""
-    import numpy as np
-
-    return np.empty(0)
-
-
-def _refuse_array(*_: Any, **__: Any) -> Any:
-    raise pickle.UnpicklingError("the checkpoint calls numpy.ndarray, which is not allowed")
 
 
 # --------------------------------------------------------------------------------------------------

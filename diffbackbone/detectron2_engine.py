@@ -25,7 +25,6 @@ import diffbackbone.detectron2  # noqa: F401  says what is missing, and register
 
 # isort: split
 import detectron2.data.transforms as T
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -57,7 +56,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 
-from diffbackbone import compat
+from diffbackbone._unpickle import NUMPY_GLOBALS
 from diffbackbone.checkpoint import (
     WEIGHT_DTYPES,
     CheckpointError,
@@ -629,14 +628,6 @@ def _refuse(*_: Any) -> Any:
     raise pickle.UnpicklingError("it asks for memory, not for numbers")
 
 
-_NUMPY: dict[str, Any] = {
-    "ndarray": type("ndarray", (), {"__new__": _refuse}),
-    "dtype": compat.number_dtype,
-    "multiarray._reconstruct": compat.empty_array,
-    "multiarray.scalar": np.float64(0).__reduce__()[0],
-}
-
-
 class _NumbersUnpickler(pickle._Unpickler):
     """Makes arrays of numbers, as large as the file's own bytes; python's, as C's obeys any size.
 
@@ -649,11 +640,11 @@ class _NumbersUnpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        full = re.sub(r"^numpy\.(_?core\.)?", "", f"{module}.{name}")
-        if module.split(".")[0] == "numpy" and full in _NUMPY:
-            return _NUMPY[full]
+        full = f"{module}.{name}"
+        if full in NUMPY_GLOBALS:
+            return NUMPY_GLOBALS[full]
         if full not in ("collections.OrderedDict", "_codecs.encode"):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"it asks for {full}")
         return super().find_class(module, name)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
-import platform
 import random
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,33 @@ import torch
 
 # torch.save's own words where the disk is full
 _TORCH_WRITER = "PytorchStreamWriter|inline_container|iostream error"
+_ABANDONED = 3600  # seconds since a temporary file was written to
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, and move it there when it is on the disk.
+    """Write to a temporary file in the same folder, then rename it.
 
-    A process that is killed meanwhile leaves what was there, and ``.NAME.HOST.PID.writing``, which
-    the next one to write the same file removes.
+    A process that is killed meanwhile leaves what was there, and a ``.partial-….writing``, which a
+    later call for the same folder removes once nobody has written to it for an hour.
 
     Args:
-        path: Where to; folders are made.
+        path: Where to; folders are made. A link stays, its target is written.
         write: Writes the path that it is given.
 
     Raises:
         OSError: It could not be written, for instance on a full disk; what was there stays.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    here = f".{path.name}.{platform.node()}."
-    for left in path.parent.glob(f"{glob.escape(here)}*.writing"):
-        if not _runs(left.name[len(here) : -len(".writing")]):
-            left.unlink(missing_ok=True)  # of a killed process: room for this file
-    partial = path.with_name(f"{here}{os.getpid()}.writing")  # several ranks may write one file
+    for left in path.parent.glob(".partial-*.writing"):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
+    # not tempfile's, which only their owner may read; several ranks may write one file
+    partial = path.with_name(f".partial-{uuid.uuid4().hex}.writing")
     try:
         write(partial)
-        with open(partial, "rb") as file:
+        with open(partial, "r+b") as file:  # Windows syncs no file that is open for reading
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
@@ -50,16 +52,6 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
         if isinstance(error, RuntimeError) and re.search(_TORCH_WRITER, str(error)):
             raise OSError(f"{path} could not be written; is the disk full?") from error
         raise
-
-
-def _runs(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):  # another user's, or no process's file
-        return True
-    return True
 
 
 def seed_everything(*keys: int) -> None:

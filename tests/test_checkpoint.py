@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
+import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
+import time
+from typing import ClassVar
 
 import golden
 import pytest
@@ -12,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffbackbone import CheckpointError, UNet, UNetConfig, load_checkpoint
-from diffbackbone.checkpoint import RELEASED_CHECKPOINTS
+from diffbackbone.checkpoint import RELEASED_CHECKPOINTS, read_checkpoint
 from diffbackbone.models.gd_config import PRESETS
 
 SMALL = UNetConfig(
@@ -72,28 +79,120 @@ def test_file_formats(tmp_path, state_dict):
     check(save(tmp_path, half, "half.pt"), half)
 
 
-def test_url_is_downloaded_once(tmp_path, state_dict, monkeypatch):
-    save(tmp_path, state_dict, "weights.pt")
-    served = []
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """Serves `contents`, each with the length that it announces; `served` are the paths asked for.
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path))
+    The cache is an empty one.
+    """
+
+    class Server(http.server.ThreadingHTTPServer):
+        contents: ClassVar[dict[str, tuple[bytes, int | None]]] = {}
+        served: ClassVar[list[str]] = []
+        seconds = 0.0
+
+        def url(self, path):
+            return f"http://127.0.0.1:{self.server_address[1]}{path}"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.served.append(self.path)
+            time.sleep(self.server.seconds)
+            if self.path not in self.server.contents:
+                self.send_error(404)
+                return
+            content, length = self.server.contents[self.path]
+            self.send_response(200)
+            if length is not None:
+                self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(content)
 
         def log_message(self, *args):
-            served.append(args)
+            pass
 
+    Server.contents, Server.served = {}, []
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/weights.pt"
-        check(url, state_dict)
-        count = len(served)
-        check(url, state_dict)
-        assert len(served) == count > 0
-        with pytest.raises(CheckpointError, match="could not be downloaded.*give the local path"):
-            load_checkpoint(UNet(SMALL), url.replace("weights", "missing"))
+        yield server
         server.shutdown()
+
+
+def serialized(state_dict):
+    torch.save(state_dict, file := io.BytesIO())
+    return file.getvalue()
+
+
+def test_urls_are_downloaded_once(server, state_dict):
+    other = {key: value + 1 for key, value in state_dict.items()}
+    for path, content in {"/weights.pt": state_dict, "/b/weights.pt": other}.items():
+        data = serialized(content)
+        server.contents[path] = (data, len(data))
+    for _ in range(2):
+        check(server.url("/weights.pt"), state_dict)
+        check(server.url("/b/weights.pt"), other)
+    assert server.served == ["/weights.pt", "/b/weights.pt"]
+
+
+def test_failed_downloads_are_tried_again(server, state_dict, tmp_path):
+    data = serialized(state_dict)
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    long = "/" + "x" * 250 + ".pt"
+    failures = {
+        "/short.pt": (data[:-1000], len(data)),
+        "/empty.pt": (b"", len(data)),
+        f"/weights-{digest}.pt": (data[:-1] + b"x", None),
+        long: None,  # there is no such file
+    }
+    for path, failure in failures.items():
+        if failure is not None:
+            server.contents[path] = failure
+        with pytest.raises(CheckpointError, match="could not be downloaded.*give the local path"):
+            load_checkpoint(UNet(SMALL), server.url(path))
+        server.contents[path] = (data, len(data))
+        check(server.url(path), state_dict)
+    assert not list((tmp_path / "home").rglob("*.writing"))
+
+
+def test_released_checkpoints_keep_their_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "lsun_cat.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(serialized({"a": torch.zeros(1)}))
+    assert read_checkpoint(RELEASED_CHECKPOINTS["lsun_cat"]).keys() == {"a"}
+
+
+DOWNLOAD = """
+import sys
+from diffbackbone.checkpoint import read_checkpoint
+assert read_checkpoint(sys.argv[1]).keys() == {"a"}
+"""
+
+
+def test_one_process_per_machine_downloads(server, tmp_path):
+    """Without a process group or environment variables that tell; a machine has its own cache."""
+    data = serialized({"a": torch.zeros(1)})
+    server.contents["/a.pt"] = (data, len(data))
+    server.seconds = 1.0
+
+    def start(home, count):
+        env = {**os.environ, "TORCH_HOME": str(tmp_path / home)}
+        command = [sys.executable, "-c", DOWNLOAD, server.url("/a.pt")]
+        return [subprocess.Popen(command, env=env) for _ in range(count)]
+
+    processes = start("first", 2) + start("second", 2)
+    assert [process.wait(120) for process in processes] == [0] * 4
+    assert len(server.served) == 2
+
+    server.seconds = 1000.0  # killed while it downloads
+    (killed,) = start("third", 1)
+    while len(server.served) < 3:
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    server.seconds = 0.0
+    assert [process.wait(120) for process in start("third", 1)] == [0]
 
 
 def test_blocks_that_are_not_built_are_not_loaded(tmp_path, state_dict):

@@ -5,23 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
-import io
 import os
 import pickle
 import subprocess
 import sys
-import tarfile
 import textwrap
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from diffbackbone import CheckpointError, compat
-from diffbackbone.checkpoint import read_checkpoint
+from diffbackbone import compat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,88 +44,6 @@ def test_autocast_is_known_by_device():
         assert compat.is_autocast_enabled("cpu") is True
         assert compat.is_autocast_enabled("cuda") is False
     assert compat.is_compiling() is False
-
-
-def saved(tmp_path, content, archive=True):
-    path = tmp_path / "weights.pt"
-    torch.save(content, path, _use_new_zipfile_serialization=archive)
-    return path
-
-
-@pytest.mark.parametrize("archive", [True, False])
-def test_weights_pass(tmp_path, archive):
-    linear = nn.Linear(3, 2).half()
-    content = {
-        "state_dict": linear.state_dict(),
-        "optimizer": {"lr": 0.1, "betas": (0.9, 0.99), "steps": [1, 2**40, None, True]},
-        "parameter": linear.weight,
-        "twice": [linear.bias, linear.bias[1:]],
-        "size": linear.weight.shape,
-        "int": torch.arange(3),
-    }
-    path = saved(tmp_path, content, archive)
-    compat.check_weights(path)
-    assert torch.equal(
-        torch.load(path, weights_only=True)["twice"][1], linear.bias[1:]
-    )  # what it is held against
-
-
-# opcodes of pickles, by hand: torch writes none of this
-STORAGE = (
-    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK%ctQ"
-)
-ATTACKS = {
-    "an item of a storage": (STORAGE % 3 + b"M\xff\xffK\x05s.", "item assignment"),
-    "items of a storage": (STORAGE % 3 + b"(M\xff\xffK\x05u.", "item assignment"),
-    "items of a new storage": (
-        b"ctorch.storage\nUntypedStorage\nK\x03\x85RM\xff\xffK\x05s.",
-        "item assignment",
-    ),
-    "more values than there are": (STORAGE % 4 + b".", "storage 0 is shorter than its 4 values"),
-    "a call": (b"cos\nsystem\nX\x02\x00\x00\x00ls\x85R.", "GLOBAL os.system"),
-    "another operation": (b"(ios\nsystem\n.", "no weights need"),
-    "a list of a storage": (STORAGE % 3 + b"K\x05a.", "append"),
-}
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_what_older_torch_would_let_in_is_refused(tmp_path, attack):
-    code, message = ATTACKS[attack]
-    path = tmp_path / "weights.pt"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("a/data.pkl", b"\x80\x02" + code)
-        file.writestr("a/data/0", bytes(12))
-        file.writestr("a/version", b"3\n")
-    with pytest.raises(pickle.UnpicklingError, match=message):
-        compat.check_weights(path)
-    if attack != "more values than there are":  # the values of other files stand behind
-        header = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
-        pickles = [pickle.dumps(value, protocol=2) for value in header]
-        path.write_bytes(b"".join([*pickles, b"\x80\x02" + code]))
-        with pytest.raises(pickle.UnpicklingError, match=message):
-            compat.check_weights(path)
-
-
-def test_torchscript_and_tar_are_refused(tmp_path):
-    path = tmp_path / "weights.pt"
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(path))
-    with pytest.raises(pickle.UnpicklingError, match="TorchScript"):
-        compat.check_weights(path)
-    with tarfile.open(path, "w") as file:
-        file.add(__file__, "storages")
-    with pytest.raises(pickle.UnpicklingError, match="tar archive"):
-        compat.check_weights(path)
-    with pytest.raises(CheckpointError, match=r"weights\.pt"):
-        read_checkpoint(path)
-
-
-def test_checkpoints_are_checked_where_torch_needs_it(tmp_path, monkeypatch):
-    path, checked = saved(tmp_path, {"a": torch.zeros(1)}), []
-    monkeypatch.setattr(compat, "check_weights", checked.append)
-    for version, times in (((2, 1), 1), ((2, 9), 2), ((2, 10), 2)):
-        monkeypatch.setattr(compat, "TORCH", version)
-        assert read_checkpoint(path).keys() == {"a"}
-        assert checked == [path] * times
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,115 +132,6 @@ def test_real_mmcv_wins(tmp_path):
     """
     result = run_python(code, PYTHONPATH=str(tmp_path))
     assert result.stdout.split() == ["False", "real"], result.stderr
-
-
-# --------------------------------------------------------------------------------------------------
-# resume_safe_globals
-
-
-@pytest.fixture
-def no_safe_globals():
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    yield
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(before)
-
-
-def checkpoint(**more) -> io.BytesIO:
-    """What MMEngine's `Runner.save_checkpoint` writes: message hub, optimizer, schedulers."""
-    from mmengine.logging import MessageHub
-
-    hub = MessageHub("test_compat")
-    for loss in (1.0, 2.0, 4.5):
-        hub.update_scalar("train/loss", loss)
-    hub.update_info("best_score", np.float64(12.5))
-    hub.update_info("iter", 3)
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    content = {
-        "message_hub": hub.state_dict(),
-        "state_dict": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "meta": {"iter": 3, "dataset_meta": {"classes": ("a", "b")}, "seed": np.int64(7)},
-        **more,
-    }
-    file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=False)
-    file.seek(0)
-    return file
-
-
-@needs_mmengine
-def test_training_checkpoint_loads(no_safe_globals):
-    arrays = {"f": np.arange(3.0), "i": np.ones((2, 3), np.int16, order="F"), "b": np.array([True])}
-    swapped = np.arange(4, dtype=">i4")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(checkpoint(), weights_only=True)
-    assert compat.repair_resume_safe_globals() is True
-    assert compat.repair_resume_safe_globals() is False
-
-    loaded = torch.load(checkpoint(arrays=arrays, swapped=swapped), weights_only=True)
-    history = loaded["message_hub"]["log_scalars"]["train/loss"]
-    assert history.mean() == 2.5
-    assert history.statistics("max") == 4.5
-    assert loaded["message_hub"]["runtime_info"]["best_score"] == 12.5
-    assert type(loaded["message_hub"]["runtime_info"]["best_score"]) is np.float64
-    for name, array in {**loaded["arrays"], "swapped": loaded["swapped"]}.items():
-        saved = arrays.get(name, swapped)
-        assert type(array) is np.ndarray
-        assert array.dtype == saved.dtype.newbyteorder("=")  # numpy itself swaps the bytes
-        np.testing.assert_array_equal(array, saved)
-    assert np.dtype("int32").isnative
-
-
-@needs_mmengine
-def test_training_checkpoint_written_under_the_other_numpy_loads(no_safe_globals):
-    compat.repair_resume_safe_globals()
-    data = checkpoint().getvalue()
-    new, old = b"numpy._core.multiarray", b"numpy.core.multiarray"
-    there, other = (new, old) if new in data else (old, new)
-    assert there in data
-    loaded = torch.load(io.BytesIO(data.replace(there, other)), weights_only=True)
-    assert loaded["message_hub"]["log_scalars"]["train/loss"].min() == 1.0
-
-
-class Reduce:
-    def __init__(self, *reduced):
-        self.reduced = reduced
-
-    def __reduce__(self):
-        return self.reduced
-
-
-@needs_mmengine
-def test_malicious_checkpoint_is_still_refused(no_safe_globals, tmp_path):
-    from mmengine.logging import HistoryBuffer
-
-    compat.repair_resume_safe_globals()
-    trace = tmp_path / "trace"
-    attacks = {
-        "a call": Reduce(os.system, (f"touch {trace}",)),
-        "eval": Reduce(eval, (f"open({str(trace)!r}, 'w')",)),
-        "another attribute of an allowed class": Reduce(
-            getattr, (HistoryBuffer, "register_statistics")
-        ),
-        "an attribute of another class": Reduce(getattr, (np.ndarray, "mean")),
-        "an attribute of an allowed object": Reduce(getattr, (np.dtype("float64"), "str")),
-        "an array of objects from bytes": Reduce(np.ndarray, ((1,), "O", b"12345678")),
-        "an array by its class": Reduce(np.ndarray, (3,)),
-        "the data type of objects": Reduce(np.dtype, ("O",)),
-        "a data type with fields": Reduce(np.dtype, ([("a", "O")],)),
-        "objects": np.array([None]),
-        "fields": np.zeros(1, "f8,i4"),
-    }
-    for name, attack in attacks.items():
-        file = checkpoint(attack=attack)
-        with pytest.raises(pickle.UnpicklingError):
-            torch.load(file, weights_only=True)
-        assert not trace.exists(), name
 
 
 # --------------------------------------------------------------------------------------------------

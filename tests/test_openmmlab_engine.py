@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -351,17 +348,14 @@ def test_mmengine_writes_whole_files(tmp_path, monkeypatch):
         assert names(tmp_path) == ["x.pth"]
 
 
-def test_what_killed_processes_left_is_removed_and_no_other_writers_file(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    alive, other = process.pid, tmp_path / ".x.pth.elsewhere.1.writing"
-    mine = tmp_path / f".x.pth.{platform.node()}.{alive}.writing"
-    mine.touch()
-    other.touch()
+def test_what_killed_processes_left_is_removed(tmp_path):
+    old, new, strange = (tmp_path / f".{name}.writing" for name in ("partial-a", "partial-b", "c"))
+    for left in (old, new, strange):
+        left.touch()
+    for left in (old, strange):
+        os.utime(left, (1, 1))
     runs.write_whole(tmp_path / "x.pth", lambda partial: partial.write_text("a"))
-    assert mine.exists()
-    process.communicate(b"\n")
-    runs.write_whole(tmp_path / "x.pth", lambda partial: partial.write_text("b"))
-    assert names(tmp_path) == [other.name, "x.pth"]
+    assert names(tmp_path) == [strange.name, new.name, "x.pth"]
 
 
 def test_processes_write_one_file_at_once(tmp_path):
@@ -370,16 +364,36 @@ def test_processes_write_one_file_at_once(tmp_path):
 
     def inside(partial):
         partial.write_text("first")
-        before = os.getpid
-        try:  # another process, meanwhile
-            os.getpid = lambda: before() + 1
-            runs.write_whole(path, lambda other: other.write_text("second"))
-        finally:
-            os.getpid = before
+        runs.write_whole(path, lambda other: other.write_text("second"))
+        assert path.read_text() == "second"
 
     runs.write_whole(path, inside)
     assert path.read_text() == "first"
     assert names(tmp_path) == ["scores.json"]
+
+
+def test_links_stay_and_long_names_fit(tmp_path):
+    target, link = tmp_path / "storage" / ("x" * 255), tmp_path / "last.pth"
+    link.symlink_to(target)
+    for text in ("a", "b"):
+        runs.write_whole(link, lambda partial, text=text: partial.write_text(text))
+        assert link.is_symlink()
+        assert target.read_text() == text
+    (tmp_path / "plain").write_text("")
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
+
+
+def test_files_are_synced_as_windows_allows(tmp_path, monkeypatch):
+    """Through a descriptor that is open for writing."""
+    fcntl, sync = pytest.importorskip("fcntl"), os.fsync
+
+    def sync_writable(file):
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", sync_writable)
+    runs.write_whole(tmp_path / "x", lambda partial: partial.write_text("a"))
+    assert (tmp_path / "x").read_text() == "a"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import golden
+import numpy as np
 import pytest
 import torch
 
@@ -56,7 +57,7 @@ def trained(weights, tmp_path_factory):
             for part in (backbone.proj, backbone.feedback):
                 golden.fill(part)
         model = torch.nn.ModuleDict({"backbone": backbone, "head": torch.nn.Conv2d(8, 2, 1)})
-        content = {"meta": {"epoch": 1}, "state_dict": model.state_dict()}
+        content = {"meta": {"seed": np.int64(1)}, "state_dict": model.state_dict()}
         torch.save(content, folder / f"{name}.pth")
     return backbones["whole"], folder
 

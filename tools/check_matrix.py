@@ -46,17 +46,17 @@ TESTS: dict[str, tuple[str, ...]] = {
     "core": (
         *("test_unet.py", "test_diffusion.py", "test_feedback.py", "test_backbone.py"),
         *("test_checkpoint.py", "test_hostile_files.py", "test_compat.py", "test_ops.py"),
-        *("test_costs.py", "test_heads.py", "test_pretraining.py"),
+        *("test_unpickle.py", "test_costs.py", "test_heads.py", "test_pretraining.py"),
     ),
     "short": (  # what takes a third of the time
         *("test_unet.py", "test_diffusion.py", "test_checkpoint.py", "test_hostile_files.py"),
-        *("test_compat.py", "test_ops.py"),
+        *("test_unpickle.py", "test_compat.py", "test_ops.py"),
     ),
-    "mmseg": ("test_compat.py", "test_checkpoint.py", "test_mmseg.py"),
-    "openmmlab": ("test_compat.py", "test_checkpoint.py", "test_mmseg.py", "test_mmpretrain.py"),
+    "mmseg": ("test_compat.py", "test_unpickle.py", "test_mmseg.py"),
+    "openmmlab": ("test_compat.py", "test_unpickle.py", "test_mmseg.py", "test_mmpretrain.py"),
     "detectron2": ("test_checkpoint.py", "test_detectron2.py", "test_detectron2_engine.py"),
     "both": (
-        *("test_compat.py", "test_checkpoint.py", "test_mmseg.py", "test_mmpretrain.py"),
+        *("test_compat.py", "test_unpickle.py", "test_mmseg.py", "test_mmpretrain.py"),
         *("test_detectron2.py", "test_detectron2_engine.py"),
     ),
 }

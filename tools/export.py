@@ -187,10 +187,10 @@ def read_layers(source: str, prefix: str | None) -> dict[str, Tensor]:
             return {}
         keys = [key for key in content if isinstance(key, str)]
         roots = {key[: -len(end)] for key in keys for end in ends if key.endswith(end)}
-        inner = [name for name in reading._WRAPPERS if isinstance(content.get(name), Mapping)]
-        if roots or not inner:
+        wrapper = reading.find_wrapper(content)
+        if roots or wrapper is None:
             break
-        content = content[inner[0]]
+        content = content[wrapper]
     if prefix is not None:
         roots &= {prefix.removesuffix("unet.")}
     if len(roots) > 1:
@@ -331,9 +331,10 @@ def write(path: Path, save: Callable[[Path], None], check: Callable[[Path], None
     Raises:
         ToolError: The disk is full or can't be written.
     """
+    path = Path(os.path.realpath(path))  # "<path>.data" belongs beside a link's target
 
     def save_checked(partial: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             saved = Path(folder) / path.name
             save(saved)
             check(saved)
