@@ -508,6 +508,7 @@ def test_the_hook_is_mmengines_otherwise(tmp_path):
         checkpoint=dict(by_epoch=True, interval=1, max_keep_ckpts=2),
         param_scheduler=None,
         sampler=SHUFFLED,
+        optim_wrapper=accumulating(4),  # an epoch has as many iterations
     )
     runner.train()
     kept = [name for name in names(tmp_path) if name.endswith(".pth")]
