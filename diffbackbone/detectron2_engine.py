@@ -504,6 +504,13 @@ def check_supported(cfg: CfgNode) -> None:
             "MODEL.LOAD_PROPOSALS True is not supported: files of proposals are pickles, which can "
             "run code; MODEL.PROPOSAL_GENERATOR.NAME RPN makes proposals"
         )
+    diffusion = cfg.MODEL.DIFFUSION
+    feedback = bool(diffusion.FEEDBACK or diffusion.FEEDBACK_MAP)
+    if cfg.TEST.PRECISE_BN.ENABLED and feedback and diffusion.PADDING == "separate":
+        raise ValueError(
+            "TEST.PRECISE_BN.ENABLED True needs MODEL.DIFFUSION.PADDING reflect or keep, got "
+            "separate, which runs batch norm once for each size of images"
+        )
     if not cfg.TEST.AUG.ENABLED:
         return
     name = cfg.MODEL.META_ARCHITECTURE

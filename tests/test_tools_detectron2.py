@@ -1031,6 +1031,7 @@ TTA = ["TEST.AUG.ENABLED", "True"]
         (SAMPLE, [*TTA, "MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON True"),
         (SAMPLE, [*TTA, "TEST.AUG.MIN_SIZES", "()"], "TEST.AUG.MIN_SIZES ()"),
         (SAMPLE, ["MODEL.LOAD_PROPOSALS", "True"], "MODEL.LOAD_PROPOSALS True"),
+        (DIFFFEED, ["TEST.PRECISE_BN.ENABLED", "True"], "MODEL.DIFFUSION.PADDING"),
     ],
 )
 def test_what_is_not_supported(refused, small, no_model, arguments, config, keys, text):
