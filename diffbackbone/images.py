@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +39,7 @@ class ImageError(ValueError):
 
 
 def read_image(
-    path: str | os.PathLike[str], value_range: tuple[float, float] | None = None
+    path: str | os.PathLike[str], value_range: Sequence[float] | None = None
 ) -> np.ndarray:
     """Read an image as RGB (H, W, 3), uint8 or float32 in [0, 1].
 
@@ -137,7 +137,7 @@ def _read_color(path: str | os.PathLike[str], image: Image.Image) -> np.ndarray:
     return values[..., 2::-1]
 
 
-def _scale(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+def _scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
     """Map a range of values to [0, 1], float32.
 
     Raises:

@@ -743,13 +743,15 @@ class _Sweep:
         """The folders that features are taken of, by the names of their caches."""
         args = self.args
         if args.images:
-            folder = common.list_images(Path(args.images).expanduser())
+            folder = common.list_images(Path(args.images).expanduser(), args.value_range)
         elif args.cka_only:
-            folder = common.list_images(common.find_folder("val", args.data, args.val_dir))
+            root = common.find_folder("val", args.data, args.val_dir)
+            folder = common.list_images(root, args.value_range)
         else:
             train_root, val_root = common.find_folders(args.data, args.train_dir, args.val_dir)
-            train = common.list_folder(train_root)
-            return {"train": train, "val": common.list_folder(val_root, train.listing.classes)}
+            train = common.list_folder(train_root, None, args.value_range)
+            val = common.list_folder(val_root, train.listing.classes, args.value_range)
+            return {"train": train, "val": val}
         if len(folder.listing) > args.cka_images:
             rng = np.random.default_rng([args.seed, _ORDER])
             chosen = rng.permutation(len(folder.listing))[: args.cka_images]
