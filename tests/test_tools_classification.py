@@ -440,6 +440,7 @@ def test_stale_cache_is_refused_and_named(data, tmp_path):
     assert "timesteps: the cache has [150], wanted is [151]" in message
     assert "noise: the cache has 'fixed', wanted is 'none'" in message
     assert "weights_sha256" in fails(*arguments, "--seed", 1)
+    assert "preprocessing" in fails(*arguments, "--value-range", 0, 4095)
     assert not (tmp_path / "two").exists()
     train(data, tmp_path / "two", *options, "--timesteps", 151, "--overwrite-cache")
 

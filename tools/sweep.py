@@ -791,8 +791,8 @@ class _Sweep:
         caches = self._open_caches()
         results: dict[str, Any] = {"settings": settings}
         sections = []
+        common.write_json(self.out / "settings.json", settings)
         if not args.cka_only:
-            common.write_json(self.out / "settings.json", settings)
             records = self._judge(records, caches)
             sections.append(self._report(records, results))
         if not args.no_cka:
@@ -868,10 +868,6 @@ class _Sweep:
         path = self.out / "settings.json"
         if not path.is_file():
             return []
-        if self.args.cka_only:
-            raise ToolError(
-                f"{self.out} holds a sweep with probes: take another --out for CKA alone"
-            )
         try:
             made = json.loads(path.read_text(encoding="utf-8"))
             records = []
