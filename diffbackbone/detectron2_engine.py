@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import logging
 import os
 import pickle
@@ -39,8 +40,10 @@ from detectron2.data import (
 from detectron2.data.build import _train_loader_from_config
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
-from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
     COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
@@ -49,7 +52,12 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
-from detectron2.modeling import build_model
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    GeneralizedRCNNWithTTA,
+    build_model,
+)
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.utils import comm
 from torch import nn
@@ -269,10 +277,13 @@ def load_train_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
     names = list(cfg.DATASETS.TRAIN)
     if not names:
         raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     try:
         with naming_damaged(names):
             dicts = get_detection_dataset_dicts(
-                names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+                names,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
             )
     except AssertionError as error:
         raise ValueError(
@@ -428,6 +439,33 @@ def loader_settings(cfg: CfgNode, records: Sequence[dict], seed: int) -> dict[st
 # evaluation
 
 
+EVALUATORS = {
+    "cityscapes_instance": CityscapesInstanceEvaluator,
+    "cityscapes_sem_seg": CityscapesSemSegEvaluator,
+    "coco": COCOEvaluator,
+    "coco_panoptic_seg": None,  # several
+    "lvis": LVISEvaluator,
+    "pascal_voc": PascalVOCDetectionEvaluator,
+    "sem_seg": SemSegEvaluator,
+}
+"""Evaluators by the ``evaluator_type`` of datasets."""
+
+
+def evaluator_type(name: str) -> str:
+    """What kind of evaluation a dataset is for.
+
+    Raises:
+        ValueError: There is no evaluator for it.
+    """
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if kind not in EVALUATORS:
+        raise ValueError(
+            f"dataset {name!r} has the evaluator_type {kind!r}; there are evaluators for "
+            f"{', '.join(EVALUATORS)}"
+        )
+    return kind
+
+
 def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> DatasetEvaluator:
     """The evaluator that fits a dataset's ``evaluator_type``.
 
@@ -435,31 +473,61 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> D
         ValueError: There is none.
     """
     output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
-    kind = MetadataCatalog.get(name).get("evaluator_type")
-    evaluators: list[DatasetEvaluator] = []
-    if kind in ("sem_seg", "coco_panoptic_seg"):
-        evaluators.append(SemSegEvaluator(name, distributed=True, output_dir=output_dir))
-    if kind in ("coco", "coco_panoptic_seg"):
-        evaluators.append(COCOEvaluator(name, output_dir=output_dir))
-    if kind == "coco_panoptic_seg":
-        if importlib.util.find_spec("panopticapi") is None:
-            logger.warning(
-                "panopticapi is not installed (%s): boxes, masks and semantic segmentation are "
-                "evaluated, panoptic quality is not",
-                PANOPTIC_API,
-            )
-        else:
-            evaluators.append(COCOPanopticEvaluator(name, output_dir))
-    if kind == "lvis":
-        evaluators.append(LVISEvaluator(name, output_dir=output_dir))
-    if kind == "pascal_voc":
-        evaluators.append(PascalVOCDetectionEvaluator(name))
-    if not evaluators:
-        raise ValueError(
-            f"dataset {name!r} has the evaluator_type {kind!r}; there are evaluators for coco, "
-            "coco_panoptic_seg, sem_seg, lvis and pascal_voc"
+    kind = evaluator_type(name)
+    if kind != "coco_panoptic_seg":
+        writes = kind in ("coco", "lvis", "sem_seg")
+        return EVALUATORS[kind](name, **({"output_dir": output_dir} if writes else {}))
+    evaluators: list[DatasetEvaluator] = [
+        SemSegEvaluator(name, output_dir=output_dir),
+        COCOEvaluator(name, output_dir=output_dir),
+    ]
+    if importlib.util.find_spec("panopticapi") is None:
+        logger.warning(
+            "panopticapi is not installed (%s): boxes, masks and semantic segmentation are "
+            "evaluated, panoptic quality is not",
+            PANOPTIC_API,
         )
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    else:
+        evaluators.append(COCOPanopticEvaluator(name, output_dir))
+    return DatasetEvaluators(evaluators)
+
+
+def check_supported(cfg: CfgNode) -> None:
+    """Check that the config asks for nothing that this package or Detectron2 lacks.
+
+    Raises:
+        ValueError: It does.
+    """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS True is not supported: files of proposals are pickles, which can "
+            "run code; MODEL.PROPOSAL_GENERATOR.NAME RPN makes proposals"
+        )
+    diffusion = cfg.MODEL.DIFFUSION
+    feedback = bool(diffusion.FEEDBACK or diffusion.FEEDBACK_MAP)
+    if cfg.TEST.PRECISE_BN.ENABLED and feedback and diffusion.PADDING == "separate":
+        raise ValueError(
+            "TEST.PRECISE_BN.ENABLED True needs MODEL.DIFFUSION.PADDING reflect or keep, got "
+            "separate, which runs batch norm once for each size of images"
+        )
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    name = cfg.MODEL.META_ARCHITECTURE
+    kind = META_ARCH_REGISTRY.get(name)
+    takes_boxes = (  # PanopticFPN, an R-CNN too, does not
+        issubclass(kind, GeneralizedRCNN)
+        and "detected_instances" in inspect.signature(kind.inference).parameters
+    )
+    problems = [
+        *([] if takes_boxes else [f"MODEL.META_ARCHITECTURE {name}"]),
+        *(["MODEL.KEYPOINT_ON True"] if cfg.MODEL.KEYPOINT_ON else []),
+        *([] if cfg.TEST.AUG.MIN_SIZES else ["TEST.AUG.MIN_SIZES ()"]),
+    ]
+    if problems:
+        raise ValueError(
+            f"TEST.AUG.ENABLED True is not possible with {' and '.join(problems)}: Detectron2's "
+            "test-time augmentation is for the boxes and masks of a GeneralizedRCNN"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -746,6 +814,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        check_supported(cfg)
         check_datasets((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         self.records = load_train_dicts(cfg)
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -772,7 +841,32 @@ class Trainer(DefaultTrainer):
         writer = CheckpointHook(self.checkpointer, solver.CHECKPOINT_PERIOD, max_to_keep=keep)
         hooks = super().build_hooks()
         hooks = [writer if isinstance(hook, PeriodicCheckpointer) else hook for hook in hooks]
+        if self.cfg.TEST.AUG.ENABLED:
+            # after the plain evaluation, and before the results are written
+            last = max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+            hooks.insert(last + 1, EvalHook(0, self._test_augmented))
         return [self._seeding, *hooks]
+
+    def _test_augmented(self) -> dict[str, Any]:
+        results = self.test_with_TTA(self.cfg, self.model)
+        self._last_eval_results.update(results)
+        return results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:  # noqa: N802
+        """Evaluate with the test-time augmentation of ``TEST.AUG``.
+
+        Args:
+            cfg: The config.
+            model: A ``GeneralizedRCNN``, perhaps wrapped for several processes.
+
+        Returns:
+            What ``test`` returns, each name with ``_TTA`` behind it.
+        """
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": values for name, values in results.items()}
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

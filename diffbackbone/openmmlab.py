@@ -31,9 +31,6 @@ from diffbackbone.backbone import RANDOM_WEIGHTS, check_names, layer_scales  # n
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
 from diffbackbone.models.base import is_number  # noqa: E402
 
-IGNORE_LABEL = 255
-"""Label of pixels that take no part in training and evaluation."""
-
 
 @MODELS.register_module()
 class DiffusionBackbone(_DiffusionBackbone, BaseModule):
@@ -203,12 +200,21 @@ class CheckInputsHook(Hook):
     priority = "VERY_HIGH"
 
     def before_train(self, runner) -> None:
-        """Check that there are images to train and to validate on, and the metrics.
+        """Check that there are images to train and to validate on, the metrics, and the padding.
 
         Raises:
-            ValueError: A dataset is empty, or there is no such metric.
+            ValueError: A dataset is empty, there is no such metric, or label maps are padded with
+                a label that the heads have no class for.
         """
         self._check_metrics(runner.val_loop)
+        model = getattr(runner.model, "module", runner.model)
+        classes, ignored = _labels(model)
+        pad = getattr(getattr(model, "data_preprocessor", None), "seg_pad_val", None)
+        if classes is not None and pad is not None and not (0 <= pad < classes or ignored == {pad}):
+            raise ValueError(
+                f"data_preprocessor.seg_pad_val is {pad}, which pads label maps: it must be "
+                f"the label that all heads and losses ignore, got ignore_index {_listed(ignored)}"
+            )
         loops = {"train": runner.train_loop, "val": runner.val_loop}
         for name, loop in loops.items():
             dataset = getattr(getattr(loop, "dataloader", None), "dataset", None)
@@ -239,21 +245,44 @@ class CheckInputsHook(Hook):
         Raises:
             ValueError: A label is out of range.
         """
-        model = getattr(runner.model, "module", runner.model)
-        head = getattr(model, "decode_head", None)
-        classes = getattr(head, "num_classes", None)
-        samples = (data_batch or {}).get("data_samples") or []
+        classes, ignored = _labels(getattr(runner.model, "module", runner.model))
         if classes is None:
             return
-        for sample in samples:
+        for sample in (data_batch or {}).get("data_samples") or []:
             labels = getattr(getattr(sample, "gt_sem_seg", None), "data", None)
             if labels is None:
                 continue
-            wrong = labels[(labels != IGNORE_LABEL) & ((labels < 0) | (labels >= classes))]
-            if wrong.numel():
+            wrong = (labels < 0) | (labels >= classes)
+            if len(ignored) == 1:
+                wrong &= labels != next(iter(ignored))
+            if wrong.any():
                 raise ValueError(
-                    f"label {int(wrong.max())} in {getattr(sample, 'seg_map_path', 'a label map')}:"
-                    f" the head has {classes} classes, so labels must be 0 to {classes - 1}, or "
-                    f"{IGNORE_LABEL} for pixels to leave out (after reduce_zero_label, which takes "
-                    "1 off ADE20K's labels)"
+                    f"label {int(labels[wrong].max())} in "
+                    f"{getattr(sample, 'seg_map_path', 'a label map')}: the head has {classes} "
+                    f"classes, so labels must be 0 to {classes - 1}, or the one that all heads and "
+                    f"losses ignore (ignore_index {_listed(ignored)}), after reduce_zero_label, "
+                    "which takes 1 off ADE20K's labels"
                 )
+
+
+def _labels(model: nn.Module) -> tuple[int | None, set[int]]:
+    """The number of classes of a segmentor, and the other labels that its heads and losses ignore.
+
+    Labels other than classes can be trained with only where all ignore the same one.
+    """
+    heads = [getattr(model, name, None) for name in ("decode_head", "auxiliary_head")]
+    classes = getattr(model, "num_classes", None)
+    if heads[0] is None or classes is None:
+        return None, set()
+    given = (
+        getattr(module, name, None)
+        for head in heads
+        for module in (head.modules() if isinstance(head, nn.Module) else ())
+        for name in ("ignore_index", "ignore_label")  # mmseg's OhemCrossEntropy has the latter
+    )
+    # a class that a loss leaves out by its own ignore_index is no label of the kind
+    return classes, {x for x in given if isinstance(x, int) and not 0 <= x < classes}
+
+
+def _listed(labels: set[int]) -> str:
+    return ", ".join(map(str, sorted(labels))) or "None"

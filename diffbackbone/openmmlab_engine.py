@@ -9,6 +9,7 @@ run whose loss has no value any more.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import deque
@@ -32,7 +33,7 @@ from mmengine.dist import (  # noqa: E402
 from mmengine.hooks import CheckpointHook, Hook  # noqa: E402
 from mmengine.logging import print_log  # noqa: E402
 from mmengine.registry import DATASETS, HOOKS, LOOPS  # noqa: E402
-from mmengine.runner import IterBasedTrainLoop  # noqa: E402
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop  # noqa: E402
 from mmengine.runner.loops import _InfiniteDataloaderIterator  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
@@ -104,6 +105,11 @@ def _positions(sampler: InfiniteSampler, seed: int, start: int) -> Iterator[tupl
 # the loop
 
 
+def accumulated(runner: Any) -> int:
+    """How many iterations the optimizer makes one step of."""
+    return getattr(runner.optim_wrapper, "_accumulative_counts", 1)
+
+
 @LOOPS.register_module()
 class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
     """MMEngine's loop by iterations, which goes on exactly where a checkpoint was written.
@@ -147,7 +153,17 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
 
         Returns:
             The model.
+
+        Raises:
+            ValueError: The checkpoint was written between two steps of the optimizer.
         """
+        counts = accumulated(self.runner)
+        if self._iter % counts and self._iter < self._max_iters:
+            raise ValueError(
+                f"the checkpoint of iteration {self._iter} can't be resumed with "
+                f"accumulative_counts={counts}: the gradients since the last step are not in it; "
+                f"take one of an iteration that is a multiple of {counts}"
+            )
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         self._seed = self._start_data()
@@ -199,11 +215,17 @@ class WholeCheckpointHook(CheckpointHook):
 
     The new checkpoint is written whole first, then the note that it is the last, and only then are
     old ones removed. Weights that are not finite are not written. With ``max_keep_ckpts``, a
-    resumed run also counts what an interrupted one had left.
+    resumed run also counts what an interrupted one had left. Where gradients are accumulated,
+    checkpoints must fall on the optimizer's steps, as gradients are not in them.
     """
 
     def before_train(self, runner: Any) -> None:
-        """Find the checkpoints of the run that is resumed."""
+        """Find the checkpoints of the run that is resumed.
+
+        Raises:
+            ValueError: Checkpoints would be written between two steps of the optimizer.
+        """
+        self._check_accumulation(runner)
         super().before_train(runner)
         if self.max_keep_ckpts < 1 or runner.iter == 0 or not os.path.isdir(str(self.out_dir)):
             return
@@ -214,6 +236,25 @@ class WholeCheckpointHook(CheckpointHook):
         for step in steps[: -self.max_keep_ckpts]:
             self._remove(self.file_backend, self._path(step))
         self.keep_ckpt_ids = deque(steps[-self.max_keep_ckpts :], self.max_keep_ckpts)
+
+    def _check_accumulation(self, runner: Any) -> None:
+        counts, loop = accumulated(runner), runner.train_loop
+        epochs = isinstance(loop, EpochBasedTrainLoop)
+        length = len(loop.dataloader) if epochs else 1
+        given = []  # key, value, iterations in its unit
+        if self.interval > 0 and (epochs or not self.by_epoch):  # else only at the end
+            unit = length if self.by_epoch else 1
+            given += [("interval", self.interval, unit), ("save_begin", self.save_begin, unit)]
+        if self.save_best and runner.val_loop is not None:
+            given += [("val_interval", value, length) for value in loop.dynamic_intervals]
+        for key, value, unit in given:
+            if value * unit % counts:
+                allowed = f"a multiple of {counts // math.gcd(counts, unit)}"
+                raise ValueError(
+                    f"with accumulative_counts={counts}, the {key} of checkpoints must be {allowed}"
+                    f"{f' epochs, each of {unit} iterations' if unit > 1 else ''}; got {value}. "
+                    "Gradients between two steps of the optimizer are not saved"
+                )
 
     def _path(self, step: int) -> str:
         return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))

@@ -242,6 +242,16 @@ def test_datasets_without_content(dataset):
         engine.load_train_dicts(cfg)
 
 
+def test_images_with_few_keypoints_are_left_out(dataset):
+    box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
+    seen, hidden = ({**box, "keypoints": [1, 1, v]} for v in (2, 0))
+    name = dataset([record(seen), record(hidden)], thing_classes=["a"])
+    cfg = make_config("DATASETS.TRAIN", (name,), "MODEL.ROI_HEADS.NUM_CLASSES", 1)
+    assert len(engine.load_train_dicts(cfg)) == 2
+    cfg.MODEL.KEYPOINT_ON = True
+    assert len(engine.load_train_dicts(cfg)) == 1
+
+
 def coco(**changes):
     """The smallest file of COCO annotations, changed."""
     content = {

@@ -258,9 +258,10 @@ class Runner:
             return type("Loop", (), {"dataloader": type("Loader", (), {"dataset": dataset})})
 
         self.train_loop, self.val_loop = loop(train), loop(val)
-        head = type("Head", (torch.nn.Module,), {"num_classes": classes})()
         self.model = torch.nn.Module()
-        self.model.decode_head = head
+        self.model.num_classes = classes
+        self.model.decode_head = torch.nn.Module()
+        self.model.decode_head.ignore_index = 255
 
 
 def test_empty_data_and_labels_out_of_range_stop_the_run():
@@ -275,6 +276,70 @@ def test_empty_data_and_labels_out_of_range_stop_the_run():
     bad.gt_sem_seg.data[0, 0] = 149
     with pytest.raises(ValueError, match=r"label 149 in a.png: the head has 3 classes.*0 to 2"):
         hook.before_train_iter(Runner(), 0, dict(data_samples=[good, bad]))
+
+
+def other_ignored_label(decode, auxiliary, pad, loss="CrossEntropyLoss", **loss_options):
+    """A runner whose heads leave out other labels than 255."""
+    model = shrunken("upernet_gd_sample").model
+    model.decode_head.ignore_index = decode
+    model.decode_head["loss_decode"] = dict(type=loss, **loss_options)
+    model.auxiliary_head = [dict(model.auxiliary_head, ignore_index=auxiliary)]
+    model.data_preprocessor.seg_pad_val = pad
+    classes = model.decode_head.num_classes
+    runner = Runner(classes=classes)
+    runner.model = MODELS.build(model)
+    runner.model.data_preprocessor.size = (64, 64)
+    return runner, samples([(50, 64)], classes)
+
+
+@pytest.mark.parametrize("ignored", [254, -100])
+def test_the_heads_say_which_label_is_left_out(ignored):
+    hook = adapter.CheckInputsHook()
+    runner, (sample,) = other_ignored_label(ignored, ignored, ignored)
+    sample.gt_sem_seg.data[0, 0] = ignored
+    image = torch.zeros(3, 50, 64, dtype=torch.uint8)
+    batch = dict(inputs=[image] * 2, data_samples=[sample, sample.clone()])
+    hook.before_train(runner)
+    hook.before_train_iter(runner, 0, batch)
+    padded = runner.model.data_preprocessor(batch, True)
+    assert all(torch.isfinite(x) for x in runner.model(**padded, mode="loss").values())
+    sample.gt_sem_seg.data = sample.gt_sem_seg.data.clone()
+    sample.gt_sem_seg.data[0, 1] = 255
+    with pytest.raises(ValueError, match=f"label 255 in a.png.*ignore_index {ignored}"):
+        hook.before_train_iter(runner, 0, dict(data_samples=[sample]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(decode=254, auxiliary=255),
+        dict(decode=254, auxiliary=254, loss="OhemCrossEntropy"),
+        dict(decode=254, auxiliary=254, loss="TverskyLoss", ignore_index=255),
+    ],
+)
+def test_a_label_must_be_left_out_by_each_head_and_loss(settings):
+    hook = adapter.CheckInputsHook()
+    runner, (sample,) = other_ignored_label(**settings, pad=0)
+    hook.before_train(runner)
+    hook.before_train_iter(runner, 0, dict(data_samples=[sample]))
+    sample.gt_sem_seg.data[0, 0] = 254
+    with pytest.raises(ValueError, match="label 254 in a.png.*254, 255"):
+        hook.before_train_iter(runner, 0, dict(data_samples=[sample]))
+
+
+def test_padding_must_be_left_out():
+    runner, _ = other_ignored_label(254, 254, pad=255)
+    with pytest.raises(ValueError, match="seg_pad_val is 255.*254"):
+        adapter.CheckInputsHook().before_train(runner)
+
+
+def test_the_labels_of_cascades_are_checked():
+    runner = Runner()
+    runner.model.decode_head = torch.nn.ModuleList([runner.model.decode_head])
+    (sample,) = samples([(4, 4)], classes=3)
+    sample.gt_sem_seg.data[0, 0] = 3
+    with pytest.raises(ValueError, match="label 3 in a.png"):
+        adapter.CheckInputsHook().before_train_iter(runner, 0, dict(data_samples=[sample]))
 
 
 @pytest.mark.parametrize("metrics", ["mIou", ["mIoU", "mIou"]])

@@ -182,6 +182,51 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, seed, worker
         assert torch.equal(value, weights(stopped)[name]), name
 
 
+def accumulating(counts):
+    return dict(
+        type="OptimWrapper", accumulative_counts=counts, optimizer=dict(type="AdamW", lr=1e-2)
+    )
+
+
+@pytest.mark.parametrize("iterations", [12, 13])
+def test_an_accumulating_run_goes_on_as_if_nothing_had_happened(tmp_path, iterations):
+    settings = dict(optim_wrapper=accumulating(2), iterations=iterations)
+    make(tmp_path / "whole", **settings).train()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "stopped", record=Record(7), **settings).train()
+    make(tmp_path / "stopped", resume=True, **settings).train()
+    for name, value in weights(tmp_path / "whole", iterations).items():
+        assert torch.equal(value, weights(tmp_path / "stopped", iterations)[name]), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(checkpoint=dict(interval=2, save_best=None)),
+        dict(checkpoint=dict(interval=3, save_begin=2, save_best=None)),
+        dict(checkpoint=dict(interval=3)),  # the best of evaluations every 4
+        dict(
+            checkpoint=dict(by_epoch=True, interval=1, save_best=None),
+            train_cfg=dict(by_epoch=True, max_epochs=3),  # of 4 iterations
+            sampler=SHUFFLED,
+        ),
+    ],
+)
+def test_checkpoints_in_the_middle_of_an_accumulation_are_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match="accumulative_counts=3.*multiple"):
+        make(tmp_path, optim_wrapper=accumulating(3), **changes).train()
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_a_run_is_not_resumed_in_the_middle_of_an_accumulation(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, record=Record(3)).train()
+    with pytest.raises(ValueError, match="iteration 2 .*accumulative_counts=4"):
+        make(
+            tmp_path, checkpoint=dict(interval=4), optim_wrapper=accumulating(4), resume=True
+        ).train()
+
+
 def test_nothing_is_loaded_twice_to_resume(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, record=Record(9)).train()
@@ -477,6 +522,7 @@ def test_the_hook_is_mmengines_otherwise(tmp_path):
         checkpoint=dict(by_epoch=True, interval=1, max_keep_ckpts=2),
         param_scheduler=None,
         sampler=SHUFFLED,
+        optim_wrapper=accumulating(4),  # an epoch has as many iterations
     )
     runner.train()
     kept = [name for name in names(tmp_path) if name.endswith(".pth")]

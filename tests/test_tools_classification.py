@@ -31,6 +31,7 @@ import _classification as common
 import compare_heads
 import knn
 import make_sample_digits
+import pretrain
 import train_classifier
 from _classification import ToolError
 from image_folders import CLASSES, write_folder, write_weights
@@ -179,27 +180,34 @@ def test_bad_data_is_one_clear_error_before_work(own_data, tmp_path, spoil):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16", "1", "CMYK"])
-def test_all_sorts_of_images_become_rgb(tmp_path, mode):
-    path = tmp_path / ("image.tif" if mode in ("I;16", "CMYK") else "image.png")
-    grey = np.arange(48 * 40, dtype=np.uint16).reshape(48, 40) * 30
-    image = Image.fromarray(grey) if mode == "I;16" else Image.new("RGB", (40, 48), "red")
-    (image if mode == "I;16" else image.convert(mode)).save(path)
-    found = common.load_image(path)
-    assert (found.mode, found.size) == ("RGB", (40, 48))
-    if mode == "I;16":
-        assert np.asarray(found)[40, 20, 0] == grey[40, 20] >> 8
+def test_deep_and_turned_images_reach_both_tools_alike(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (40, 32)).astype(np.uint16)
+    for name, pixels in (("deep.tif", values), ("plain.png", (values >> 4).astype(np.uint8))):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    folder = common.list_images(tmp_path, (0, 4095))
+    rows = common.RowImages(folder, 32)
+    crops = pretrain.Crops(folder, 32, seed=0, flip=False)
+    numbers = [0, 1]
+    batch = pretrain.normalize(pretrain.stack([crops[n] for n in numbers]))
+    upright = np.rot90(values, -1)
+    for pixels, index in zip(batch, map(crops.index, numbers)):
+        levels = 256 if folder.listing.paths[index] == "plain.png" else 4096
+        expected = upright // (4096 // levels) / (levels - 1) * 2 - 1  # 32 x 40
+        left = int(np.abs(expected[0, :, None] - float(pixels[0, 0, 0])).argmin())
+        np.testing.assert_allclose(pixels[1], expected[:, left : left + 32], atol=1e-6)
+        np.testing.assert_allclose(rows[0, index][2], expected[:, 4:36], atol=1e-6)
 
 
 def test_preprocessing_crops_centre_or_the_same_place_again():
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 20:60] = 255
-    image = Image.fromarray(pixels)
-    assert np.asarray(common.prepare_image(image, 40)).min() == 255
-    once, again = (np.asarray(common.prepare_image(image, 32, (1, 2))) for _ in range(2))
+    assert common.prepare_image(pixels, 40).min() == 255
+    once, again = (common.prepare_image(pixels, 32, (1, 2)) for _ in range(2))
     assert (once == again).all()
-    assert (once != np.asarray(common.prepare_image(image, 32, (1, 3)))).any()
-    assert common.prepare_image(image, 64, (1, 2)).size == (64, 64)
+    assert (once != common.prepare_image(pixels, 32, (1, 3))).any()
+    assert common.prepare_image(pixels, 64, (1, 2)).shape == (64, 64, 3)
 
 
 def test_rows_beyond_the_last_image_are_mirrored(data):
@@ -432,6 +440,7 @@ def test_stale_cache_is_refused_and_named(data, tmp_path):
     assert "timesteps: the cache has [150], wanted is [151]" in message
     assert "noise: the cache has 'fixed', wanted is 'none'" in message
     assert "weights_sha256" in fails(*arguments, "--seed", 1)
+    assert "preprocessing" in fails(*arguments, "--value-range", 0, 4095)
     assert not (tmp_path / "two").exists()
     train(data, tmp_path / "two", *options, "--timesteps", 151, "--overwrite-cache")
 
@@ -556,6 +565,21 @@ def test_saved_head_is_evaluated_on_its_own(data, tmp_path, weights):
     assert "is damaged" in fails("--data", data, "--evaluate", tmp_path / "junk.pt")
     torch.save({"path": Path("x")}, tmp_path / "code.pt")
     assert "more than weights" in fails("--data", data, "--evaluate", tmp_path / "code.pt")
+
+
+def test_evaluation_leaves_the_run_alone(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", str(data), *SMALL]
+    train_classifier.main(options)
+    run = Path("work_dirs/classifier")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    options += ["--evaluate", str(run / "best.pt")]
+    train_classifier.main(options)
+    own = json.loads((run / "evaluation/best/results.json").read_text())
+    assert own["val"] == json.loads(before["results.json"])["val"]
+    fails(*options, "--out", run)
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    fails("--data", data, "--out", run / "evaluation/best")  # nor does training an evaluation
 
 
 def test_subset_trains_on_its_images(data, tmp_path):

@@ -28,7 +28,7 @@ pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.logger import setup_logger
 from omegaconf.errors import ConfigKeyError
 from PIL import Image
@@ -953,9 +953,9 @@ def test_training_run(trained):
     assert {"model", "trainer"} <= content.keys()
 
 
-def predictions(folder: Path) -> list:
+def predictions(folder: Path, kind: str = "inference") -> list:
     """What the last evaluation wrote."""
-    found = json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+    found = json.loads((folder / kind / "coco_instances_results.json").read_text())
     assert len(found) > 20
     return found
 
@@ -974,6 +974,70 @@ def test_evaluation_alone_finds_what_training_found(tools, trained, tmp_path, ca
     assert "Starting training" not in output
     assert copypaste(output) == copypaste(printed)
     assert predictions(tmp_path) == predictions(folder)
+
+
+AUGMENTED = {
+    "TEST.AUG.ENABLED": True,
+    "TEST.AUG.MIN_SIZES": "(48, 72)",
+    "TEST.AUG.MAX_SIZE": 96,
+    "TEST.EXPECTED_RESULTS": "[['bbox', 'AP', 50, 50], ['segm_TTA', 'AP', 50, 50]]",
+}
+
+
+def test_augmented_evaluation(tools, trained, tmp_path, capsys, monkeypatch):
+    """After training and alone, beside the plain one, over all sizes and flips."""
+    keys = {**SHORT, **AUGMENTED, "SOLVER.MAX_ITER": 7}
+    folder = shutil.copytree(trained[0], tmp_path / "work")
+    tools.train_net.entry(["--config", DIFFFEED, "--resume", *options(folder, **keys)])
+    kinds = {f"{kind}/AP" for kind in ("bbox", "bbox_TTA", "segm", "segm_TTA")}
+    assert kinds <= read_results(folder).keys()
+
+    preprocess, inputs = GeneralizedRCNN.preprocess_image, []
+
+    def record(self, batched_inputs):
+        inputs.extend(x["image"] for x in batched_inputs)
+        return preprocess(self, batched_inputs)
+
+    monkeypatch.setattr(GeneralizedRCNN, "preprocess_image", record)
+    keys["MODEL.WEIGHTS"] = folder / "model_final.pth"
+    tools.train_net.entry(["--config", DIFFFEED, "--eval-only", *options(tmp_path, **keys)])
+    assert "Results verification passed" in capsys.readouterr().out
+    sizes = [min(image.shape[1:]) for image in inputs]
+    assert [sizes.count(size) for size in (48, 64, 72)] == [12, 3, 12]  # 64 is the plain one
+    first = [image for image, size in zip(inputs, sizes) if size == 48][:2]
+    assert torch.equal(first[0], first[1].flip(2))
+    for kind in ("inference", "inference_TTA"):
+        assert predictions(tmp_path, kind) == predictions(folder, kind)
+    assert predictions(tmp_path) != predictions(tmp_path, "inference_TTA")
+
+
+TTA = ["TEST.AUG.ENABLED", "True"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--eval-only"]])
+@pytest.mark.parametrize(
+    ("config", "keys", "text"),
+    [
+        ("panoptic_fpn_gd", TTA, "PanopticFPN"),
+        ("retinanet_gd", TTA, "RetinaNet"),
+        (SAMPLE, [*TTA, "MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON True"),
+        (SAMPLE, [*TTA, "TEST.AUG.MIN_SIZES", "()"], "TEST.AUG.MIN_SIZES ()"),
+        (SAMPLE, ["MODEL.LOAD_PROPOSALS", "True"], "MODEL.LOAD_PROPOSALS True"),
+        (DIFFFEED, ["TEST.PRECISE_BN.ENABLED", "True"], "MODEL.DIFFUSION.PADDING"),
+    ],
+)
+def test_what_is_not_supported(refused, small, no_model, arguments, config, keys, text):
+    assert text in refused("--config", config, *arguments, *small, *keys)
+
+
+def test_datasets_without_evaluator(refused, small, no_model):
+    meta = MetadataCatalog.get("diffbackbone_sample_val")
+    kind = meta.evaluator_type
+    try:
+        meta.__dict__["evaluator_type"] = "mine"
+        assert "'mine'" in refused("--config", SAMPLE, *small)
+    finally:
+        meta.__dict__["evaluator_type"] = kind
 
 
 def test_last_checkpoint_is_evaluated(tools, trained, tmp_path, capsys):

@@ -494,7 +494,7 @@ def test_images_without_labels_are_compared(data, tmp_path, weights):
     options = ["--out", str(out), "--checkpoint", str(weights)]
     sweep.main([*SMALL, "--images", str(folder), *options])
     names = {name for name in content(out) if "/" not in name}
-    assert names == {"cka.csv", "results.json", "summary.md"}
+    assert names == {"cka.csv", "results.json", "settings.json", "summary.md"}
     results = json.loads((out / "results.json").read_text())
     assert [(s["between"], s["at"]) for s in results["cka"]] == [
         ("blocks", 20), ("blocks", 90), ("blocks", 400), ("timesteps", 12), ("timesteps", 24)
@@ -515,8 +515,11 @@ def test_labels_dont_matter_for_cka_alone(data, tmp_path, weights):
     assert len(FeatureCache(tmp_path / "out/cache/images").listing) == CLASSES * VAL
     for own, other in zip(results["cka"], labelled["cka"]):
         assert np.allclose(own["cka"], other["cka"], atol=1e-9)
-    message = fails("--data", data, "--out", tmp_path / "all", "--cka-only")
-    assert "holds a sweep with probes" in message
+    options = ["--data", data, "--checkpoint", weights, "--cache", tmp_path / "cache"]
+    for out, others in (("all", ["--cka-only"]), ("out", []), ("out", ["--cka-only", "--seed", 1])):
+        before = content(tmp_path / out)
+        assert "holds a sweep" in fails(*options, "--out", tmp_path / out, *others)
+        assert content(tmp_path / out) == before
 
 
 def test_subsets_are_drawn_by_each_seed(data, tmp_path, weights):

@@ -22,6 +22,7 @@ import visualize_features as visualize
 from image_folders import write_folder, write_weights
 
 from diffbackbone import DiffusionBackbone
+from diffbackbone.images import normalize, read_image, to_tensor
 
 SMALL = ["--blocks", "19", "24", "--timesteps", "10", "90", "--unet", "tiny", "--device", "cpu"]
 
@@ -127,10 +128,10 @@ def test_taps_are_those_of_the_backbone(images, weights):
     backbone = DiffusionBackbone(
         "tiny", weights, 90, (24, 30), None, out_channels=None, out_strides=None, freeze=True
     )
-    pictures = [common.load_image(images / name) for name in ("wide.png", "tall.png")]
+    pictures = [read_image(images / name) for name in ("wide.png", "tall.png")]
     found = visualize.colour_taps(backbone, pictures, [10, 90], [24, 30])
     assert [list(taps) for taps in found] == [[(10, 24), (10, 30), (90, 24), (90, 30)]] * 2
-    maps = [backbone(common.to_tensor(picture)[None])[0][0] for picture in pictures]  # b = 24
+    maps = [backbone(normalize(to_tensor(picture))[None])[0][0] for picture in pictures]  # b = 24
     expected, share = visualize.colour(maps, 1.0)
     for taps, pixels in zip(found, expected):
         assert (taps[90, 24].pixels == pixels).all()
@@ -261,8 +262,8 @@ def test_image_size_enlarges_small_images(tmp_path):
     Image.new("RGB", (20, 30), "red").save(tmp_path / "small.png")
     message = fails(tmp_path / "small.png")
     assert "small.png has 20 x 30 px, at least 32 x 32 are needed" in message
-    found = visualize.read_image(tmp_path / "small.png", 40)
-    assert found.size == (40, 60)
+    found = visualize.read_resized(tmp_path / "small.png", 40, None)
+    assert found.shape == (60, 40, 3)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 try:
-    from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+    from PIL import Image, ImageDraw, ImageFont
     from tqdm import tqdm
 except ImportError as error:
     raise SystemExit(
@@ -41,6 +41,14 @@ from diffbackbone import features as feature_cache
 from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.diffusion import NOISE_POLICIES
 from diffbackbone.features import CacheError, FeatureCache, Listing, Tap
+from diffbackbone.images import (
+    ImageError,
+    check_header,
+    normalize,
+    read_image,
+    resize,
+    to_tensor,
+)
 from diffbackbone.models.gd_config import PRESETS, UNetConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -48,8 +56,11 @@ CHECK_WHOLE = 20_000
 """Up to so many images all are decoded before anything starts; of more, only headers are read."""
 MIN_CROP = 0.8
 """Random crops are at least this share of the short side, as in the published code."""
-PREPROCESSING = "RGB, short side to the size (Pillow, bicubic), centre crop, [-1, 1]"
+PREPROCESSING = "upright RGB, short side to the size (Pillow, bicubic), centre crop, [-1, 1]"
 _PERMUTATION, _FLIPS, _CROP, _STEP, _HOLDOUT, _SUBSET = range(6)
+
+
+Range = Sequence[float]
 
 
 class ToolError(ValueError):
@@ -66,18 +77,24 @@ class ImageFolder:
     Attributes:
         root: The folder.
         listing: Its images; paths are relative to ``root``.
+        value_range: See :func:`diffbackbone.images.read_image`.
     """
 
     root: Path
     listing: Listing
+    value_range: Range | None = None
 
     def subset(self, indices: Iterable[int]) -> ImageFolder:
         """Some of the images, in the order given."""
-        return ImageFolder(self.root, self.listing.subset(indices))
+        return replace(self, listing=self.listing.subset(indices))
 
     def path(self, index: int) -> Path:
         """Path of an image."""
         return self.root / self.listing.paths[index]
+
+    def read(self, index: int) -> np.ndarray:
+        """Pixels of an image (H, W, 3), see :func:`diffbackbone.images.read_image`."""
+        return read_image(self.path(index), self.value_range)
 
     @property
     def labels(self) -> np.ndarray:
@@ -112,13 +129,16 @@ def find_folder(name: str, data: str | None, given: str | None) -> Path:
     return folder
 
 
-def list_folder(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
+def list_folder(
+    root: Path, classes: Sequence[str] | None = None, value_range: Range | None = None
+) -> ImageFolder:
     """List the images of a folder that has one folder for each class.
 
     Args:
         root: The folder.
         classes: Names of the classes, for another folder of the same data; None takes the names
             of the folders, in order.
+        value_range: See :func:`diffbackbone.images.read_image`.
 
     Raises:
         ToolError: No or one class, a class that ``classes`` lacks, a class without images, or an
@@ -149,10 +169,10 @@ def list_folder(root: Path, classes: Sequence[str] | None = None) -> ImageFolder
             )
         paths += found
         labels += [classes.index(name)] * len(found)
-    return ImageFolder(root, _listing(root, paths, labels, classes))
+    return ImageFolder(root, _listing(root, paths, labels, classes), value_range)
 
 
-def list_images(root: Path) -> ImageFolder:
+def list_images(root: Path, value_range: Range | None = None) -> ImageFolder:
     """List all images of a folder, however deep, as images of one class without a name.
 
     Raises:
@@ -163,7 +183,7 @@ def list_images(root: Path) -> ImageFolder:
     paths = _find_images(root)
     if not paths:
         raise ToolError(f"{root} has no images ({', '.join(SUFFIXES)})")
-    return ImageFolder(root, _listing(root, paths, [0] * len(paths), ("",)))
+    return ImageFolder(root, _listing(root, paths, [0] * len(paths), ("",)), value_range)
 
 
 def _find_images(folder: Path) -> list[Path]:
@@ -201,41 +221,19 @@ def _stat(path: Path) -> os.stat_result:
     return found
 
 
-def load_image(path: Path) -> Image.Image:
-    """Read an image as RGB.
-
-    Raises:
-        ToolError: It is broken, empty or of no known format.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ToolError(f"the image {path} is broken: {reason}") from error
-
-
 def check_images(folder: ImageFolder, progress: bool = True) -> None:
     """Make sure, before work begins, that every image can be read.
 
     Raises:
-        ToolError: One is broken.
+        ImageError: One is broken, or its values have no known range.
     """
     whole = len(folder.listing) <= CHECK_WHOLE
 
     def check(index: int) -> None:
         if whole:
-            load_image(folder.path(index))
-            return
-        try:
-            with Image.open(folder.path(index)):
-                pass
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ToolError(f"the image {folder.path(index)} is broken: {error}") from error
+            folder.read(index)
+        else:
+            check_header(folder.path(index))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = pool.map(check, range(len(folder.listing)))
@@ -254,11 +252,11 @@ def check_images(folder: ImageFolder, progress: bool = True) -> None:
             raise
 
 
-def prepare_image(image: Image.Image, size: int, seed: Sequence[int] | None = None) -> Image.Image:
+def prepare_image(pixels: np.ndarray, size: int, seed: Sequence[int] | None = None) -> np.ndarray:
     """Bring an image to ``size`` x ``size``.
 
     Args:
-        image: RGB, of any size.
+        pixels: Of :func:`diffbackbone.images.read_image`, of any size.
         size: Height and width.
         seed: None crops the centre. Otherwise a square of 0.8 to 1 short sides is cropped
             anywhere, as in the published code; a seed gives the same one each time.
@@ -268,18 +266,12 @@ def prepare_image(image: Image.Image, size: int, seed: Sequence[int] | None = No
         rng = np.random.default_rng(list(seed))
         short = int(rng.integers(size, int(np.ceil(size / MIN_CROP)) + 1))
         left, top = (float(x) for x in rng.random(2))
-    scale = short / min(image.size)
-    width, height = (max(short, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    scale = short / min(pixels.shape[:2])
+    height, width = (max(short, round(side * scale)) for side in pixels.shape[:2])
+    if (height, width) != pixels.shape[:2]:
+        pixels = resize(pixels, (width, height))
     x, y = int(left * (width - size)), int(top * (height - size))
-    return image.crop((x, y, x + size, y + size))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as the backbone takes it: (3, H, W) float32 in [-1, 1]."""
-    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return pixels[y : y + size, x : x + size]
 
 
 class RowImages(Dataset):
@@ -301,8 +293,7 @@ class RowImages(Dataset):
         epoch, row = key
         index = row % len(self.folder.listing)
         seed = None if self.seed is None else (self.seed, epoch, _CROP, row)
-        image = prepare_image(load_image(self.folder.path(index)), self.size, seed)
-        pixels = to_tensor(image)
+        pixels = normalize(to_tensor(prepare_image(self.folder.read(index), self.size, seed)))
         return pixels.flip(-1) if row >= len(self.folder.listing) else pixels
 
 
@@ -573,6 +564,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val-dir", metavar="DIR", help="instead of DIR/val")
     group.add_argument("--image-size", type=int, help="height and width; default: the U-Net's")
     group.add_argument("--workers", type=int, default=None, help="processes that read images")
+    add_value_range(group)
+
+
+def add_value_range(group: argparse._ArgumentGroup) -> None:
+    """The argument that says what the values of deep images mean."""
+    group.add_argument(
+        "--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="values of images deeper than 8 bits that are black and white; default: 0 65535 for "
+        "integers, 0 1 for floats",
+    )  # fmt: skip
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
@@ -805,7 +806,7 @@ def cache_settings(
         pool=options.pool,
         dtype=options.dtype,
         copies=copies,
-        preprocessing=PREPROCESSING,
+        preprocessing=f"{PREPROCESSING}, value range {images.value_range}",
         precision="float32" if options.compute is None else str(options.compute),
     )
 
@@ -1152,7 +1153,7 @@ def run_tool(
         args = parse()
         processes = Processes.start(args.device)
         run(args, processes)
-    except (ToolError, CacheError, CheckpointError) as error:
+    except (ToolError, ImageError, CacheError, CheckpointError) as error:
         if processes is not None and processes.world_size > 1:
             print(f"error: {error}", flush=True)
             os._exit(1)  # the others wait for this one; torchrun ends them

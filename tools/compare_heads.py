@@ -28,6 +28,7 @@ from _classification import FeatureOptions, Processes, ToolError
 
 from diffbackbone import CheckpointError
 from diffbackbone.features import CacheError
+from diffbackbone.images import ImageError
 
 TIMESTEPS, BLOCKS = (90, 150, 300), (19, 24, 30)
 TAP = (150, 24)
@@ -135,8 +136,8 @@ def compare(args: argparse.Namespace, processes: Processes) -> list[dict[str, An
 def _caches(run: argparse.Namespace, folder: Path, processes: Processes) -> Any:
     """Features of every timestep and block that a method needs."""
     train_root, val_root = common.find_folders(run.data, None, None)
-    train = common.list_folder(train_root)
-    val = common.list_folder(val_root, train.listing.classes)
+    train = common.list_folder(train_root, None, run.value_range)
+    val = common.list_folder(val_root, train.listing.classes, run.value_range)
     for images in (train, val):
         common.check_images(images)
     backbone = common.build_backbone(run)
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ToolError("compare_heads runs in one process")
         compare(args, processes)
     except (
-        ToolError, CacheError, CheckpointError, make_sample_digits.SampleDigitsError
+        ToolError, ImageError, CacheError, CheckpointError, make_sample_digits.SampleDigitsError
     ) as error:  # fmt: skip
         raise SystemExit(f"error: {error}") from error
 

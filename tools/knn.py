@@ -289,8 +289,8 @@ def run(args: argparse.Namespace, processes: Processes) -> list[dict[str, Any]]:
         See :func:`evaluate_caches`.
     """
     train_root, val_root = common.find_folders(args.data, args.train_dir, args.val_dir)
-    train = common.list_folder(train_root)
-    val = common.list_folder(val_root, train.listing.classes)
+    train = common.list_folder(train_root, None, args.value_range)
+    val = common.list_folder(val_root, train.listing.classes, args.value_range)
     if max(args.k) > len(train.listing):
         raise ToolError(f"--k {max(args.k)}: there are {len(train.listing)} training images only")
     backbone = common.build_backbone(args)

@@ -97,6 +97,8 @@ def predict(config: str, checkpoint: str, count: int, options: dict | None = Non
     from mmseg.registry import DATASETS
     from tqdm import tqdm
 
+    from diffbackbone.images import read_image, to_uint8
+
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(options or {})
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,7 +113,7 @@ def predict(config: str, checkpoint: str, count: int, options: dict | None = Non
         truth, labels = (
             getattr(sample, name).data[0].cpu().numpy() for name in ("gt_sem_seg", "pred_sem_seg")
         )
-        image = Image.open(sample.img_path).convert("RGB")
+        image = Image.fromarray(to_uint8(read_image(sample.img_path)))
         rows.append((np.asarray(image.resize(truth.shape[::-1])), truth, labels))
     return rows, dataset.metainfo["classes"], dataset.metainfo["palette"]
 

@@ -54,8 +54,7 @@ from torch.utils.data import DataLoader, Dataset
 from diffbackbone.backbone import _resolve_config
 from diffbackbone.checkpoint import load_checkpoint, read_checkpoint
 from diffbackbone.diffusion import NoiseSchedule
-from diffbackbone.models.gd_config import PRESETS, UNetConfig
-from diffbackbone.models.guided_diffusion import UNet
+from diffbackbone.images import normalize, resize, to_tensor
 from diffbackbone.pretraining import (
     DiffusionObjective,
     Ema,
@@ -106,6 +105,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "default: crop them as large as they are",
     )  # fmt: skip
     group.add_argument("--workers", type=int, help="processes that read images")
+    common.add_value_range(group)
     group = parser.add_argument_group("U-Net")
     group.add_argument(
         "--unet", default="tiny",
@@ -278,21 +278,28 @@ class Crops(Dataset):
         return int(self._order[1][position])
 
     def __getitem__(self, number: int) -> Tensor:
-        """The crop (3, size, size), uint8."""
-        image = common.load_image(self.folder.path(self.index(number)))
-        short = min(image.size)
+        """The crop (3, size, size), uint8 or float32 as in :mod:`diffbackbone.images`."""
+        pixels = self.folder.read(self.index(number))
+        short = min(pixels.shape[:2])
         wanted = max(short, self.size)
         if self.shrink is not None:
             wanted = min(wanted, round(self.shrink * self.size))
         if wanted != short:
-            width, height = (max(wanted, round(side * wanted / short)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+            height, width = (max(wanted, round(side * wanted / short)) for side in pixels.shape[:2])
+            pixels = resize(pixels, (width, height))
         random = _random(self.seed, _CROP, number)
-        left, top = (int(random.integers(side - self.size + 1)) for side in image.size)
-        pixels = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        left, top = (int(random.integers(pixels.shape[i] - self.size + 1)) for i in (1, 0))
+        pixels = pixels[top : top + self.size, left : left + self.size]
         if self.flip and _random(self.seed, _FLIP, number).random() < 0.5:
             pixels = pixels[:, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return to_tensor(pixels)
+
+
+def stack(crops: Sequence[Tensor]) -> Tensor:
+    """A batch (N, 3, size, size), uint8 if all are."""
+    if len({crop.dtype for crop in crops}) > 1:
+        crops = [crop if crop.is_floating_point() else crop / 255 for crop in crops]
+    return torch.stack(list(crops))
 
 
 def draw(
@@ -337,7 +344,7 @@ class Pretraining:
         self.device = processes.device
         self.config = read_unet(args.unet, args.size, args.learn_variance)
         self.schedule = NoiseSchedule(self.config.noise_schedule)
-        self.folder = common.list_images(Path(args.data).expanduser())
+        self.folder = common.list_images(Path(args.data).expanduser(), args.value_range)
         self.settings = self._settings()
         self.dtype = self._compute_dtype()
         saved = self._find_run()
@@ -497,6 +504,7 @@ class Pretraining:
             crops,
             batch_sampler=parts,
             num_workers=self.args.workers,
+            collate_fn=stack,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
         )
@@ -517,7 +525,7 @@ class Pretraining:
         torch.manual_seed(_generator_seed(args.seed, _DROPOUT, index * 65536 + rank))
         parts = self._numbers(index)
         for number, part in enumerate(parts):
-            x_start = next(batches).to(self.device, non_blocking=True).float() / 127.5 - 1
+            x_start = normalize(next(batches).to(self.device, non_blocking=True))
             t, noise = draw(
                 args.seed, part, x_start.shape[1:], self.schedule.num_timesteps, self.device
             )

@@ -743,13 +743,15 @@ class _Sweep:
         """The folders that features are taken of, by the names of their caches."""
         args = self.args
         if args.images:
-            folder = common.list_images(Path(args.images).expanduser())
+            folder = common.list_images(Path(args.images).expanduser(), args.value_range)
         elif args.cka_only:
-            folder = common.list_images(common.find_folder("val", args.data, args.val_dir))
+            root = common.find_folder("val", args.data, args.val_dir)
+            folder = common.list_images(root, args.value_range)
         else:
             train_root, val_root = common.find_folders(args.data, args.train_dir, args.val_dir)
-            train = common.list_folder(train_root)
-            return {"train": train, "val": common.list_folder(val_root, train.listing.classes)}
+            train = common.list_folder(train_root, None, args.value_range)
+            val = common.list_folder(val_root, train.listing.classes, args.value_range)
+            return {"train": train, "val": val}
         if len(folder.listing) > args.cka_images:
             rng = np.random.default_rng([args.seed, _ORDER])
             chosen = rng.permutation(len(folder.listing))[: args.cka_images]
@@ -789,8 +791,8 @@ class _Sweep:
         caches = self._open_caches()
         results: dict[str, Any] = {"settings": settings}
         sections = []
+        common.write_json(self.out / "settings.json", settings)
         if not args.cka_only:
-            common.write_json(self.out / "settings.json", settings)
             records = self._judge(records, caches)
             sections.append(self._report(records, results))
         if not args.no_cka:
@@ -866,10 +868,6 @@ class _Sweep:
         path = self.out / "settings.json"
         if not path.is_file():
             return []
-        if self.args.cka_only:
-            raise ToolError(
-                f"{self.out} holds a sweep with probes: take another --out for CKA alone"
-            )
         try:
             made = json.loads(path.read_text(encoding="utf-8"))
             records = []

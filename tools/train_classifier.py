@@ -97,13 +97,15 @@ TABLE_7 = {
     "NABirds": (555, 23929, 24633),
 }
 """Classes, training and test images of the paper's fine-grained sets."""
+_OF_TRAINING = ("last.pt", "best.pt", "metrics.jsonl")
+"""Files that tell a training run from an evaluation."""
 _FREE = {  # may differ between a run and its continuation
     "data", "train_dir", "val_dir", "workers", "device", "cache", "shard_mib", "overwrite_cache",
     "out", "resume", "evaluate", "epochs", "recipe", "checkpoint", "eval_every",
 }  # fmt: skip
 _MODEL = (  # what --evaluate takes from the checkpoint
     "unet", "head", "feedback", "timesteps", "blocks", "pool", "hidden", "width", "layers",
-    "num_heads", "image_size", "noise", "seed", "feature_dtype", "freeze",
+    "num_heads", "image_size", "value_range", "noise", "seed", "feature_dtype", "freeze",
 )  # fmt: skip
 
 
@@ -115,7 +117,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default="work_dirs/classifier", help="folder of the run")
+    parser.add_argument(
+        "--out", default="work_dirs/classifier",
+        help="folder of the run; of --evaluate: by default evaluation/ beside the checkpoint",
+    )  # fmt: skip
     parser.add_argument("--recipe", choices=RECIPES, default="probe", help="see above")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, if any")
     parser.add_argument(
@@ -172,8 +177,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES[known.recipe])
     if known.evaluate:
-        saved = read_checkpoint(Path(known.evaluate))["settings"]
-        parser.set_defaults(**{name: saved[name] for name in _MODEL})
+        path = Path(known.evaluate)
+        saved = read_checkpoint(path)["settings"]
+        parser.set_defaults(**{name: saved[name] for name in _MODEL if name in saved})
+        parser.set_defaults(out=str(path.parent / "evaluation" / path.stem))
     args = parser.parse_args(argv)
     return resolve(args)
 
@@ -536,12 +543,13 @@ def run(
     processes = processes or Processes.start(args.device)
     compute = common.compute_dtype(args.precision, processes.device)
     out = Path(args.out)
-    last = out / "last.pt"
-    if last.is_file() and not args.resume and not args.evaluate:
-        raise ToolError(f"{out} already holds a run: --resume goes on with it, or take another out")
+    kept = _OF_TRAINING if args.evaluate else () if args.resume else (*_OF_TRAINING, "results.json")
+    if any((out / name).is_file() for name in kept):
+        way = "" if args.evaluate else "--resume goes on with it, or "
+        raise ToolError(f"{out} already holds a run: {way}take another --out")
     train_root, val_root = common.find_folders(args.data, args.train_dir, args.val_dir)
-    train = common.list_folder(train_root)
-    val = common.list_folder(val_root, train.listing.classes)
+    train = common.list_folder(train_root, None, args.value_range)
+    val = common.list_folder(val_root, train.listing.classes, args.value_range)
     _report_data(processes, args, train, val)
     if args.subset:
         train = common.choose_subset(train, args.subset, args.seed)
@@ -644,7 +652,10 @@ def _evaluate_only(
     (scores,), counts = evaluate(model, source, np.arange(len(source.folder.listing)), "val", True)
     results = {"evaluated": str(args.evaluate), "lr": best["lr"], "val": scores}
     _write_results(Path(args.out), results, counts, settings["classes"], processes)
-    processes.say(f"val: top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}")
+    processes.say(
+        f"val: top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}\n{args.out}: results.json, "
+        "confusion.png"
+    )
     return results
 
 

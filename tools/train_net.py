@@ -43,6 +43,8 @@ def main(args: argparse.Namespace) -> Any:
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, strict=True)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
@@ -56,14 +58,17 @@ def check(args: argparse.Namespace) -> None:
         FileNotFoundError: Data are missing.
         SystemExit: A checkpoint is missing.
     """
-    from diffbackbone.detectron2_engine import check_classes, check_datasets
+    from diffbackbone import detectron2_engine as engine
 
     cfg = _detectron2.load_yaml(args.config_file, args.opts)
+    engine.check_supported(cfg)
     if args.eval_only and not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: there is nothing to evaluate on")
-    check_datasets((*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
+    engine.check_datasets((*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
+    for name in cfg.DATASETS.TEST:
+        engine.evaluator_type(name)
     _detectron2.check_evaluation(cfg.DATASETS.TEST)
-    check_classes(_without_training(cfg) if args.eval_only else cfg)
+    engine.check_classes(_without_training(cfg) if args.eval_only else cfg)
     found = _detectron2.check_weights(cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, args.resume)
     if args.eval_only and not found:
         raise ValueError(

@@ -38,10 +38,11 @@ from torch import Tensor
 from diffbackbone import DiffusionBackbone
 from diffbackbone.backbone import MIN_SIZE
 from diffbackbone.feedback import STRATEGIES
+from diffbackbone.images import normalize, read_image, resize, to_tensor, to_uint8
 
 BLOCKS = (12, 19, 24, 27, 30, 33)
 TIMESTEPS = (10, 90, 300)
-_TAKEN = ("unet", "noise", "seed", "feedback")  # from --classifier
+_TAKEN = ("unet", "noise", "seed", "feedback", "value_range")  # from --classifier
 _GAP, _CAPTION, _HEAD = 8, 20, 30
 _INPUT = 1.5
 """Size of the image beside its maps."""
@@ -92,7 +93,7 @@ def colour(maps: Sequence[Tensor], percentile: float) -> tuple[list[np.ndarray],
 
 def colour_taps(
     backbone: DiffusionBackbone,
-    images: Sequence[Image.Image],
+    images: Sequence[np.ndarray],
     timesteps: Sequence[int],
     blocks: Sequence[int],
     *,
@@ -107,7 +108,7 @@ def colour_taps(
 
     Args:
         backbone: Gives the taps; with feedback, those of the second pass.
-        images: RGB, any size from 32 px.
+        images: Of :func:`diffbackbone.images.read_image`, any size from 32 px.
         timesteps: 0-based timesteps t.
         blocks: 1-based blocks b.
         percentile: See :func:`colour`.
@@ -125,7 +126,7 @@ def colour_taps(
     bar = steps if processes is None else processes.bar(steps, len(steps), "taps", "image")
     features: dict[int, list[Tensor]] = {b: [] for b in blocks}
     for t, i in bar:
-        pixels = common.to_tensor(images[i])[None].to(device)
+        pixels = normalize(to_tensor(images[i]))[None].to(device)
         with torch.no_grad(), common.autocast(device, compute):
             taps = backbone.forward_taps(pixels, [t], blocks)
         for b in blocks:
@@ -242,6 +243,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("picture")
     group.add_argument("--image-size", type=int, help="short side of the images; default: as it is")
+    common.add_value_range(group)
     group.add_argument("--limit", type=int, default=16, help="images at most")
     group.add_argument("--cell", type=int, default=128, help="longer side of each map in pixels")
     group.add_argument("--percentile", type=float, default=1.0, help="cut off at either end")
@@ -249,7 +251,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     known, _ = parser.parse_known_args(argv)
     if known.classifier:
         saved = train_classifier.read_checkpoint(Path(known.classifier))["settings"]
-        parser.set_defaults(**{name: saved[name] for name in _TAKEN})
+        parser.set_defaults(**{name: saved[name] for name in _TAKEN if name in saved})
     args = parser.parse_args(argv)
     common.check_backbone(args)
     args.timesteps = args.timesteps or list(TIMESTEPS)
@@ -285,23 +287,25 @@ def find_images(given: Sequence[str], limit: int) -> Iterator[Path]:
             count += 1
 
 
-def read_image(path: Path, size: int | None) -> Image.Image:
-    """Read an image as RGB, with its short side brought to ``size``.
+def read_resized(path: Path, size: int | None, value_range: common.Range | None) -> np.ndarray:
+    """Read an image (H, W, 3) with its short side brought to ``size``.
 
     Raises:
-        ToolError: It is broken, or too small for the U-Net.
+        ImageError: It is broken, or its values have no known range.
+        ToolError: It is too small for the U-Net.
     """
-    image = common.load_image(path)
+    pixels = read_image(path, value_range)
+    height, width = pixels.shape[:2]
     if size is not None:
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    if min(image.size) < MIN_SIZE:
+        scale = size / min(height, width)
+        height, width = (max(size, round(side * scale)) for side in (height, width))
+        pixels = resize(pixels, (width, height))
+    if min(height, width) < MIN_SIZE:
         raise ToolError(
-            f"the image {path} has {image.width} x {image.height} px, at least {MIN_SIZE} x "
+            f"the image {path} has {width} x {height} px, at least {MIN_SIZE} x "
             f"{MIN_SIZE} are needed: enlarge it with --image-size"
         )
-    return image
+    return pixels
 
 
 def _build(args: argparse.Namespace, processes: Processes) -> DiffusionBackbone:
@@ -345,11 +349,11 @@ def run(args: argparse.Namespace, processes: Processes) -> list[Path]:
     if processes.world_size > 1:
         raise ToolError("visualize_features runs in one process")
     paths = list(find_images(args.images, args.limit))
-    images = [read_image(path, args.image_size) for path in paths]
+    pictures = [read_resized(path, args.image_size, args.value_range) for path in paths]
     backbone = _build(args, processes)
     taps = colour_taps(
         backbone,
-        images,
+        pictures,
         args.timesteps,
         args.blocks,
         percentile=args.percentile,
@@ -358,8 +362,8 @@ def run(args: argparse.Namespace, processes: Processes) -> list[Path]:
         processes=processes,
     )
     panels = [
-        draw_panel(image, path.name, own, args.cell, args.smooth)
-        for image, path, own in zip(images, paths, taps)
+        draw_panel(Image.fromarray(to_uint8(pixels)), path.name, own, args.cell, args.smooth)
+        for pixels, path, own in zip(pictures, paths, taps)
     ]
     out = Path(args.out)
     if out.suffix.lower() == ".png":
@@ -372,7 +376,7 @@ def run(args: argparse.Namespace, processes: Processes) -> list[Path]:
         }
     for path, picture in written.items():
         _common.save_picture(picture, path)
-    count = f"{len(images)} image{'s' if len(images) > 1 else ''}"
+    count = f"{len(paths)} image{'s' if len(paths) > 1 else ''}"
     processes.say(f"{out}: {count}, principal components of b={args.blocks}, t={args.timesteps}")
     return list(written)
 

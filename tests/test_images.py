@@ -1,0 +1,191 @@
+"""Reading image files of every depth, mode and orientation."""
+
+from __future__ import annotations
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+from PIL import Image
+
+from diffbackbone.images import ImageError, normalize, read_image, resize, to_tensor, to_uint8
+
+GREY = (np.arange(48 * 40).reshape(48, 40) * 2).astype(np.uint16)  # 12 bits in 16
+COLOR = np.stack([GREY * 17, GREY[::-1] * 3, GREY + 1], axis=-1)
+
+
+def save(path, values, **options):
+    Image.fromarray(values).save(path, **options)
+    return path
+
+
+def save_color(path, values=COLOR):
+    cv2 = pytest.importorskip("cv2")
+    cv2.imwrite(str(path), values[..., [2, 1, 0, 3][: values.shape[-1]]])
+    return path
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_8_bits_are_pillows_rgb(tmp_path, mode):
+    image = Image.fromarray((COLOR >> 4).astype(np.uint8)).convert(mode)
+    path = tmp_path / ("image.png" if mode not in ("CMYK", "YCbCr") else "image.tif")
+    image.save(path)
+    found = read_image(path)
+    assert found.dtype == np.uint8
+    assert (found == np.asarray(Image.open(path).convert("RGB"))).all()
+
+
+def test_8_bit_pixels_are_those_of_pillow_to_the_bit(tmp_path):
+    path = save(tmp_path / "image.png", (COLOR >> 4).astype(np.uint8))
+    image = Image.open(path).resize((17, 23), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    expected = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    found = normalize(to_tensor(resize(read_image(path), (17, 23))))
+    assert torch.equal(found, torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "i4"])
+def test_deep_grey_keeps_its_levels(tmp_path, suffix, dtype):
+    if dtype == "i4" and suffix != "tif":
+        pytest.skip("16 bits at most")
+    values = GREY.astype(dtype)
+    path = save(tmp_path / f"image.{suffix}", values if suffix == "tif" else GREY)
+    found = read_image(path)
+    assert found.dtype == np.float32
+    assert found.shape == (48, 40, 3)
+    np.testing.assert_allclose(found, np.float64(GREY)[..., None].repeat(3, 2) / 65535, atol=1e-7)
+    assert len(np.unique(found)) == len(np.unique(GREY))
+    np.testing.assert_allclose(read_image(path, (0, 4095))[..., 0], GREY / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "ppm"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_deep_color_keeps_its_levels(tmp_path, suffix, channels):
+    if suffix == "ppm" and channels == 4:
+        pytest.skip("no alpha")
+    values = np.dstack([COLOR, GREY])[..., :channels]
+    found = read_image(save_color(tmp_path / f"image.{suffix}", values))
+    np.testing.assert_allclose(found, COLOR / 65535, atol=1e-7)
+
+
+def test_color_of_a_maximum_of_its_own(tmp_path):
+    path = tmp_path / "image.ppm"
+    path.write_bytes(b"P6 40 48 4095\n" + (COLOR % 4096).astype(">u2").tobytes())
+    np.testing.assert_allclose(read_image(path), COLOR % 4096 / 4095, atol=1e-6)
+
+
+def test_deep_color_needs_opencv(tmp_path, monkeypatch):
+    path = save_color(tmp_path / "image.png")
+    imported = builtins.__import__
+
+    def without(name, *args, **options):
+        if name == "cv2":
+            raise ImportError(name)
+        return imported(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImageError, match="opencv-python"):
+        read_image(path)
+
+
+def test_floats_are_taken_as_they_are(tmp_path):
+    values = np.linspace(0, 1, 48 * 40, dtype=np.float32).reshape(48, 40)
+    path = save(tmp_path / "image.tif", values)
+    assert (read_image(path)[..., 1] == values).all()
+    np.testing.assert_allclose(read_image(path, (-1, 3))[..., 2], (values + 1) / 4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "value_range"),
+    [
+        (GREY.astype(np.float32), None),  # of an unknown range
+        (np.float32([[0, np.nan]]), None),
+        (np.float32([[0, np.inf]]), (0, np.inf)),
+        (np.int32([[0, 65536]]), None),
+        (np.int32([[-1, 5]]), None),
+        (GREY, (0, 100)),
+        (GREY, (9000, 0)),
+    ],
+)
+def test_values_without_a_known_range_are_refused(tmp_path, values, value_range):
+    path = save(tmp_path / "image.tif", values)
+    with pytest.raises(ImageError, match=r"image\.tif"):
+        read_image(path, value_range)
+
+
+UPRIGHT = [
+    lambda x: x,
+    np.fliplr,
+    lambda x: np.rot90(x, 2),
+    np.flipud,
+    lambda x: x.swapaxes(0, 1),
+    lambda x: np.rot90(x, -1),
+    lambda x: np.rot90(x.swapaxes(0, 1), 2),
+    np.rot90,
+]
+
+
+@pytest.mark.parametrize("kind", ["rgb.png", "grey.png", "grey.tif", "rgb.tif", "color.png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(tmp_path, kind, orientation):
+    values = {"rgb": (COLOR >> 4).astype(np.uint8), "grey": GREY, "color": COLOR}[kind[:-4]]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / kind
+    if kind == "color.png":  # Pillow can't write it: give it the EXIF chunk of one that it can
+        plain = tmp_path / "plain.png"
+        save(plain, GREY, exif=exif)
+        chunk = plain.read_bytes()
+        start = chunk.index(b"eXIf") - 4
+        chunk = chunk[start : start + 12 + int.from_bytes(chunk[start : start + 4], "big")]
+        data = save_color(path).read_bytes()
+        path.write_bytes(data[:33] + chunk + data[33:])
+        expected = read_image(save_color(tmp_path / "upright.png"))
+    else:
+        save(path, values, exif=exif)
+        expected = read_image(save(tmp_path / f"upright{kind[-4:]}", values))
+    assert (read_image(path) == UPRIGHT[orientation - 1](expected)).all()
+
+
+def test_damaged_exif_leaves_the_image(tmp_path):
+    values = np.full((8, 8, 3), 100, np.uint8)
+    path = save(tmp_path / "image.jpg", values, exif=b"Exif\0\0nonsense")
+    assert (read_image(path) == values).all()
+
+
+def test_frames(tmp_path):
+    first, second = (Image.fromarray(np.full((8, 8), v, np.uint16)) for v in (7, 9))
+    for name in ("stack.tif", "moving.png"):
+        frames = [x if name == "stack.tif" else x.convert("RGB") for x in (first, second)]
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        with pytest.raises(ImageError, match="2 frames"):
+            read_image(tmp_path / name)
+    second.encoderinfo = {"tiffinfo": {254: 1}}  # an overview, as in satellite images
+    first.save(tmp_path / "overview.tif", save_all=True, append_images=[second])
+    assert (to_uint8(read_image(tmp_path / "overview.tif") * 257) == 7).all()
+    first, second = (x.convert("RGB") for x in (first, second))
+    first.save(tmp_path / "photo.jpg", format="MPO", save_all=True, append_images=[second])
+    assert read_image(tmp_path / "photo.jpg").shape == (8, 8, 3)
+
+
+def test_broken_files_are_named(tmp_path):
+    whole = save(tmp_path / "whole.tif", GREY, compression="tiff_lzw").read_bytes()
+    for name, content in (("cut.tif", whole[:600]), ("text.png", b"text"), ("empty.jpg", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError, match=name):
+            read_image(tmp_path / name)
+
+
+def test_resized_floats_stay_in_range(tmp_path):
+    values = np.zeros((32, 32, 3), np.float32)
+    values[8:24, 8:24] = 1
+    for size in ((70, 50), (9, 7)):
+        found = resize(values, size)
+        assert found.shape == (*size[::-1], 3)
+        assert 0 <= found.min() < found.max() <= 1
+        inner = 0.2 + values / 2  # 8 bits are cut to their range halfway, too
+        expected = resize(np.rint(255 * inner).astype(np.uint8), size)
+        assert np.abs(255 * resize(inner, size) - expected).max() < 1.5
