@@ -55,6 +55,8 @@ from diffbackbone.backbone import _resolve_config
 from diffbackbone.checkpoint import load_checkpoint, read_checkpoint
 from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.images import normalize, resize, to_tensor
+from diffbackbone.models.gd_config import PRESETS, UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.pretraining import (
     DiffusionObjective,
     Ema,
