@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
-from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
+from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise, hash_integers
 from diffbackbone.feedback import Feedback
 from diffbackbone.models.base import as_tuple, check_budget, integer, is_number, resize
 from diffbackbone.models.gd_config import UNetConfig
@@ -68,9 +68,9 @@ class DiffusionBackbone(nn.Module):
             ``"float16"``, which take half the memory. Norms are computed in float32; maps have the
             images' type.
         schedule: Noise schedule; None takes the one the weights were trained with.
-        save_frozen: Whether ``state_dict()`` holds the weights of a frozen U-Net that came from
-            ``checkpoint``. Without them a training checkpoint is gigabytes smaller; it then holds
-            a digest, and loading it into a backbone with another U-Net is an error.
+        save_frozen: Whether ``state_dict()`` holds the weights of a frozen U-Net that are still
+            those of ``checkpoint``. Without them a training checkpoint is gigabytes smaller; it
+            then holds a digest, and loading it into a backbone with another U-Net is an error.
 
     Attributes:
         channels: Channels of each map.
@@ -136,7 +136,7 @@ class DiffusionBackbone(nn.Module):
         self.seed = seed
         self.frozen = freeze
         self.save_frozen = save_frozen
-        self._digest: Tensor | None = None  # of the weights that a file brought
+        self._left_out: tuple[Tensor, Tensor] | None = None  # digests of checkpoint's weights
         self._dtype = _check_dtype(dtype, freeze)
         self._field: tuple[Any, Tensor] | None = None  # fixed noise, kept for the next call
         self._largest = 0  # pixels of the largest image seen
@@ -170,7 +170,7 @@ class DiffusionBackbone(nn.Module):
         self._freeze_unused()
 
         if checkpoint is not None:
-            self.load(checkpoint)
+            self._load_initial(checkpoint)
         elif not isinstance(unet, UNet):
             self._warn_random()
         if self._dtype is not None:
@@ -199,19 +199,35 @@ class DiffusionBackbone(nn.Module):
         if self._dtype is not None:
             self.unet.float()
         report = load_checkpoint(self.unet, checkpoint, prefix)
-        if self.frozen and not self.save_frozen:
-            self._digest = _weights_digest(self.unet)  # of float32, whatever type is computed in
         if self._dtype is not None:
             self.unet.to(self._dtype)
         return report
 
+    def _load_initial(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> None:
+        """Load the weights of every backbone built alike, which state dicts may leave out."""
+        load_checkpoint(self.unet, checkpoint, prefix)
+        if self.frozen and not self.save_frozen:
+            saved = _weights_digest(self.unet)  # of float32, whatever type is computed in
+            if self._dtype is not None:
+                self.unet.to(self._dtype)
+            self._left_out = _weights_digest(self.unet), saved
+
+    def _unet_digest(self) -> tuple[Tensor, bool]:
+        """Digest of the U-Net's present weights, and whether they are those of ``checkpoint``."""
+        digest = _weights_digest(self.unet)
+        if self._left_out is not None and torch.equal(digest, self._left_out[0]):
+            return self._left_out[1], True
+        return digest, False
+
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """The weights; those of a frozen U-Net only as a digest if ``save_frozen`` is off."""
+        """The weights; with ``save_frozen`` off, only a digest of those that are checkpoint's."""
         state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
-        if self._digest is not None:
-            for key in self.unet.state_dict(prefix=f"{prefix}unet."):
-                del state_dict[key]
-            state_dict[prefix + _DIGEST] = self._digest
+        if self._left_out is not None and not self.save_frozen:
+            digest, left_out = self._unet_digest()
+            if left_out:
+                for key in self.unet.state_dict(prefix=f"{prefix}unet."):
+                    del state_dict[key]
+                state_dict[prefix + _DIGEST] = digest
         return state_dict
 
     def _load_from_state_dict(
@@ -220,8 +236,7 @@ class DiffusionBackbone(nn.Module):
         """Let a frozen U-Net keep its weights where the state dict has only their digest."""
         digest = state_dict.pop(prefix + _DIGEST, None)
         if digest is not None:
-            mine = _weights_digest(self.unet) if self._digest is None else self._digest
-            if not torch.equal(digest.cpu(), mine):
+            if not torch.equal(digest.cpu(), self._unet_digest()[0]):
                 raise CheckpointError(
                     "these weights were trained on a frozen U-Net, whose own weights they don't "
                     "include, and this backbone's U-Net has others: build it with the checkpoint "
@@ -575,15 +590,23 @@ _DIGEST = "frozen_unet_digest"
 
 
 @torch.no_grad()
-def _weights_digest(unet: nn.Module, samples: int = 64) -> Tensor:
-    """SHA-256 over names, shapes and some values of every tensor: (32,) uint8, on the CPU."""
+def _weights_digest(unet: nn.Module) -> Tensor:
+    """SHA-256 over names, shapes and checksums of all values in float32: (32,) uint8, on the CPU.
+
+    The sums of bits times hashed positions are made where the weights are: milliseconds on a GPU.
+    """
     digest = hashlib.sha256()
-    picked = []
+    sums = []
     for name, value in unet.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        picked.append(value.reshape(-1)[:: max(1, value.numel() // samples)][:samples].float())
-    digest.update(torch.cat(picked).cpu().numpy().tobytes())
+        bits = (value.float().reshape(-1) + 0).view(torch.int32)  # -0 counts as 0
+        factors = hash_integers(torch.arange(1, min(len(bits), _CHUNK) + 1, device=bits.device))
+        sums += [(part * factors[: len(part)]).sum() for part in bits.split(_CHUNK)]
+    digest.update(torch.stack(sums).cpu().numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+_CHUNK = 1 << 18
 
 
 def layer_scales(model: nn.Module, rate: float) -> dict[int, float]:

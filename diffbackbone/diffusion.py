@@ -139,13 +139,13 @@ def coordinate_noise(
         torch.arange(width, device=device),
         indexing="ij",
     )
-    key = _hash(_hash(_hash(c + 0x9E3779B9 + (seed & 0xFFFFFFFF)) ^ y) ^ x)
+    key = hash_integers(hash_integers(hash_integers(c + 0x9E3779B9 + (seed & 0xFFFFFFFF)) ^ y) ^ x)
     uniform = (key.double() + 0.5) / 2**32  # in (0, 1), never 0
-    angle = (_hash(key ^ 0x5851F42D).double() + 0.5) * (2 * math.pi / 2**32)
+    angle = (hash_integers(key ^ 0x5851F42D).double() + 0.5) * (2 * math.pi / 2**32)
     return (torch.sqrt(-2 * torch.log(uniform)) * torch.cos(angle)).float()
 
 
-def _hash(x: Tensor) -> Tensor:
+def hash_integers(x: Tensor) -> Tensor:
     """Mix 32-bit integers held in int64: no product reaches 2^63, so it is the same everywhere."""
     x = x & 0xFFFFFFFF
     for _ in range(2):

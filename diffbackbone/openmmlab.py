@@ -40,9 +40,11 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         unet: A preset's name, or a dict of :class:`diffbackbone.UNetConfig` fields (``preset``
             names the one to start from).
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with guided-diffusion weights, a path
-            or URL. They are loaded by ``init_weights()``, as everywhere in MMEngine.
+            or URL. They are loaded by ``init_weights()``, as everywhere in MMEngine; with
+            ``freeze`` and without ``save_frozen`` already here, since checkpoints lack them.
         pretrained: The older way to write the same, which wins over ``init_cfg``: the
-            checkpoint's path or URL.
+            checkpoint's path or URL. Unlike ``init_cfg``, mmseg's ``init_model`` and mmdet's
+            ``init_detector`` don't remove it from the config.
         **kwargs: All other arguments of :class:`diffbackbone.DiffusionBackbone`.
 
     Raises:
@@ -64,6 +66,16 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         if checkpoint is not None:
             init_cfg = {"type": "Pretrained", "checkpoint": checkpoint}
         self.init_cfg = copy.deepcopy(init_cfg)
+        if self.frozen and not self.save_frozen:
+            for cfg in self._split_init()[0]:
+                self._load_initial(cfg["checkpoint"], cfg.get("prefix"))
+
+    def _split_init(self) -> tuple[list[dict], list[dict]]:
+        """The parts of ``init_cfg`` that load weights, and all others."""
+        init_cfg = self.init_cfg or []
+        cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
+        pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
+        return pretrained, [cfg for cfg in cfgs if cfg not in pretrained]
 
     def _warn_random(self) -> None:
         """Nothing yet: weights come with ``init_weights()`` or with the whole model's."""
@@ -77,12 +89,10 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         """
         if self.is_init:
             return
-        init_cfg = self.init_cfg or []
-        init_cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
-        pretrained = [cfg for cfg in init_cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
-        self.init_cfg = [cfg for cfg in init_cfgs if cfg not in pretrained]
+        init_cfg = self.init_cfg
+        pretrained, self.init_cfg = self._split_init()
         super().init_weights()
-        self.init_cfg = init_cfg or None
+        self.init_cfg = init_cfg
         self.is_init = False  # not before the weights are there
         for cfg in pretrained:
             report = self.load(cfg["checkpoint"], cfg.get("prefix"))

@@ -29,6 +29,7 @@ from mmengine.runner import save_checkpoint, weights_to_cpu  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # noqa: E402
 
+from diffbackbone.backbone import DiffusionBackbone  # noqa: E402
 from diffbackbone.models.guided_diffusion import Block  # noqa: E402
 
 
@@ -99,6 +100,9 @@ class WholeFSDPStrategy(FSDPStrategy):
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         wrapper = {"type": "MMFullyShardedDataParallel", **copy.deepcopy(self.model_wrapper)}
         _check_evaluation(model, wrapper.get("sharding_strategy"))
+        for module in model.modules():
+            if isinstance(module, DiffusionBackbone):
+                module.save_frozen = True  # FSDP needs all weights in its state dicts
         if get_device() == "cpu":
             model = compat.without_sync_batchnorm(model)
             wrapper["device_id"] = torch.device("cpu")

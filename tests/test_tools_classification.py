@@ -618,6 +618,18 @@ def test_resumed_run_equals_an_unbroken_one(data, tmp_path, weights, options):
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
+def test_resumed_run_keeps_its_own_frozen_weights(data, tmp_path, weights):
+    train(data, tmp_path / "whole")
+    train(data, tmp_path / "parts", "--epochs", 1)
+    other = ["--checkpoint", weights, "--cache", tmp_path / "cache"]
+    train(data, tmp_path / "parts", "--resume", *other)
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    best = ["--evaluate", tmp_path / "parts/best.pt"]
+    evaluated = [train(data, tmp_path / "eval", *best, *options) for options in ([], other)]
+    _, results = numbers(tmp_path / "whole")
+    assert evaluated[0]["val"] == evaluated[1]["val"] == results["val"]
+
+
 def test_sigkill_costs_an_epoch_at_most(data, tmp_path, weights):
     out = tmp_path / "killed"
     options = ["--head", "attention", "--epochs", "5", "--step", "2", "--lr", "0.003"]
