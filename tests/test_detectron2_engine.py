@@ -21,7 +21,8 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
-from diffbackbone.unet import UNet, UNetConfig
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 
 from diffbackbone import detectron2_engine as engine
 from diffbackbone.backbone import DiffusionBackbone

@@ -562,6 +562,7 @@ def run(
     common.warn_random(args, processes)
     settings = _settings(args, train, val)
     saved = None
+    last = out / "last.pt"
     if args.evaluate or last.is_file():
         saved = read_checkpoint(Path(args.evaluate or last))
         if not args.evaluate:
