@@ -1,4 +1,4 @@
-"""Tests of tools/make_sample_data.py."""
+"""Tests of diffbackbone.sample_data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("tqdm")
 
 from PIL import Image  # noqa: E402
 
-TOOL_PATH = Path(__file__).parents[1] / "tools" / "make_sample_data.py"
+TOOL_PATH = Path(__file__).parents[1] / "diffbackbone" / "sample_data" / "scenes.py"
 COUNTS = {"train": 14, "val": 6, "unlabelled": 4}
 ADE_FOLDERS = {"train": "training", "val": "validation"}
 

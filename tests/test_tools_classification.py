@@ -30,13 +30,13 @@ sys.path.append(str(TOOLS))
 import _classification as common
 import compare_heads
 import knn
-import make_sample_digits
 import train_classifier
 from _classification import ToolError
 from image_folders import CLASSES, write_folder, write_weights
 
 from diffbackbone import DiffusionBackbone
 from diffbackbone.features import CacheError, Listing
+from diffbackbone.sample_data import digits as make_sample_digits
 
 TRAIN, VAL, SIZE = 6, 3, 32
 SMALL = [

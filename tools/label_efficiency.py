@@ -60,10 +60,10 @@ from _label_tasks import (
     checkpoint_digest,
     config_digests,
 )
-from make_sample_data import SampleDataError
 from PIL import Image, ImageDraw, ImageFont
 
 from diffbackbone.features import CacheError, setting_differences
+from diffbackbone.sample_data import SampleDataError
 
 FORMAT = "diffbackbone label efficiency 2"  # 2: folds choose the probe where labels are few
 LABELS = (1.0, 0.1, 0.01)
