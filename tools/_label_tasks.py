@@ -148,9 +148,6 @@ def make_digit_scenes(out: Path, train: int, val: int, size: int, seed: int = 0)
         val: Validation scenes.
         size: Height and width.
         seed: Of everything drawn.
-
-    Raises:
-        SampleDataError: A package is missing.
     """
     if out.is_dir():
         return
