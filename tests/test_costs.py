@@ -122,6 +122,16 @@ def test_config_of_a_file(tmp_path):
         read_unet_config(tmp_path / "none.pt")
 
 
+def test_tool_takes_what_the_checkpoint_says(capsys, monkeypatch):
+    monkeypatch.syspath_prepend("tools")
+    import inspect_unet
+
+    inspect_unet.entry(["--unet", "tiny", "--size", "64"])
+    expected = capsys.readouterr().out
+    inspect_unet.entry(["--checkpoint", "diffbackbone://tiny.safetensors", "--size", "64"])
+    assert capsys.readouterr().out == expected
+
+
 def test_tool(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend("tools")
     import inspect_unet

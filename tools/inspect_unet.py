@@ -56,7 +56,9 @@ def entry(argv: Sequence[str] | None = None) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--unet", help="a preset's name")
     which.add_argument("--checkpoint", help="a file of guided-diffusion weights, or its URL")
-    parser.add_argument("--num-head-channels", type=int, default=64, help="of the checkpoint")
+    parser.add_argument(
+        "--num-head-channels", type=int, help="of the checkpoint (what it tells, else 64)"
+    )
     parser.add_argument("--size", type=int, nargs="+", default=[256], help="side, or height width")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--memory", type=float, help="GB there are: name the last block that fits")
@@ -76,7 +78,8 @@ def entry(argv: Sequence[str] | None = None) -> None:
             config = UNetConfig.from_preset(args.unet)
         else:
             heads = args.num_head_channels
-            config = read_unet_config(args.checkpoint, num_head_channels=heads)
+            given = {} if heads is None else {"num_head_channels": heads}
+            config = read_unet_config(args.checkpoint, **given)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     dtype = getattr(torch, args.dtype)
