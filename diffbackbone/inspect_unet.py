@@ -45,7 +45,7 @@ def run(config: InspectConfig) -> list[BlockCost]:
     """Print the table, and return its numbers."""
     if not 1 <= len(config.size) <= 2 or min(config.size) < 32:
         raise UserError(f"--size takes one or two numbers of at least 32, got {config.size}")
-    unet, dtype = _architecture(config), getattr(torch, config.dtype)
+    unet, dtype = architecture(config), getattr(torch, config.dtype)
     deepest = max(block.stride for block in unet.blocks.values())
     height, width = (math.ceil(side / deepest) * deepest for side in (config.size * 2)[:2])
     costs = block_costs(unet, height, width, dtype)
@@ -82,7 +82,8 @@ def format_table(costs: Sequence[BlockCost], sizes: Sequence[int]) -> str:
     return markdown_table(columns, rows)
 
 
-def _architecture(config: InspectConfig) -> UNetConfig:
+def architecture(config: InspectConfig) -> UNetConfig:
+    """Return the architecture of the preset or the checkpoint."""
     if (config.unet is None) == (config.checkpoint is None):
         raise UserError("give either --unet or --checkpoint")
     heads = config.num_head_channels
