@@ -21,14 +21,14 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
-from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.guided_diffusion import UNet
 
 from diffbackbone import detectron2_engine as engine
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import CheckpointError
 from diffbackbone.detectron2 import DiffusionBackbone as Backbone
 from diffbackbone.detectron2 import add_diffusion_config
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 

@@ -35,6 +35,7 @@ from PIL import Image
 
 from diffbackbone import detectron2_engine as engine
 from diffbackbone.detectron2 import SAMPLE_ROOT, register_sample_data
+from diffbackbone.sample_data import make_sample_data
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
@@ -49,7 +50,7 @@ SAMPLE = "mask_rcnn_gd_sample"
 def tools():
     """The command lines as modules."""
     names = ["_common", "_detectron2", "train_net", "lazyconfig_train_net"]
-    names += ["visualize_predictions", "make_sample_data"]
+    names += ["visualize_predictions"]
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.path.insert(0, str(TOOLS))
     yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -64,8 +65,7 @@ def tools():
 def data(tools, tmp_path_factory):
     """A few scenes, registered under the sample data's names."""
     root = tmp_path_factory.mktemp("data") / "sample"
-    counts = ["--train", "12", "--val", "3", "--unlabelled", "0"]
-    tools.make_sample_data.main(["--out", str(root), *counts])
+    make_sample_data(root, train=12, val=3, unlabelled=0)
     with registered(root):
         yield root
 

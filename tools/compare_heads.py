@@ -22,13 +22,14 @@ from typing import Any
 import _classification as common
 import _common
 import knn
-import make_sample_digits
 import train_classifier
 from _classification import FeatureOptions, Processes, ToolError
 
 from diffbackbone import CheckpointError
 from diffbackbone.features import CacheError
 from diffbackbone.images import ImageError
+from diffbackbone.sample_data import make_digits
+from diffbackbone.utils import UserError
 
 TIMESTEPS, BLOCKS = (90, 150, 300), (19, 24, 30)
 TAP = (150, 24)
@@ -64,7 +65,7 @@ def compare(args: argparse.Namespace, processes: Processes) -> list[dict[str, An
     data = args.data
     if data is None:
         data = str(out / "digits")
-        processes.say(make_sample_digits.make_digits(data, args.image_size))
+        processes.say(make_digits(data, size=args.image_size))
     general = ["--data", data, "--recipe", "digits", "--unet", args.unet]
     general += ["--image-size", str(args.image_size), "--seed", str(args.seed)]
     general += ["--workers", str(args.workers), "--device", args.device]
@@ -195,9 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if processes.world_size > 1:
             raise ToolError("compare_heads runs in one process")
         compare(args, processes)
-    except (
-        ToolError, ImageError, CacheError, CheckpointError, make_sample_digits.SampleDigitsError
-    ) as error:  # fmt: skip
+    except (ToolError, ImageError, CacheError, CheckpointError, UserError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
