@@ -5,7 +5,7 @@ try:
     from diffbackbone.sample_data.digits import make_digits
     from diffbackbone.sample_data.scenes import DIGIT_NAMES, SceneConfig, load_pools, make_scene
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}; pip install 'diffbackbone[sample]'") from error
+    raise ModuleNotFoundError(f"{error}; pip install 'diffbackbone[tools]'") from error
 
 __all__ = [
     "DIGIT_NAMES",
