@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import Feedback
-from diffbackbone.images import pad_to_multiple
 from diffbackbone.models.base import (
     DiffusionModel,
     as_tuple,
@@ -28,6 +27,7 @@ from diffbackbone.models.base import (
 from diffbackbone.models.gd_config import UNetConfig, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.models.ops import as_type, is_readable
+from diffbackbone.padding import crop_map, pad_to_multiple
 from diffbackbone.utils import weights_digest
 
 MIN_SIZE = 32
@@ -294,7 +294,7 @@ class DiffusionBackbone(nn.Module):
                 x = self.proj[i](as_type(x, self.proj[i].weight.dtype))
             if size is not None:
                 x = resize(x, size)
-            maps.append(as_type(_crop(x, height, width, stride), images.dtype))
+            maps.append(as_type(crop_map(x, height, width, stride), images.dtype))
         return maps
 
     def forward_taps(
@@ -329,7 +329,7 @@ class DiffusionBackbone(nn.Module):
         steps = self.schedule.check_timesteps(self.timestep if timesteps is None else timesteps)
         height, width = images.shape[-2:]
         return {
-            (t, b): as_type(_crop(x, height, width, self.unet.blocks[b].stride), images.dtype)
+            (t, b): as_type(crop_map(x, height, width, self.unet.blocks[b].stride), images.dtype)
             for t in steps
             for b, x in self._run(images, t, chosen, y).items()
         }
@@ -492,11 +492,6 @@ def _warn_unit_range() -> None:
         UserWarning,
         stacklevel=4,
     )
-
-
-def _crop(x: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """Cut the map of a padded image back to ceil(H / stride) x ceil(W / stride)."""
-    return x[..., : math.ceil(height / stride), : math.ceil(width / stride)]
 
 
 _DIGEST = "frozen_unet_digest"
