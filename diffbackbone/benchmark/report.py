@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import _common
+from diffbackbone.utils import atomic_write, write_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 COLORS = ("#3b6fb6", "#9dbce0", "#8a8a8a", "#e0a03c")
@@ -214,10 +214,10 @@ def write_reports(
         entry = dataclasses.asdict(row)
         content.append({**entry.pop("case"), **entry})
     text = json.dumps({"machine": dict(machine), "planned": planned, "rows": content}, indent=1)
-    _common.write_text(f"{stem}.json", text + "\n")
-    _common.write_text(f"{stem}.md", markdown)
+    write_text(f"{stem}.json", text + "\n")
+    write_text(f"{stem}.md", markdown)
     if picture is not None:
-        _common.save_picture(picture, f"{stem}.png")
+        atomic_write(f"{stem}.png", lambda path: picture.save(path, format="PNG"))
 
 
 def heading(
@@ -448,7 +448,8 @@ def check_machine(args: argparse.Namespace) -> None:
     elif args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: --device cuda: torch sees no GPU on this machine")
     if args.checkpoint is not None:
-        _common.check_checkpoint(args.checkpoint)
+        if "://" not in args.checkpoint and not Path(args.checkpoint).expanduser().is_file():
+            raise SystemExit(f"error: there is no checkpoint {args.checkpoint!r}")
 
 
 def check_sizes(config: Any, sizes: Sequence[int]) -> None:

@@ -30,12 +30,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import _common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-_common.add_root()
 
 STAND_INS = ("mpi4py", "blobfile", "torchinfo", "einops")
 """What the references import and their features don't need; replaced where it is not installed."""

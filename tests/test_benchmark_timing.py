@@ -94,7 +94,10 @@ class DiffSSLModelFeedbackFusion(nn.Module):
 def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module("benchmark"), importlib.import_module("_benchmark_worker")
+        yield (
+            importlib.import_module("diffbackbone.benchmark.timing"),
+            importlib.import_module("diffbackbone.benchmark.references"),
+        )
 
 
 @pytest.fixture
@@ -162,7 +165,7 @@ def run(tool, tmp_path):
 
     def start(*arguments):
         out = tmp_path / "out"
-        tool.entry([*FAST, "--out", str(out), *arguments])
+        tool.main([*FAST, "--out", str(out), *arguments])
         return json.loads((out / "benchmark.json").read_text())
 
     return start
@@ -496,7 +499,7 @@ def test_bad_arguments(tool, tmp_path, capsys, monkeypatch, options, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(tool, "Worker", None)  # before any process is started
     with pytest.raises(SystemExit) as caught:
-        tool.entry([*FAST, "--out", str(tmp_path / "out"), *options])
+        tool.main([*FAST, "--out", str(tmp_path / "out"), *options])
     text = capsys.readouterr().err + str(caught.value.code)
     assert re.search(words, text), text
     assert caught.value.code != 0
@@ -523,12 +526,12 @@ def test_a_checkpoint_that_does_not_fit(asked, run, tmp_path):
 def test_rows(tool, capsys, checkout):
     both = checkout() + checkout("diffssl")
     sizes = ["--sizes", "64", "32", "64", "--dtypes", "float32", "float16"]
-    tool.entry([*FAST, *sizes, "--cases", "b24", "taps", "--list", *both])
+    tool.main([*FAST, *sizes, "--cases", "b24", "taps", "--list", *both])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) == 2 * 2 * 2 * 2
     assert lines[0] == "b24 32 px x 1 float32 forward eager vs guided-diffusion"
     assert lines[-1] == "taps 64 px x 1 float16 forward eager vs diffssl"
-    tool.entry([*FAST, "--cases", "b24", "--list"])
+    tool.main([*FAST, "--cases", "b24", "--list"])
     assert capsys.readouterr().out == "b24 32 px x 1 float32 forward eager\n"
 
 

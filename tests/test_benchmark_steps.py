@@ -47,10 +47,10 @@ INSTALLED = [model for model in STACKS if has(model)]
 
 @pytest.fixture(scope="module")
 def modules():
-    names = ("benchmark_steps", "_benchmark_steps_worker", "_benchmark_worker")
+    names = ("steps", "training", "references")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TOOLS))
-        yield [importlib.import_module(name) for name in names]
+        yield [importlib.import_module(f"diffbackbone.benchmark.{name}") for name in names]
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def run(tool, tmp_path):
 
     def start(*arguments):
         out = tmp_path / "out"
-        tool.entry([*arguments, "--out", str(out)])
+        tool.main([*arguments, "--out", str(out)])
         return json.loads((out / "steps.json").read_text())
 
     return start
@@ -587,14 +587,14 @@ def test_a_checkpoint_is_loaded(train, tmp_path):
 
 
 def test_rows(tool, capsys):
-    tool.entry(["--list", "--device", "cpu"])
+    tool.main(["--list", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) == 8
     assert lines[0] == "upernet frozen 512 px x 2 float32"
     assert lines[-1] == "mask_rcnn finetuned bottleneck 1024 px x 1 float32"
     options = ["--sizes", "256", "128", "256", "--batch", "4", "--dtypes", "bfloat16"]
     options += ["--activation-checkpointing", "on", "off", "--models", "mask_rcnn"]
-    tool.entry(["--list", *options])
+    tool.main(["--list", *options])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) == 16
     assert lines[0] == "mask_rcnn frozen 128 px x 4 bfloat16 checkpointing on"
@@ -626,7 +626,7 @@ def test_bad_arguments(tool, tmp_path, capsys, monkeypatch, options, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(tool, "Worker", None)  # before any process is started
     with pytest.raises(SystemExit) as caught:
-        tool.entry([*FAST, "--out", str(tmp_path / "out"), *options])
+        tool.main([*FAST, "--out", str(tmp_path / "out"), *options])
     text = capsys.readouterr().err + str(caught.value.code)
     assert re.search(words, text), text
     assert caught.value.code != 0

@@ -11,14 +11,16 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import _common
 import torch
-from _benchmark_worker import Worker, main, peak_bytes, reset_peak, synchronize
 from torch import Tensor, nn
 
-_common.add_root()
+import diffbackbone
+from diffbackbone.benchmark.references import Worker, main, peak_bytes, reset_peak, synchronize
+
+CONFIGS = Path(diffbackbone.__file__).parents[1] / "configs"
 
 OBJECTS = 8
 """In an image; COCO has 7.3 on average."""
@@ -151,9 +153,9 @@ class UperNet(Training):
     @staticmethod
     def prepare() -> None:
         """Import MMSegmentation."""
-        import _mmseg
+        from diffbackbone import compat
 
-        _mmseg.prepare()
+        compat.apply_mmengine_repairs()
         from mmseg.utils import register_all_modules
 
         import diffbackbone.mmseg  # noqa: F401
@@ -162,11 +164,10 @@ class UperNet(Training):
 
     def config(self) -> Any:
         """The config, with what the case asks for."""
-        import _mmseg
         from mmengine.config import Config
 
         job = self.job
-        cfg = Config.fromfile(_mmseg.find_config(job["config"]))
+        cfg = Config.fromfile(str(CONFIGS / "mmseg" / job["config"]))
         weights = job["checkpoint"] and {"type": "Pretrained", "checkpoint": job["checkpoint"]}
         backbone = {"unet": job["unet"], "freeze": job["mode"] == "frozen", "init_cfg": weights}
         if job["activation_checkpointing"] != "config":
@@ -225,14 +226,13 @@ class MaskRCNN(Training):
     @staticmethod
     def prepare() -> None:
         """Import Detectron2."""
-        import _detectron2
-
-        _detectron2.prepare()
         import diffbackbone.detectron2_engine  # noqa: F401
 
     def config(self) -> Any:
         """The config, with what the case asks for."""
-        import _detectron2
+        from detectron2.config import get_cfg
+
+        from diffbackbone.detectron2 import add_diffusion_config
 
         job = self.job
         options = {
@@ -250,8 +250,12 @@ class MaskRCNN(Training):
         if width := job["head_channels"]:
             for key in ("FPN.OUT", "ROI_BOX_HEAD.CONV", "ROI_BOX_HEAD.FC", "ROI_MASK_HEAD.CONV"):
                 options[f"MODEL.{key}_{'CHANNELS' if key == 'FPN.OUT' else 'DIM'}"] = width
-        config = _common.find_config(job["config"], _detectron2.CONFIG_DIR, (".yaml",))
-        return _detectron2.load_yaml(config, [str(x) for pair in options.items() for x in pair])
+        cfg = get_cfg()
+        add_diffusion_config(cfg)
+        cfg.merge_from_file(str(CONFIGS / "detectron2" / job["config"]))
+        cfg.merge_from_list([x for pair in options.items() for x in pair])
+        cfg.freeze()
+        return cfg
 
     def build(self) -> None:
         from diffbackbone.detectron2_engine import Trainer, make_step_trainer
