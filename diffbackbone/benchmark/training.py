@@ -1,16 +1,17 @@
-"""What runs in the processes of `tools/benchmark_steps.py`: a framework's training steps.
+"""A framework's training steps, timed in parts.
 
-Model, optimizer and the step itself are the framework's own, made from this project's configs; the
-batch is always the same, so that nothing waits for data.
+Model, optimizer and the step itself are the framework's own, built from this project's configs;
+the batch is always the same, so nothing waits for data.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,34 @@ import torch
 from torch import Tensor, nn
 
 import diffbackbone
-from diffbackbone.benchmark.references import Worker, main, peak_bytes, reset_peak, synchronize
+from diffbackbone.benchmark import worker
 
 CONFIGS = Path(diffbackbone.__file__).parents[1] / "configs"
-
 OBJECTS = 8
 """In an image; COCO has 7.3 on average."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a row measures."""
+
+    model: str  # "upernet" or "mask_rcnn"
+    mode: str  # "frozen" or "finetuned"
+    feedback: str  # "none" or "bottleneck"
+    size: int  # height and width in pixels
+    batch: int
+    dtype: str
+    activation_checkpointing: str  # "config", "on" or "off"
+
+    def __str__(self) -> str:
+        feedback = "" if self.feedback == "none" else f" {self.feedback}"
+        text = f"{self.model} {self.mode}{feedback} {self.size} px x {self.batch} {self.dtype}"
+        recompute = self.activation_checkpointing
+        return text if recompute == "config" else f"{text} checkpointing {recompute}"
+
+
 class Stopwatch:
-    """Tells apart what a step's time went into; see ``tools/benchmark_steps.py``.
+    """Times the parts of a training step; on a GPU by events, which don't delay it.
 
     Args:
         backbone: The ``DiffusionBackbone`` in the model.
@@ -38,7 +57,7 @@ class Stopwatch:
     def __init__(self, backbone: nn.Module, optimizer: torch.optim.Optimizer, device: str) -> None:
         self.device = device
         self._marks: dict[str, list[Any]] = collections.defaultdict(list)
-        # either is called once for a batch of images of one size
+        # Either is called once for a batch of images of one size.
         owner, name = backbone.unet, "forward_features"
         if backbone.feedback is not None:
             owner, name = backbone.feedback, "forward"
@@ -48,17 +67,13 @@ class Stopwatch:
 
     def _mark(self, what: str) -> None:
         if self.device == "cpu":
-            self._marks[what].append(time.perf_counter())
-        else:  # a GPU goes on meanwhile
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks[what].append(event)
+            mark: Any = time.perf_counter()
+        else:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks[what].append(mark)
 
-    def _timed(
-        self, function: Callable[..., dict[int, Tensor]]
-    ) -> Callable[..., dict[int, Tensor]]:
-        """The function that gives the taps, with marks before and after it and its backward."""
-
+    def _timed(self, function: Callable[..., dict[int, Tensor]]) -> Any:
         def call(*args: Any, **kwargs: Any) -> dict[int, Tensor]:
             self._mark("forward")
             taps = function(*args, **kwargs)
@@ -71,27 +86,23 @@ class Stopwatch:
         return call
 
     def _backward(self, _: Tensor) -> None:
-        """The first of the taps' gradients is there; the engine calls back when all is done."""
+        # Autograd runs last what ran first, so heads and projections are done by now.
         if not self._marks["backward"]:
             self._mark("backward")
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: self._mark("backward"))
+            engine.queue_callback(lambda: self._mark("backward"))  # at the end of backward
 
     def time(self, step: Callable[[], Any]) -> dict[str, float]:
-        """Seconds of a step: ``"step"``, and of it ``"forward"``, ``"backward"``, ``"optimizer"``.
-
-        The U-Net's forward and backward pass are meant. What has not run took no time.
-        """
+        """Return the seconds of a step, and of ``forward``, ``backward``, ``optimizer`` in it."""
         self._marks.clear()
-        synchronize(self.device)
+        worker.synchronize(self.device)
         start = time.perf_counter()
         step()
-        synchronize(self.device)
+        worker.synchronize(self.device)
         seconds = {"step": time.perf_counter() - start}
         for what in ("forward", "backward", "optimizer"):
             marks = self._marks[what]
-            pairs = zip(marks[::2], marks[1::2])
-            seconds[what] = sum(self._between(*pair) for pair in pairs)
+            seconds[what] = sum(self._between(*pair) for pair in zip(marks[::2], marks[1::2]))
         return seconds
 
     def _between(self, start: Any, end: Any) -> float:
@@ -102,90 +113,81 @@ class Stopwatch:
 # frameworks
 
 
-class Training:
-    """A model in training.
+@dataclasses.dataclass
+class Framework:
+    """A model in training."""
 
-    Args:
-        job: The case; see ``tools/benchmark_steps.py``.
+    case: Case
+    device: str
+    unet: str  # preset
+    checkpoint: str | None
+    head_channels: int | None  # None for the config's
+    model: nn.Module = dataclasses.field(init=False)
+    optimizer: torch.optim.Optimizer = dataclasses.field(init=False)
 
-    Attributes:
-        model: The whole model.
-        optimizer: Its optimizer.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def __init__(self, job: Mapping[str, Any]) -> None:
-        from diffbackbone.backbone import DiffusionBackbone
-
-        self.job = job
-        torch.manual_seed(0)
+    def __post_init__(self) -> None:
+        self.recompute = {"on": True, "off": False}.get(self.case.activation_checkpointing)
         self.random = torch.Generator().manual_seed(0)
-        self.build()
+        torch.manual_seed(0)
+        self._build()
         self.model.train()
-        (self.backbone,) = (m for m in self.model.modules() if isinstance(m, DiffusionBackbone))
+        kind = diffbackbone.DiffusionBackbone
+        (self.backbone,) = (m for m in self.model.modules() if isinstance(m, kind))
         allocate_state(self.optimizer)
-        self.stopwatch = Stopwatch(self.backbone, self.optimizer, job["device"])
+        self.stopwatch = Stopwatch(self.backbone, self.optimizer, self.device)
 
     @staticmethod
     def prepare() -> None:
         """Import the framework."""
-        raise NotImplementedError
 
-    def build(self) -> None:
+    def _build(self) -> None:
         """Build the model, its optimizer and a batch."""
         raise NotImplementedError
 
     def update(self) -> None:
-        """A step, as the framework does it."""
+        """Run a step, as the framework does it."""
         raise NotImplementedError
 
-    def image(self) -> Tensor:
-        """Pixels (3, size, size) of 0 to 255."""
-        size = self.job["size"]
-        return torch.randint(0, 256, (3, size, size), generator=self.random, dtype=torch.uint8)
+    def _image(self) -> Tensor:
+        """Return pixels (3, size, size) of 0 to 255."""
+        shape = (3, self.case.size, self.case.size)
+        return torch.randint(0, 256, shape, generator=self.random, dtype=torch.uint8)
 
 
-class UperNet(Training):
+class UperNet(Framework):
     """MMSegmentation's, in the way of MMEngine's runner for a single process."""
 
     @staticmethod
     def prepare() -> None:
         """Import MMSegmentation."""
-        from diffbackbone import compat
-
-        compat.apply_mmengine_repairs()
+        import diffbackbone.mmseg  # noqa: F401, I001  checks and repairs what mmseg needs
         from mmseg.utils import register_all_modules
-
-        import diffbackbone.mmseg  # noqa: F401
 
         register_all_modules(init_default_scope=False)
 
     def config(self) -> Any:
-        """The config, with what the case asks for."""
+        """Return the config with the case's options."""
         from mmengine.config import Config
 
-        job = self.job
-        cfg = Config.fromfile(str(CONFIGS / "mmseg" / job["config"]))
-        weights = job["checkpoint"] and {"type": "Pretrained", "checkpoint": job["checkpoint"]}
-        backbone = {"unet": job["unet"], "freeze": job["mode"] == "frozen", "init_cfg": weights}
-        if job["activation_checkpointing"] != "config":
-            backbone["activation_checkpointing"] = job["activation_checkpointing"] == "on"
-        if width := job["head_channels"]:
-            backbone["out_channels"] = width
+        name = "gd_t90_b33-30-27-24" if self.case.feedback == "none" else "difffeed"
+        cfg = Config.fromfile(str(CONFIGS / "mmseg" / f"upernet_{name}_ade20k.py"))
+        weights = self.checkpoint and {"type": "Pretrained", "checkpoint": self.checkpoint}
+        backbone = cfg.model.backbone
+        backbone.update(unet=self.unet, freeze=self.case.mode == "frozen", init_cfg=weights)
+        if self.recompute is not None:
+            backbone.activation_checkpointing = self.recompute
+        if width := self.head_channels:
+            backbone.out_channels = width
             levels = len(cfg.model.decode_head.in_channels)
             cfg.model.decode_head.update(channels=width, in_channels=[width] * levels)
             cfg.model.auxiliary_head.update(channels=width, in_channels=width)
-        cfg.model.backbone.update(backbone)
-        cfg.model.data_preprocessor.size = (job["size"], job["size"])
-        if job["dtype"] != "float32":  # as --amp of MMSegmentation's tools/train.py
-            cfg.optim_wrapper.update(
-                type="AmpOptimWrapper", loss_scale="dynamic", dtype=job["dtype"]
-            )
+        cfg.model.data_preprocessor.size = (self.case.size, self.case.size)
+        if self.case.dtype != "float32":  # as --amp of MMSegmentation's tools/train.py
+            amp = {"type": "AmpOptimWrapper", "loss_scale": "dynamic", "dtype": self.case.dtype}
+            cfg.optim_wrapper.update(amp)
         return cfg
 
-    def build(self) -> None:
+    def _build(self) -> None:
         from mmengine import DefaultScope
         from mmengine.model import revert_sync_batchnorm
         from mmengine.optim import build_optim_wrapper
@@ -196,31 +198,32 @@ class UperNet(Training):
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = MODELS.build(cfg.model)
             model.init_weights()
-            self.model = revert_sync_batchnorm(model).to(self.job["device"])
+            self.model = revert_sync_batchnorm(model).to(self.device)
             self.wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper)
         self.optimizer = self.wrapper.optimizer
-        samples = [self.sample() for _ in range(self.job["batch"])]
-        images = [self.image() for _ in samples]
-        self.batch = {"inputs": images, "data_samples": samples}
+        samples = [self._sample() for _ in range(self.case.batch)]
+        self.batch = {"inputs": [self._image() for _ in samples], "data_samples": samples}
 
-    def sample(self) -> Any:
-        """A label map of patches, with some that are left out."""
+    def _sample(self) -> Any:
+        """Return a label map of patches, some of them ignored."""
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
 
-        size, classes = self.job["size"], self.model.decode_head.num_classes
+        shape = (self.case.size, self.case.size)
+        classes = self.model.decode_head.num_classes
         labels = torch.randint(0, classes, (8, 8), generator=self.random)
         labels[0, ::4] = 255
-        labels = nn.functional.interpolate(labels[None, None].float(), (size, size))[0].long()
-        sample = SegDataSample(metainfo={"img_shape": (size, size), "ori_shape": (size, size)})
+        labels = nn.functional.interpolate(labels[None, None].float(), shape)[0].long()
+        sample = SegDataSample(metainfo={"img_shape": shape, "ori_shape": shape})
         sample.gt_sem_seg = PixelData(data=labels)
         return sample
 
     def update(self) -> None:
+        """Run a step."""
         self.model.train_step(self.batch, self.wrapper)
 
 
-class MaskRCNN(Training):
+class MaskRCNN(Framework):
     """Detectron2's, with this project's trainer."""
 
     @staticmethod
@@ -229,54 +232,46 @@ class MaskRCNN(Training):
         import diffbackbone.detectron2_engine  # noqa: F401
 
     def config(self) -> Any:
-        """The config, with what the case asks for."""
+        """Return the config with the case's options."""
         from detectron2.config import get_cfg
 
         from diffbackbone.detectron2 import add_diffusion_config
 
-        job = self.job
-        options = {
-            "MODEL.DEVICE": job["device"],
-            "MODEL.DIFFUSION.UNET": job["unet"],
-            "MODEL.DIFFUSION.CHECKPOINT": job["checkpoint"] or "",
-            "MODEL.DIFFUSION.FREEZE": job["mode"] == "frozen",
-            "SOLVER.AMP.ENABLED": job["dtype"] != "float32",
-        }
-        if job["dtype"] != "float32":
-            options["SOLVER.AMP.DTYPE"] = job["dtype"]
-        if job["activation_checkpointing"] != "config":
-            recompute = job["activation_checkpointing"] == "on"
-            options["MODEL.DIFFUSION.ACTIVATION_CHECKPOINTING"] = recompute
-        if width := job["head_channels"]:
-            for key in ("FPN.OUT", "ROI_BOX_HEAD.CONV", "ROI_BOX_HEAD.FC", "ROI_MASK_HEAD.CONV"):
-                options[f"MODEL.{key}_{'CHANNELS' if key == 'FPN.OUT' else 'DIM'}"] = width
+        name = "gd_t75_b24" if self.case.feedback == "none" else "difffeed"
         cfg = get_cfg()
         add_diffusion_config(cfg)
-        cfg.merge_from_file(str(CONFIGS / "detectron2" / job["config"]))
-        cfg.merge_from_list([x for pair in options.items() for x in pair])
-        cfg.freeze()
+        cfg.merge_from_file(str(CONFIGS / "detectron2" / f"mask_rcnn_{name}.yaml"))
+        model, diffusion = cfg.MODEL, cfg.MODEL.DIFFUSION
+        model.DEVICE = self.device
+        diffusion.UNET, diffusion.CHECKPOINT = self.unet, self.checkpoint or ""
+        diffusion.FREEZE = self.case.mode == "frozen"
+        if self.recompute is not None:
+            diffusion.ACTIVATION_CHECKPOINTING = self.recompute
+        if self.case.dtype != "float32":
+            cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = True, self.case.dtype
+        if width := self.head_channels:
+            model.FPN.OUT_CHANNELS = model.ROI_MASK_HEAD.CONV_DIM = width
+            model.ROI_BOX_HEAD.CONV_DIM = model.ROI_BOX_HEAD.FC_DIM = width
         return cfg
 
-    def build(self) -> None:
+    def _build(self) -> None:
         from diffbackbone.detectron2_engine import Trainer, make_step_trainer
 
         cfg = self.config()
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-        self.model = Trainer.build_model(cfg)
+        self.model = Trainer.build_model(cfg).train()
         self.optimizer = Trainer.build_optimizer(cfg, self.model)
-        classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        batch = [self.sample(classes) for _ in range(self.job["batch"])]
-        amp = cfg.SOLVER.AMP
-        self.model.train()
+        classes, amp = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.SOLVER.AMP
+        batches = itertools.repeat([self._sample(classes) for _ in range(self.case.batch)])
         self.trainer = make_step_trainer(
-            self.model, itertools.repeat(batch), self.optimizer, amp.ENABLED, amp.DTYPE
+            self.model, batches, self.optimizer, amp.ENABLED, amp.DTYPE
         )
 
-    def sample(self, classes: int) -> dict[str, Any]:
-        """An image with objects: octagons of 1/16 to 3/4 of its side."""
+    def _sample(self, classes: int) -> dict[str, Any]:
+        """Return an image with octagons of 1/16 to 3/4 of its side."""
         from detectron2.structures import Boxes, Instances, PolygonMasks
 
-        size = self.job["size"]
+        size = self.case.size
         sides = size * 12 ** torch.rand(OBJECTS, 2, generator=self.random) / 16
         centers = sides / 2 + (size - sides) * torch.rand(OBJECTS, 2, generator=self.random)
         angles = torch.arange(8) * math.pi / 4
@@ -286,9 +281,10 @@ class MaskRCNN(Training):
         instances.gt_boxes = Boxes(torch.cat([centers - sides / 2, centers + sides / 2], dim=1))
         instances.gt_classes = torch.randint(0, classes, (OBJECTS,), generator=self.random)
         instances.gt_masks = PolygonMasks([[polygon.flatten().numpy()] for polygon in polygons])
-        return {"image": self.image(), "height": size, "width": size, "instances": instances}
+        return {"image": self._image(), "height": size, "width": size, "instances": instances}
 
     def update(self) -> None:
+        """Run a step."""
         from detectron2.utils.events import EventStorage
 
         with EventStorage():
@@ -296,10 +292,9 @@ class MaskRCNN(Training):
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer allocate what it keeps from step to step, the weights left as they are.
+    """Let an optimizer allocate its state and leave the weights as they are.
 
-    It does so in its first step, when activations are no longer there: the first training step
-    takes less memory than all others.
+    It would do so at the end of the first step, which would take less memory than all others.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -313,73 +308,47 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def count_attention(registry: dict[Any, Any]) -> None:
-    """Let torch's counter see the attention kernels of CPUs too, which it has no formula for."""
-    for suffix in ("", "_backward"):
-        kernel = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}")
-        known = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{suffix}")
-        registry.setdefault(kernel, registry[known])
+FRAMEWORKS: dict[str, type[Framework]] = {"upernet": UperNet, "mask_rcnn": MaskRCNN}
 
 
-TRAININGS: dict[str, type[Training]] = {"upernet": UperNet, "mask_rcnn": MaskRCNN}
+class Training:
+    """Answers a worker's calls: builds one model and times its steps."""
 
+    framework: Framework
+    baseline = 0
 
-# --------------------------------------------------------------------------------------------------
-# commands
+    def machine(self, device: str) -> dict[str, Any]:
+        """Describe the machine."""
+        return worker.describe_machine(device)
 
+    def load(self, case: Case, device: str, **options: Any) -> tuple[int, int, bool]:
+        """Build the model.
 
-class StepsWorker(Worker):
-    """Answers commands; see the methods.
-
-    Args:
-        threads: Threads that torch may use; None leaves its choice.
-    """
-
-    def __init__(self, threads: int | None) -> None:
-        super().__init__(threads, cudnn_benchmark=False)
-        torch.backends.cudnn.allow_tf32 = True  # torch's default, which the frameworks leave
-        self.training: Training | None = None
-
-    def load(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Build the model; gives how many parameters there are, and how many are trained."""
-        kind = TRAININGS[job["model"]]
+        Returns:
+            Its parameters, those that are trained, and whether the U-Net recomputes blocks.
+        """
+        kind = FRAMEWORKS[case.model]
         kind.prepare()
-        self.begin(job["device"])
-        self.training = kind(job)
-        reset_peak(job["device"])
-        parameters = list(self.training.model.parameters())
-        return {
-            "parameters": sum(p.numel() for p in parameters),
-            "trained": sum(p.numel() for p in parameters if p.requires_grad),
-            "activation_checkpointing": self.training.backbone.unet.activation_checkpointing,
-        }
+        worker.reset_peak(device)
+        self.baseline = worker.peak_bytes(device) if device == "cpu" else 0
+        self.framework = kind(case, device, **options)
+        worker.reset_peak(device)
+        sizes = [(p.numel(), p.requires_grad) for p in self.framework.model.parameters()]
+        recomputes = self.framework.backbone.unet.activation_checkpointing
+        return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), recomputes
 
     def first(self) -> int:
-        """Run the first step; gives its operations."""
-        from diffbackbone.costs import counting_flops
+        """Run the first step; return its floating-point operations."""
+        flops = worker.count_flops(self.time)
+        worker.reset_peak(self.framework.device)
+        return flops
 
-        with counting_flops() as counter:
-            counter.mod_tracker.__exit__(None, None, None)  # modules are not told apart
-            count_attention(counter.flop_registry)
-            self.training.stopwatch.time(self.training.update)
-        reset_peak(self.training.job["device"])
-        return counter.get_total_flops()
+    def time(self) -> dict[str, float]:
+        """Run a step; see :meth:`Stopwatch.time`."""
+        return self.framework.stopwatch.time(self.framework.update)
 
-    def time(self, number: int) -> dict[str, Any]:
-        """Run ``number`` steps; see :meth:`Stopwatch.time`."""
-        training = self.training
-        found: Sequence[dict[str, float]]
-        found = [training.stopwatch.time(training.update) for _ in range(number)]
-        return {what: sum(seconds[what] for seconds in found) / number for what in found[0]}
-
-    def peak(self) -> dict[str, int]:
-        """Most bytes that the timed steps took, weights and optimizer's state included."""
-        device = self.training.job["device"]
-        found = {"peak_bytes": peak_bytes(device) - self.baseline}
-        if device != "cpu":
-            found["reserved_bytes"] = torch.cuda.max_memory_reserved()
-        return found
-
-
-if __name__ == "__main__":
-    main(StepsWorker)
+    def peak(self) -> tuple[int, int | None]:
+        """Return the peak bytes of the timed steps, and what torch reserved on a GPU."""
+        device = self.framework.device
+        reserved = None if device == "cpu" else torch.cuda.max_memory_reserved()
+        return worker.peak_bytes(device) - self.baseline, reserved
