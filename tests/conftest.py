@@ -7,6 +7,7 @@ SLOW = [
     "test_faults.py",
     "test_benchmark_steps.py",
     "test_benchmark_timing.py",
+    "test_benchmark_gpu.py",
     "test_evaluation.py",
     "test_mmseg.py",
     "test_tools_sweep.py",

@@ -123,12 +123,12 @@ class Measurements:
         """Return the most FLOP/s of square matrix products that take up to about ``seconds``."""
         from torch.utils.benchmark import Timer  # takes a second
 
-        best, n, median = 0.0, 256, 0.0
-        while median < seconds and n <= 16384:
+        best, n, least = 0.0, 256, 0.0
+        while least < seconds and n <= 16384:
             a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
             timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-            median = timer.blocked_autorange(min_run_time=seconds).median
-            best, n = max(best, 2 * n**3 / median), 2 * n
+            least = min(timer.blocked_autorange(min_run_time=seconds).times)
+            best, n = max(best, 2 * n**3 / least), 2 * n
         return best
 
     def load(

@@ -71,7 +71,7 @@ class Options:
     def describe(self, machine: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is reported about a run on a machine."""
         return {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "unet": self.unet,
             "weights": self.checkpoint or "random",

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ class BenchmarkConfig(Options):
 
     In half precision references run in their own float16 on a GPU, also beside ours in bfloat16;
     on a CPU in bfloat16 under autocast.
+
+    --suite gpu runs everything that a GPU is wanted for; see --suite gpu --help.
     """
 
     cases: tuple[Literal["b24", "taps", "bottleneck", "windowed"], ...] = tuple(CASES)
@@ -365,5 +368,11 @@ def run(config: BenchmarkConfig) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    cli.run_command(BenchmarkConfig, run, argv)
+    """Run the command; ``--suite gpu`` is a command of its own, which needs no tyro."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if any(argument.partition("=")[0] == "--suite" for argument in argv):
+        from diffbackbone.benchmark import gpu
+
+        gpu.main(argv)
+    else:
+        cli.run_command(BenchmarkConfig, run, argv)
