@@ -21,7 +21,7 @@ import export
 
 from diffbackbone import DiffusionBackbone, UNet, UNetConfig, load_checkpoint
 from diffbackbone.checkpoint import read_unet_config
-from diffbackbone.pretraining import save_safetensors
+from diffbackbone.saving import save_safetensors
 
 SMALL = UNetConfig(32, (1, 1), 1, (2,), num_head_channels=16, image_size=48)
 FIELDS = json.dumps(

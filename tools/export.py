@@ -42,8 +42,8 @@ from diffbackbone import CheckpointError, DiffusionBackbone, UNet, UNetConfig  #
 from diffbackbone import checkpoint as reading  # noqa: E402
 from diffbackbone.backbone import _DIGEST, MIN_SIZE, _resolve_config  # noqa: E402
 from diffbackbone.feedback import STRATEGIES  # noqa: E402
-from diffbackbone.pretraining import save_safetensors  # noqa: E402
 from diffbackbone.runs import write_whole  # noqa: E402
+from diffbackbone.saving import save_safetensors  # noqa: E402
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
