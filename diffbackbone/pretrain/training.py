@@ -27,7 +27,7 @@ from tqdm import tqdm
 from diffbackbone.checkpoint import load_checkpoint, read_checkpoint
 from diffbackbone.cli import run_command
 from diffbackbone.diffusion import NoiseSchedule
-from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.gd_config import UNetConfig, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.pretrain import data
 from diffbackbone.pretrain.objective import DiffusionObjective, average_weights, rate_factor
@@ -148,10 +148,7 @@ def read_architecture(config: PretrainConfig) -> UNetConfig:
     """Return the architecture that ``unet``, ``size`` and ``learn_variance`` describe."""
     try:
         is_json = config.unet.startswith("{")
-        fields = json.loads(config.unet) if is_json else {"preset": config.unet}
-        preset = fields.pop("preset", None)
-        unet = UNetConfig.from_preset(preset) if preset else UNetConfig()
-        unet = unet.replace(**fields)
+        unet = resolve_config(json.loads(config.unet) if is_json else config.unet)
         unet = unet.replace(
             num_classes=None,
             out_channels=6 if config.learn_variance else 3,
