@@ -21,8 +21,7 @@ from diffbackbone import DiffusionBackbone, NoiseSchedule, UNet, UNetConfig, loa
 from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.pretrain import training
 from diffbackbone.pretrain.data import Examples, draw_noise, find_images
-from diffbackbone.pretrain.sampling import sample_ddim
-from diffbackbone.pretrain.training import PretrainConfig, Pretraining
+from diffbackbone.pretrain.sampling import sample_ddim, save_grid
 from diffbackbone.utils import RandomStream, UserError
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "pretrain.py"
@@ -35,7 +34,8 @@ SMALL = {
     "unet": json.dumps(FIELDS), "workers": 0, "device": "cpu", "batch_size": 4, "iterations": 6,
     "warmup": 2, "samples": 2, "sample_steps": 2, "log_every": 2, "save_every": 3,
 }  # fmt: skip
-NO_DROPOUT = json.dumps({**FIELDS, "dropout": 0.0})
+SHORT = {"unet": json.dumps({**FIELDS, "dropout": 0.0}), "iterations": 2, "learn_variance": True}
+EXACT = {"rtol": 0, "atol": 0}
 
 
 def write_images(root: Path, count: int = COUNT) -> Path:
@@ -49,54 +49,51 @@ def write_images(root: Path, count: int = COUNT) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
 def train(data, out, **options):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    return training.run(PretrainConfig(data=data, out=out, **{**SMALL, **options}))
+    return training.run(training.PretrainConfig(data=data, out=out, **{**SMALL, **options}))
 
 
 def command(data, out, **options) -> list[str]:
-    words = []
+    words = [sys.executable, str(TOOL)]
     for name, value in {"data": data, "out": out, **SMALL, **options}.items():
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return [str(TOOL), *words]
+    return words
 
 
 def read(out: Path, name: str = "last.pt") -> dict:
     return torch.load(out / name, weights_only=True)
 
 
-def assert_same(a, b) -> None:
-    """Equal to the bit, through all levels."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"images_per_second", "settings"}:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
+def state(out: Path) -> dict:
+    """What two equal runs have in common."""
+    last = read(out)
+    for record in last["history"]:
+        del record["images_per_second"]
+    names = ("unet", "average", "iteration", "sums", "history")
+    return {**{name: last[name] for name in names}, "optimizer": last["optimizer"]["state"]}
+
+
+def assert_same_steps(first: Path, second: Path) -> None:
+    """Equal but for rounding; Adam's steps alone don't tell the scale of a gradient."""
+    assert change(read(first, "unet.pt"), read(second, "unet.pt")) < 1e-5
+    torch.testing.assert_close(state(first)["history"], state(second)["history"])
 
 
 def change(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
-def assert_same_steps(first: Path, second: Path) -> None:
-    """Equal but for rounding; Adam's steps alone don't tell the scale of a gradient."""
-    assert change(read(first, "unet.pt"), read(second, "unet.pt")) < 1e-5
-    one, two = (read(out)["history"][-1] for out in (first, second))
-    for name in one.keys() - {"images_per_second"}:
-        assert one[name] == pytest.approx(two[name], rel=1e-5), name
+def shown(out: Path) -> np.ndarray:
+    """The last samples."""
+    with Image.open(max((out / "samples").iterdir())) as picture:
+        return np.asarray(picture, dtype=int)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +104,14 @@ def unbroken(data, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def short(data, tmp_path_factory):
+    """A run of two iterations without dropout."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    train(data, out, **SHORT, samples=3)
+    return out
+
+
 # ------------------------------------------------------------------------------------------- data
 
 
@@ -114,25 +119,18 @@ def examples(root, **options):
     return Examples(find_images(root), **{"size": 16, "flip": False, **options})
 
 
-def test_images_are_found_however_deep(data):
-    names = [path.relative_to(data).as_posix() for path in find_images(data)]
-    assert len(names) == COUNT
-    assert {"deep/deeper/0.png", "1.jpg"} <= set(names)
-
-
 def test_epoch_has_each_image_once_in_another_order(data):
     one = examples(data)
+    assert {data / "deep/deeper/0.png", data / "1.jpg"} <= set(one.paths)
     epochs = [[one.index(n) for n in range(e * COUNT, (e + 1) * COUNT)] for e in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(COUNT))
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert [examples(data, seed=1).index(n) for n in range(COUNT)] != epochs[0]
     assert [examples(data).index(n) for n in (20, 3, 9)] == [one.index(n) for n in (20, 3, 9)]
 
 
 def gradient(root: Path, width: int, height: int) -> Path:
-    """An image whose red tells the column and whose green tells the row."""
-    root.mkdir()
+    """A folder with an image whose red tells the column and whose green tells the row."""
     y, x = np.mgrid[:height, :width]
     Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)).save(root / "one.png")
     return root
@@ -142,31 +140,26 @@ def pixels(crop: torch.Tensor) -> torch.Tensor:
     return (crop + 1) * 127.5
 
 
-def test_crops_lie_anywhere_and_are_not_scaled(tmp_path):
-    one = examples(gradient(tmp_path / "g", 100, 40))
-    crops = torch.stack([pixels(one.crop(number)) for number in range(150)])
+def test_crops_lie_anywhere_and_half_of_them_are_mirrored(tmp_path):
+    root = gradient(tmp_path, 100, 40)
+    crops = torch.stack([pixels(examples(root).crop(number)) for number in range(150)])
     lefts, tops = crops[:, 0, :1, :1], crops[:, 1, :1, :1]
     torch.testing.assert_close(crops[:, 0], (lefts + torch.arange(16)).expand(-1, 16, 16))
     torch.testing.assert_close(crops[:, 1], (tops + torch.arange(16)[:, None]).expand(-1, 16, 16))
     assert {int(tops.min().round()), int(tops.max().round())} == {0, 24}
     assert lefts.min() < 5
     assert lefts.max() > 79
-
-
-def test_half_of_the_crops_are_mirrored_unless_forbidden(tmp_path):
-    root = gradient(tmp_path / "g", 40, 40)
-    plain, flipped = examples(root), examples(root, flip=True)
-    pairs = [(plain.crop(number), flipped.crop(number)) for number in range(80)]
-    mirrored = [not torch.equal(a, b) for a, b in pairs]
-    assert all(torch.equal(a.flip(-1) if m else a, b) for (a, b), m in zip(pairs, mirrored))
-    assert 25 < sum(mirrored) < 55
+    flipped = torch.stack([pixels(examples(root, flip=True).crop(n)) for n in range(150)])
+    mirrored = flipped[:, 0, 0, 0] > flipped[:, 0, 0, 1]
+    assert torch.equal(flipped, torch.where(mirrored[:, None, None, None], crops.flip(-1), crops))
+    assert 50 < mirrored.sum() < 100
 
 
 def test_small_images_grow_and_large_ones_shrink_if_asked(tmp_path):
-    small = pixels(examples(gradient(tmp_path / "small", 12, 8)).crop(0))
+    small = pixels(examples(gradient(tmp_path, 12, 8)).crop(0))
     assert small.shape == (3, 16, 16)
     assert small[1].max() >= 6  # all 8 rows are in it
-    root = gradient(tmp_path / "large", 200, 100)
+    root = gradient(tmp_path, 200, 100)
     assert pixels(examples(root).crop(0))[0].diff(dim=-1).max() < 1.1
     assert pixels(examples(root, shrink=1.25).crop(0))[0].diff(dim=-1).max() >= 4  # 5 in 1
 
@@ -180,39 +173,29 @@ def test_deep_images_keep_their_levels(tmp_path):
 
 def test_draws_depend_on_seed_and_number_alone(data):
     many = [examples(data)[number] for number in range(100)]
-    assert_same(examples(data)[77], many[77])
+    torch.testing.assert_close(examples(data)[77], many[77], **EXACT)
     assert not torch.equal(examples(data, seed=1)[77]["noise"], many[77]["noise"])
     t = [example["t"] for example in many]
-    noise = torch.stack([example["noise"] for example in many])
     assert 0 <= min(t) < 100
     assert 900 < max(t) < 1000
     assert len(set(t)) > 80
+    noise = torch.stack([example["noise"] for example in many])
     assert abs(float(noise.mean())) < 0.05
     assert abs(float(noise.std()) - 1) < 0.05
 
 
-# ---------------------------------------------------------------------------------------- options
+# ---------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"unet": "huge"},
-        {"unet": '{"preset": "tiny"'},
-        {"unet": '{"preset": "tiny", "wings": 2}'},
-        {"unet": '{"preset": "tiny", "in_channels": 1}'},
-        {"unet": "tiny", "size": 48},
-        {"accumulate": 3},
-        {"iterations": 0},
-        {"save_every": 0},
-        {"lr": math.nan},
-        {"ema_decay": 1.1},
-        {"shrink": 0.5},
-        {"sample_steps": 1001},
-        {"resume": True},
-        {"data": Path("nowhere")},
+        {"unet": "huge"}, {"unet": '{"preset": "tiny"'}, {"unet": '{"wings": 2}'},
+        {"unet": '{"in_channels": 1}'}, {"unet": "tiny", "size": 48}, {"accumulate": 3},
+        {"iterations": 0}, {"lr": math.nan}, {"ema_decay": 1.1}, {"shrink": 0.5},
+        {"sample_steps": 1001}, {"resume": True}, {"data": Path("nowhere")},
     ],
-)
+)  # fmt: skip
 def test_impossible_options_are_refused_before_anything_is_written(data, tmp_path, options):
     with pytest.raises((UserError, FileNotFoundError)):
         train(**{"data": data, "out": tmp_path / "out", **options})
@@ -227,14 +210,10 @@ def test_broken_image_is_named_before_training(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------- training
-
-
 def test_training_learns_and_is_tracked(data, tmp_path):
     options = {"lr": 2e-3, "samples": 0, "save_every": 60, "log_with": "tensorboard"}
     last = train(data, tmp_path, iterations=60, **options)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    history = [json.loads(line) for line in lines]
+    history = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [record["iteration"] for record in history] == list(range(2, 61, 2))
     assert history[0]["loss"] > 0.9
     assert np.mean([record["loss"] for record in history[-5:]]) < 0.5
@@ -248,17 +227,12 @@ def test_files_of_a_run(data, unbroken):
         "last.pt", "unet.pt", "unet.safetensors", "unet.json", "metrics.jsonl", "loss.png",
         "samples",
     }  # fmt: skip
-    assert [path.name for path in (unbroken / "samples").iterdir()] == ["0000006.png"]
-    state, weights = read(unbroken), read(unbroken, "unet.pt")
-    assert state["iteration"] == 6
+    last, weights = read(unbroken), read(unbroken, "unet.pt")
     assert type(weights) is dict
-    config = UNetConfig(**FIELDS).replace(out_channels=3)
-    assert list(weights) == list(UNet(config).state_dict())
-    assert {x.dtype for x in weights.values()} == {torch.float32}
-    assert_same(weights, dict(state["average"]))
-    assert change(state["average"], state["unet"]) > 0
-    with Image.open(unbroken / "samples" / "0000006.png") as picture:
-        assert picture.size == (2 * 16 + 6, 16 + 4)
+    assert list(weights) == list(UNet(UNetConfig(**FIELDS).replace(out_channels=3)).state_dict())
+    torch.testing.assert_close(weights, dict(last["average"]), **EXACT)
+    assert change(weights, last["unet"]) > 0
+    assert shown(unbroken).shape == (16 + 4, 2 * 16 + 6, 3)
     with Image.open(unbroken / "loss.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 3
     description = json.loads((unbroken / "unet.json").read_text())
@@ -273,32 +247,26 @@ def test_learned_variance_has_six_channels_and_a_bound(data, tmp_path):
     last = train(data, tmp_path, learn_variance=True, export_dtype="float16", iterations=2)
     assert last["vlb"] > 0
     assert last["loss"] == pytest.approx(last["simple"] + 0.001 * last["vlb"], rel=1e-5)
-    config = read_unet_config(tmp_path / "unet.safetensors")
-    assert config == UNetConfig(**FIELDS)
-    unet = UNet(config)
+    unet = UNet(read_unet_config(tmp_path / "unet.safetensors"))
+    assert unet.config == UNetConfig(**FIELDS)
     load_checkpoint(unet, tmp_path / "unet.safetensors")
-    exact = read(tmp_path, "unet.pt")
-    assert_same(dict(unet.state_dict()), {k: v.half().float() for k, v in exact.items()})
-    flags = json.loads((tmp_path / "unet.json").read_text())["guided_diffusion"]
-    assert flags["learn_sigma"] is True
+    half = {name: x.half().float() for name, x in read(tmp_path, "unet.pt").items()}
+    torch.testing.assert_close(dict(unet.state_dict()), half, **EXACT)
+    assert json.loads((tmp_path / "unet.json").read_text())["guided_diffusion"]["learn_sigma"]
 
 
 def test_samples_are_of_the_averaged_weights(data, tmp_path):
     train(data, tmp_path, lr=0.02, iterations=5, sample_steps=4, sample_every=2)
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == ["0000002.png", "0000004.png", "0000005.png"]
-    config = UNetConfig(**FIELDS).replace(out_channels=3)
-    noise = torch.stack([draw_noise(RandomStream.SAMPLES, 0, i, 16) for i in range(2)])
-    with Image.open(tmp_path / "samples" / "0000005.png") as picture:
-        shown = np.asarray(picture, dtype=int)
+    picture, noise = shown(tmp_path), [draw_noise(RandomStream.SAMPLES, 0, i, 16) for i in range(2)]
+    unet = UNet(UNetConfig(**FIELDS).replace(out_channels=3)).eval()
     differences = []
     for name in ("average", "unet"):
-        unet = UNet(config).eval()
         unet.load_state_dict(read(tmp_path)[name])
-        made = (sample_ddim(unet, NoiseSchedule("linear"), noise, 4) + 1) * 127.5
-        first = shown[2:18, 2:18] - made[0].permute(1, 2, 0).numpy()
-        second = shown[2:18, 20:36] - made[1].permute(1, 2, 0).numpy()
-        differences.append(max(np.abs(first).max(), np.abs(second).max()))
+        made = sample_ddim(unet, NoiseSchedule("linear"), torch.stack(noise), 4)
+        save_grid(made, tmp_path / name / "samples" / "0.png")
+        differences.append(np.abs(picture - shown(tmp_path / name)).max())
     assert differences[0] <= 1
     assert differences[1] > 5
 
@@ -315,29 +283,23 @@ def test_rate_and_clipping_reach_the_optimizer(data, tmp_path):
     assert change(read(tmp_path / "clipped", "unet.pt"), start) < 1e-5
 
 
-def test_parts_of_a_batch_make_the_same_step(data, tmp_path):
-    for name, parts in (("whole", 1), ("parts", 2)):
-        train(data, tmp_path / name, unet=NO_DROPOUT, accumulate=parts, iterations=3)
-    assert_same_steps(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_two_processes_make_the_same_steps(data, tmp_path):
-    options = {"unet": NO_DROPOUT, "iterations": 2, "learn_variance": True, "samples": 3}
-    train(data, tmp_path / "one", **options)
+def test_two_processes_with_parts_make_the_same_steps(data, tmp_path, short):
+    train(data, tmp_path / "parts", **SHORT, accumulate=2)
+    assert_same_steps(short, tmp_path / "parts")
+    python, *words = command(data, tmp_path / "two", **SHORT, samples=3, accumulate=2)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    words = command(data, tmp_path / "two", **options, accumulate=2)
-    done = subprocess.run([sys.executable, *launch, *words], capture_output=True, text=True)
+    done = subprocess.run([python, *launch, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("iteration 2 ") == 1
-    assert_same_steps(tmp_path / "one", tmp_path / "two")
-    with (
-        Image.open(tmp_path / "one" / "samples" / "0000002.png") as one,
-        Image.open(tmp_path / "two" / "samples" / "0000002.png") as two,
-    ):
-        np.testing.assert_allclose(np.asarray(one, int), np.asarray(two, int), atol=1)
+    assert_same_steps(short, tmp_path / "two")
+    np.testing.assert_allclose(shown(short), shown(tmp_path / "two"), atol=1)
 
 
-def test_bfloat16_and_compiled_steps(data, tmp_path, monkeypatch):
+def test_bfloat16_and_compiled_steps(data, tmp_path, monkeypatch, short):
+    train(data, tmp_path / "half", **SHORT, precision="bfloat16")
+    half = read(tmp_path / "half", "unet.pt")
+    assert 0 < change(read(short, "unet.pt"), half) < 1e-3
+    assert {x.dtype for x in half.values()} == {torch.float32}
     compiler, compiled = torch.compile, []
 
     def compile_quickly(model, **_):
@@ -345,16 +307,10 @@ def test_bfloat16_and_compiled_steps(data, tmp_path, monkeypatch):
         return compiler(model, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
-    for name, options in (
-        ("plain", {}), ("half", {"precision": "bfloat16"}), ("compiled", {"compile": True})
-    ):  # fmt: skip
-        train(data, tmp_path / name, unet=NO_DROPOUT, iterations=2, **options)
+    train(data, tmp_path / "compiled", **SHORT, compile=True)
     torch.compiler.reset()
-    plain, half = (read(tmp_path / name, "unet.pt") for name in ("plain", "half"))
-    assert 0 < change(plain, half) < 1e-3
-    assert {x.dtype for x in half.values()} == {torch.float32}
     assert len(compiled) == 1
-    assert_same_steps(tmp_path / "plain", tmp_path / "compiled")
+    assert_same_steps(short, tmp_path / "compiled")
 
 
 def test_weights_to_start_from(data, tmp_path, unbroken):
@@ -372,34 +328,31 @@ def test_weights_to_start_from(data, tmp_path, unbroken):
 def test_resumed_run_equals_an_unbroken_one(data, tmp_path, unbroken, options):
     train(data, tmp_path, iterations=4, **options)
     train(data, tmp_path, resume=True, **options)
-    assert_same(read(unbroken), read(tmp_path))
-    assert_same(read(unbroken, "unet.pt"), read(tmp_path, "unet.pt"))
+    torch.testing.assert_close(state(tmp_path), state(unbroken), **EXACT)
     before = (tmp_path / "last.pt").read_bytes()
     train(data, tmp_path, resume=True)  # nothing is left to do
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
-def test_killed_command_can_be_resumed(data, tmp_path):
-    options = {"iterations": 24, "save_every": 2}
-    words = [sys.executable, *command(data, tmp_path / "out", **options)]
+def test_killed_command_can_be_resumed(data, tmp_path, unbroken):
+    words = command(data, tmp_path, save_every=1, iterations=1000)
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "out" / "loss.png").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "unet.pt").exists() and time.monotonic() < deadline:
             assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
+            time.sleep(0.001)
     finally:
         process.kill()
         process.wait()
-    assert 0 < read(tmp_path / "out")["iteration"] < 24
-    done = subprocess.run([*words, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    train(data, tmp_path / "whole", **options)
-    assert_same(read(tmp_path / "out", "unet.pt"), read(tmp_path / "whole", "unet.pt"))
+    iterations = read(tmp_path)["iteration"] + 1
+    train(data, tmp_path, iterations=iterations, resume=True, save_every=1)
+    train(data, tmp_path / "whole", iterations=iterations)
+    torch.testing.assert_close(read(tmp_path)["unet"], read(tmp_path / "whole")["unet"], **EXACT)
 
 
 def test_sigterm_is_saved(data, tmp_path, monkeypatch, unbroken):
-    step = Pretraining.step
+    step = training.Pretraining.step
 
     def interrupted(self, batches):
         if self.iteration == 2:
@@ -407,14 +360,14 @@ def test_sigterm_is_saved(data, tmp_path, monkeypatch, unbroken):
         return step(self, batches)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(Pretraining, "step", interrupted)
+    monkeypatch.setattr(training.Pretraining, "step", interrupted)
     train(data, tmp_path)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert read(tmp_path)["iteration"] == 3
     assert not (tmp_path / "samples").exists()
     monkeypatch.undo()
     train(data, tmp_path, resume=True)
-    assert_same(read(tmp_path), read(unbroken))
+    torch.testing.assert_close(state(tmp_path), state(unbroken), **EXACT)
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
@@ -435,7 +388,6 @@ def test_what_is_not_finite_ends_the_run_and_overwrites_nothing(data, tmp_path, 
         train(data, tmp_path, save_every=4)
     assert read(tmp_path)["iteration"] == 4
     assert all(torch.isfinite(x).all() for x in read(tmp_path, "unet.pt").values())
-    train(data, tmp_path, save_every=4, resume=True)
 
 
 def test_full_disk_keeps_what_was_saved(data, tmp_path, monkeypatch):
@@ -464,9 +416,6 @@ def test_runs_are_neither_overwritten_nor_mixed(data, tmp_path, unbroken):
     with pytest.raises(UserError, match="images: '7 images, "):
         train(write_images(tmp_path / "other", COUNT - 1), unbroken, resume=True)
     assert (unbroken / "last.pt").read_bytes() == before
-    for content in ({"weights": torch.zeros(1)}, None):
-        torch.save(content, tmp_path / "last.pt")
-        if content is None:
-            (tmp_path / "last.pt").write_bytes(b"nonsense")
-        with pytest.raises(UserError, match=r"last\.pt"):
-            train(data, tmp_path, resume=True)
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt"):
+        train(data, tmp_path, resume=True)
