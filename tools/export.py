@@ -40,8 +40,9 @@ from torch import Tensor  # noqa: E402
 
 from diffbackbone import CheckpointError, DiffusionBackbone, UNet, UNetConfig  # noqa: E402
 from diffbackbone import checkpoint as reading  # noqa: E402
-from diffbackbone.backbone import _DIGEST, MIN_SIZE, _resolve_config  # noqa: E402
+from diffbackbone.backbone import _DIGEST, MIN_SIZE  # noqa: E402
 from diffbackbone.feedback import STRATEGIES  # noqa: E402
+from diffbackbone.models.gd_config import resolve_config  # noqa: E402
 from diffbackbone.pretraining import save_safetensors  # noqa: E402
 from diffbackbone.runs import write_whole  # noqa: E402
 
@@ -158,7 +159,7 @@ def read_config(args: argparse.Namespace) -> UNetConfig:
     try:
         if given.lstrip().startswith("{"):
             given = json.loads(given)
-        return _resolve_config(given)
+        return resolve_config(given)
     except ValueError as error:
         raise ToolError(f"--unet {args.unet}: {error}") from error
 
