@@ -23,7 +23,7 @@ from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_features
 from diffbackbone.eval.options import build_backbone
 from diffbackbone.eval.plots import draw_confusion
 from diffbackbone.eval.recipes import RECIPES, ClassifierConfig, resolve
-from diffbackbone.eval.trainer import FORMAT, Classifier, Trainer
+from diffbackbone.eval.trainer import FORMAT, Classifier, Source, Trainer
 from diffbackbone.heads import build_head, convert_published_head
 from diffbackbone.utils import UserError, changed_settings, save_figure, settings_of, write_json
 
@@ -41,8 +41,8 @@ def run(
 
     Args:
         config: Options.
-        caches: Features of the training images (of the subset, if any) and of the validation
-            images, with these taps at least; None opens those that the options name.
+        caches: Features of the training and validation images (and of others, perhaps) at these
+            taps at least; None opens those that the options name.
 
     Returns:
         The content of ``results.json``.
@@ -79,7 +79,9 @@ def run(
         check_images(train)
         check_images(val)
     accelerator.wait_for_everyone()
-    trainer = Trainer(config, accelerator, model, (train, val), caches)
+    train_cache, val_cache = caches or (None, None)
+    sources = Source(train, train_cache), Source(val, val_cache)
+    trainer = Trainer(config, accelerator, model, *sources)
     settings = _settings(config, train, val)
     if saved is not None:
         return _evaluate(trainer, saved, settings)
@@ -169,7 +171,7 @@ def _evaluate(
 def _write_results(trainer: Trainer, results: Mapping[str, Any], confusion: Tensor) -> None:
     out, val = trainer.config.out, results["val"]
     if trainer.accelerator.is_main_process:
-        figure = draw_confusion(confusion.numpy(), trainer.val[0].classes)
+        figure = draw_confusion(confusion.numpy(), trainer.val.images.classes)
         save_figure(figure, out / "confusion.png")
         write_json(out / "results.json", {**results, "confusion": confusion.tolist()})
     trainer.accelerator.print(

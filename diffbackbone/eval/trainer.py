@@ -8,10 +8,12 @@ rounding, on the number of processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,26 @@ class Scores:
         return self.matrices[head].compute().cpu()
 
 
+@dataclass
+class Source:
+    """Images, and a cache that holds their features, if there is one."""
+
+    images: ImageFolder
+    cache: FeatureCache | None = None
+
+    def read(self, rows: np.ndarray, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Read cached features; rows from the number of images on are of mirrored images."""
+        assert self.cache is not None
+        copy, image = divmod(rows, len(self.images))
+        return self.cache.read(self._rows[image] + copy * len(self.cache.listing), taps)
+
+    @functools.cached_property
+    def _rows(self) -> np.ndarray:
+        """Rows of the images in the cache, which may hold others too."""
+        rows = {path: row for row, path in enumerate(self.cache.listing.paths)}
+        return np.array([rows[path] for path in self.images.listing.paths])
+
+
 class Trainer:
     """A model, its data and the state of its training.
 
@@ -120,8 +142,8 @@ class Trainer:
         config: Options with all defaults filled in.
         accelerator: The processes.
         model: The model.
-        images: Training and validation images.
-        caches: Their features, if they are cached.
+        train: Training images.
+        val: Validation images.
 
     Attributes:
         history: Record of each epoch.
@@ -133,16 +155,16 @@ class Trainer:
         config: ClassifierConfig,
         accelerator: Accelerator,
         model: Classifier,
-        images: tuple[ImageFolder, ImageFolder],
-        caches: tuple[FeatureCache, FeatureCache] | None,
+        train: Source,
+        val: Source,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.model = model
-        self.train, self.val = zip(images, caches or (None, None))
-        self.learn_from, self.held_out = np.arange(len(images[0])), None
+        self.train, self.val = train, val
+        self.learn_from, self.held_out = np.arange(len(train.images)), None
         if config.select_on == "heldout":
-            split = split_holdout(images[0].labels, config.holdout, config.seed)
+            split = split_holdout(train.images.labels, config.holdout, config.seed)
             self.learn_from, self.held_out = split
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -193,12 +215,10 @@ class Trainer:
 
     def evaluate(self) -> Scores:
         """Evaluate each head on the validation images."""
-        return self._evaluate(self.val, np.arange(len(self.val[0])))
+        return self._evaluate(self.val, np.arange(len(self.val.images)))
 
     @torch.no_grad()
-    def _evaluate(
-        self, source: tuple[ImageFolder, FeatureCache | None], rows: np.ndarray
-    ) -> Scores:
+    def _evaluate(self, source: Source, rows: np.ndarray) -> Scores:
         scores = self._new_scores()
         size = self.model.spec.batch * self.accelerator.num_processes
         self.wrapped.eval()
@@ -210,7 +230,7 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> list[dict[str, float]]:
         """Train on every image once, mirrored or not, in an order of this epoch."""
-        config, total = self.config, len(self.train[0])
+        config, total = self.config, len(self.train.images)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * config.gamma ** (epoch // config.step)
         order = RandomStream.PERMUTATION.generator(config.seed, epoch)
@@ -239,7 +259,7 @@ class Trainer:
 
     def _batches(
         self,
-        source: tuple[ImageFolder, FeatureCache | None],
+        source: Source,
         batches: Sequence[np.ndarray],
         desc: str,
         epoch: int | None = None,
@@ -248,7 +268,7 @@ class Trainer:
         """Load this process's parts of the batches.
 
         Args:
-            source: Images, and their features if they are cached.
+            source: Where images or features come from.
             batches: Rows of each batch, over all processes.
             desc: Title of the progress bar.
             epoch: Determines random crops, noise and dropout; None where there is no training.
@@ -258,7 +278,7 @@ class Trainer:
             Images or features, labels, and how many of them count. A process takes part in each
             step; where a batch is too small to give it a share, none counts.
         """
-        (images, cache), config, device = source, self.config, self.accelerator.device
+        config, device = self.config, self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own, counts = [], []
         for batch in batches:
@@ -266,25 +286,24 @@ class Trainer:
             own += [piece if len(piece) else batch[:1] for piece in pieces]
             counts += map(len, pieces)
         pixels: Iterator[Tensor] = iter(())
-        if cache is None:
+        if source.cache is None:
             crop = epoch is not None and config.augment == "crop-flip"
-            rows_of = RowImages(images, config.image_size, config.seed if crop else None)
+            rows_of = RowImages(source.images, config.image_size, config.seed if crop else None)
             pixels = image_batches(rows_of, own, config.workers, epoch or 0)
-        labels = torch.from_numpy(images.labels)
+        labels = torch.from_numpy(source.images.labels)
         disable = None if self.accelerator.is_main_process else True
         bar = tqdm(own, desc, unit="batch", leave=False, disable=disable)
         for number, (rows, count) in enumerate(zip(bar, counts)):
             seed_everything(config.seed, epoch or 0, number, rank, RandomStream.STEP)
-            inputs: Any
-            if cache is None:
-                inputs = next(pixels).to(device, non_blocking=True)
+            if source.cache is None:
+                inputs: Any = next(pixels).to(device, non_blocking=True)
             else:
-                found = cache.read(rows, self.model.spec.taps)
+                found = source.read(rows, self.model.spec.taps)
                 inputs = {tap: x.to(device, non_blocking=True) for tap, x in found.items()}
-            yield inputs, labels[rows % len(images)].to(device), count
+            yield inputs, labels[rows % len(labels)].to(device), count
 
     def _new_scores(self) -> Scores:
-        classes = len(self.val[0].classes)
+        classes = len(self.val.images.classes)
         return Scores(len(self.model.heads), classes, self.accelerator.device)
 
     def _select(self, record: Mapping[str, Any], val: Scores) -> bool:
