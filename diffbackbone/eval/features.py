@@ -29,7 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffbackbone.backbone import DiffusionBackbone
-from diffbackbone.eval.data import PREPROCESSING, ImageFolder, Listing, RowImages, image_batches
+from diffbackbone.eval.data import (
+    PREPROCESSING,
+    ImageFolder,
+    Listing,
+    RowImages,
+    check_images,
+    image_batches,
+)
 from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.utils import UserError, changed_settings, weights_digest, write_json
 
@@ -197,6 +204,28 @@ def open_features(
     return write_cache(
         Path(folder), settings, images.listing, shapes, compute, state, spec.batch, overwrite
     )
+
+
+def open_splits(
+    root: Path,
+    folders: Mapping[str, ImageFolder],
+    backbone: DiffusionBackbone,
+    spec: FeatureSpec,
+    state: PartialState,
+    **options: Any,
+) -> list[FeatureCache]:
+    """Open a cache ``root / name`` for each folder; check all images before any is computed.
+
+    See :func:`open_features`.
+    """
+    if state.is_main_process and not all(_is_whole(root / name) for name in folders):
+        for folder in folders.values():
+            check_images(folder)
+    state.wait_for_everyone()
+    return [
+        open_features(root / name, folder, backbone, spec, state, **options)
+        for name, folder in folders.items()
+    ]
 
 
 def write_cache(
