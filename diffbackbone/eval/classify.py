@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from diffbackbone.checkpoint import CheckpointError
@@ -50,9 +50,12 @@ def run(
     Raises:
         UserError: The options, data and weights don't go together.
     """
-    saved = _read_evaluated(config.evaluate) if config.evaluate else None
-    if saved is not None and "settings" in saved:
-        config = saved_config(config, saved["settings"])
+    saved = None
+    if config.evaluate is not None:
+        saved = read_weights(config.evaluate, mapped=False)
+        if not isinstance(saved, dict) or "model_head" not in saved:
+            saved = read_checkpoint(config.evaluate)
+            config = saved_config(config, saved)
     config = resolve(config)
     _check_out(config)
     compute = config.compute_dtype(config.start().device)
@@ -72,7 +75,7 @@ def run(
         config.timesteps, config.blocks, config.image_size, config.pool, config.feature_dtype,
         compute, math.ceil(config.batch_size / accelerator.num_processes / config.accumulate),
     )  # fmt: skip
-    model = build_model(config, len(train.classes), spec, len(config.lr) if saved is None else 1)
+    model = build_model(config, len(train.classes), spec)
     if caches is None and config.cache is not None:
         caches = _open_caches(config, model, train, val, accelerator)
     elif caches is None and accelerator.is_main_process:
@@ -149,21 +152,22 @@ def _evaluate(
     trainer: Trainer, saved: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     config, model = trainer.config, trainer.model
-    best = saved.get("best") or {"index": 0, "lr": config.lr[0]}  # none selected yet
     if "model_head" in saved:
         try:
             head = convert_published_head(saved, model.heads[0])
         except ValueError as error:
             raise UserError(f"{config.evaluate}: {error}") from error
+        if saved.get("model_feedback"):
+            raise UserError(f"{config.evaluate}: the published code's feedback is not converted")
     else:
         if saved["settings"]["classes"] != settings["classes"]:
             raise UserError(f"{config.evaluate} was trained on other classes than the data has")
-        head = saved["head"] if "head" in saved else saved["heads"][best["index"]]
+        head = saved["head"] if "head" in saved else saved["heads"][_selected(saved)]
         load_weights(model.backbone, saved["backbone"])
     load_weights(model.heads[0], head)
     trainer.prepare()
     scores = trainer.evaluate()
-    results = {"evaluated": str(config.evaluate), "lr": best["lr"], "val": scores.compute()[0]}
+    results = {"evaluated": str(config.evaluate), "lr": config.lr[0], "val": scores.compute()[0]}
     _write_results(trainer, results, scores.confusion(0))
     return results
 
@@ -181,10 +185,8 @@ def _write_results(trainer: Trainer, results: Mapping[str, Any], confusion: Tens
     trainer.accelerator.wait_for_everyone()
 
 
-def build_model(
-    config: ClassifierConfig, classes: int, spec: FeatureSpec, heads: int = 1
-) -> Classifier:
-    """Build the backbone and heads; all heads have the same initial weights.
+def build_model(config: ClassifierConfig, classes: int, spec: FeatureSpec) -> Classifier:
+    """Build the backbone, and a head for each learning rate; all heads start the same.
 
     Raises:
         UserError: The head does not fit the taps.
@@ -209,7 +211,7 @@ def build_model(
     if several:
         options.update(sizes=sizes, blocks=config.blocks, timesteps=config.timesteps)
     built = []
-    for _ in range(heads):
+    for _ in config.lr:
         torch.manual_seed(config.seed + 1)
         try:
             first = channels if several else channels[0]
@@ -245,21 +247,17 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint's weights are of another model: {error}") from error
 
 
-def saved_config(config: ClassifierConfig, settings: Mapping[str, Any]) -> ClassifierConfig:
-    """Return the options, with those that determine a saved model replaced by the saved ones."""
+def saved_config(config: ClassifierConfig, saved: Mapping[str, Any]) -> ClassifierConfig:
+    """Return the options, with those that determine the model of a checkpoint replaced by its."""
+    settings = saved["settings"]
     names = {field.name for field in fields(config)} & settings.keys() - _MAY_CHANGE
     values = {name: settings[name] for name in names}
+    values |= {"lr": [settings["lr"][_selected(saved)]], "select_on": "none", "subset": None}
     return replace(config, **{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 
-def _read_evaluated(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this tool, or of the published code."""
-    content = read_weights(path, mapped=False)
-    if not isinstance(content, dict) or "model_head" not in content:
-        return read_checkpoint(path)
-    if content.get("model_feedback"):
-        raise UserError(f"{path}: heads of the published code are converted, feedback is not")
-    return content
+def _selected(saved: Mapping[str, Any]) -> int:
+    return saved["best"]["index"] if saved["best"] else 0
 
 
 def _check_out(config: ClassifierConfig) -> None:
@@ -307,3 +305,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     known, _ = parser.parse_known_args(argv)
     default = RECIPES.get(known.recipe, RECIPES["probe"])
     run_command(ClassifierConfig, run, argv, default=default)
+    PartialState().destroy_process_group()

@@ -97,23 +97,9 @@ def cell_of(record: Record) -> Cell:
 
 
 def read_records(path: Path) -> dict[Cell, Record]:
-    """Return the records of ``results.jsonl``; none if there is no such file.
-
-    Raises:
-        UserError: A line is damaged.
-    """
-    records: dict[Cell, Record] = {}
+    """Return the records of ``results.jsonl``; none if there is no such file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            records[cell_of(record)] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}, line {number}, is damaged ({error}): remove it, and its cell is measured "
-                "again"
-            ) from error
-    return records
+    return {cell_of(record): record for record in map(json.loads, lines)}
 
 
 def run_grid(

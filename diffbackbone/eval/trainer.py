@@ -41,6 +41,7 @@ from diffbackbone.utils import (
 )
 
 FORMAT = "diffbackbone classifier 2"  # 2: the optimizer's state is named by parameters
+METRICS = ("top1", "top5", "loss")
 _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -82,32 +83,42 @@ class Classifier(nn.Module):
 
 
 class Scores:
-    """Loss, accuracy and confusion matrix of several heads, over all processes."""
+    """Loss, accuracy and confusion matrix of several heads, over all processes.
 
-    def __init__(self, heads: int, classes: int, device: torch.device) -> None:
+    Args:
+        heads: Number of heads.
+        images: Number of images over all processes.
+        device: Where to count.
+        classes: Number of classes; 0 counts no confusion matrix.
+    """
+
+    def __init__(self, heads: int, images: int, device: torch.device, classes: int = 0) -> None:
         def mean() -> MeanMetric:
             return MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
 
-        self.means = [{name: mean() for name in ("top1", "top5", "loss")} for _ in range(heads)]
+        self.images = images
+        self.means = [{name: mean() for name in METRICS} for _ in range(heads)]
         self.matrices = [
-            MulticlassConfusionMatrix(classes, validate_args=False).to(device) for _ in range(heads)
+            MulticlassConfusionMatrix(classes, validate_args=False).to(device)
+            for _ in range(heads if classes else 0)
         ]
 
     @torch.no_grad()
     def update(self, logits: Sequence[Tensor], labels: Tensor) -> None:
         """Count a batch: logits (N, num_classes) of each head, and labels (N,)."""
-        for x, means, matrix in zip(logits, self.means, self.matrices):
+        for x, means in zip(logits, self.means):
             ranks = true_ranks(x, labels)
             means["top1"].update(ranks < 1)
             means["top5"].update(ranks < 5)
             means["loss"].update(F.cross_entropy(x, labels, reduction="none"))
+        for x, matrix in zip(logits, self.matrices):
             matrix.update(x.argmax(1), labels)
 
     def compute(self) -> list[dict[str, float]]:
         """Return ``top1``, ``top5``, ``loss`` and ``images`` of each head."""
         return [
-            {**{name: float(m.compute()) for name, m in means.items()}, "images": int(m.sum())}
-            for means, m in zip(self.means, map(self.confusion, range(len(self.means))))
+            {"images": self.images, **{name: float(mean.compute()) for name, mean in means.items()}}
+            for means in self.means
         ]
 
     def confusion(self, head: int) -> Tensor:
@@ -189,10 +200,8 @@ class Trainer:
         self._start_tracker(settings)
         for epoch in range(len(self.history), config.epochs):
             start = time.perf_counter()
-            found = self._train_epoch(epoch)
-            record: dict[str, Any] = {"epoch": epoch + 1}
-            record.update({f"train_{k}": [one[k] for one in found] for k in ("loss", "top1")})
-            if not any(map(math.isfinite, record["train_loss"])):
+            record: dict[str, Any] = {"epoch": epoch + 1, "train": self._train_epoch(epoch)}
+            if not any(math.isfinite(scores["loss"]) for scores in record["train"]):
                 raise UserError(
                     f"training diverged in epoch {epoch + 1}: the loss is not finite. Take a "
                     f"smaller --lr than {min(config.lr)}; {config.out} has the epochs before"
@@ -219,7 +228,8 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, source: Source, rows: np.ndarray) -> Scores:
-        scores = self._new_scores()
+        classes = len(source.images.classes)
+        scores = Scores(len(self.config.lr), len(rows), self.accelerator.device, classes)
         size = self.model.spec.batch * self.accelerator.num_processes
         self.wrapped.eval()
         for inputs, labels, count in self._batches(source, _cut(rows, size), "evaluation"):
@@ -238,7 +248,8 @@ class Trainer:
         if config.augment != "none":
             flips = RandomStream.FLIPS.generator(config.seed, epoch).random(total) < 0.5
             rows = rows + total * flips[rows]
-        batches, scores = _cut(rows, config.batch_size), self._new_scores()
+        scores = Scores(len(config.lr), len(rows), self.accelerator.device)
+        batches = _cut(rows, config.batch_size)
         loaded = self._batches(self.train, batches, f"epoch {epoch + 1}", epoch, config.accumulate)
         self.wrapped.train()
         for number, (inputs, labels, count) in enumerate(loaded):
@@ -302,10 +313,6 @@ class Trainer:
                 inputs = {tap: x.to(device, non_blocking=True) for tap, x in found.items()}
             yield inputs, labels[rows % len(labels)].to(device), count
 
-    def _new_scores(self) -> Scores:
-        classes = len(self.val.images.classes)
-        return Scores(len(self.model.heads), classes, self.accelerator.device)
-
     def _select(self, record: Mapping[str, Any], val: Scores) -> bool:
         """Update the selected head; of equals, the earlier epoch and rate stay."""
         before = self.best
@@ -321,9 +328,8 @@ class Trainer:
     def key(self, record: Mapping[str, Any], index: int) -> list[float]:
         """Return what a head is selected by: accuracy, then loss; a diverged head comes last."""
         scores = record["val" if self.held_out is None else "heldout"][index]
-        if math.isfinite(scores["loss"]) and math.isfinite(record["train_loss"][index]):
-            return [scores["top1"], -scores["loss"]]
-        return [-1.0, 0.0]
+        finite = math.isfinite(scores["loss"]) and math.isfinite(record["train"][index]["loss"])
+        return [scores["top1"], -scores["loss"]] if finite else [-1.0, 0.0]
 
     def _save(self, settings: Mapping[str, Any], improved: bool) -> None:
         state = self.accelerator.get_state_dict(self.wrapped)
@@ -353,23 +359,21 @@ class Trainer:
         self.accelerator.init_trackers(tracker, logged, options)
 
     def _log(self, record: Mapping[str, Any]) -> None:
-        config, several, values = self.config, len(self.config.lr) > 1, {}
-        for index, lr in enumerate(config.lr):
-            suffix = f"/lr {lr:g}" if several else ""
-            for name in ("train_loss", "train_top1"):
-                values[name + suffix] = record[name][index]
-            for split in {"heldout", "val"} & record.keys():
-                for name in ("top1", "top5", "loss"):
-                    values[f"{split}_{name}{suffix}"] = record[split][index][name]
+        splits = [split for split in ("train", "heldout", "val") if split in record]
+        values = {
+            f"{split}_{name}" + (f"/lr {lr:g}" if len(self.config.lr) > 1 else ""): scores[name]
+            for split in splits
+            for lr, scores in zip(self.config.lr, record[split])
+            for name in METRICS
+        }
         self.accelerator.log(values, record["epoch"])
         index = 0 if self.best is None else self.best["index"]
-        text = f"epoch {record['epoch']}/{config.epochs}"
-        text += f" (lr {config.lr[index]:g} leads)" if several else ""
-        text += f": loss {record['train_loss'][index]:.4f}"
-        for split, name in (("heldout", "held out"), ("val", "val")):
-            if split in record:
-                text += f", {name} top-1 {record[split][index]['top1']:.2%}"
-        self.accelerator.print(f"{text} ({record['seconds']['train']:.3g} s)")
+        top1 = ", ".join(f"{split} {record[split][index]['top1']:.2%}" for split in splits)
+        self.accelerator.print(
+            f"epoch {record['epoch']}/{self.config.epochs}, lr {self.config.lr[index]:g}: "
+            f"loss {record['train'][index]['loss']:.4f}, top-1 {top1} "
+            f"({record['seconds']['train']:.3g} s)"
+        )
 
 
 def build_optimizer(config: ClassifierConfig, model: Classifier) -> torch.optim.Optimizer:
