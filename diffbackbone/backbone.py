@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import Feedback
-from diffbackbone.images import pad_to_multiple
 from diffbackbone.models.base import (
     DiffusionModel,
     as_tuple,
@@ -28,6 +27,7 @@ from diffbackbone.models.base import (
 from diffbackbone.models.gd_config import UNetConfig, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.models.ops import as_type, is_readable
+from diffbackbone.padding import crop_map, pad_to_multiple
 from diffbackbone.utils import weights_digest
 
 MIN_SIZE = 32
@@ -189,7 +189,7 @@ class DiffusionBackbone(nn.Module):
             self.unet.to(self._dtype)
 
     def _freeze_unused(self) -> None:
-        """Turn gradients off for the U-Net where it is frozen, else for what none reaches."""
+        """Turn gradients off for a frozen U-Net, or for the blocks that no gradient reaches."""
         self.unet.requires_grad_(not self.frozen)
         if self.frozen:
             self.unet.eval()
@@ -203,7 +203,7 @@ class DiffusionBackbone(nn.Module):
             self.unet.out.requires_grad_(False)
 
     def _warn_random(self) -> None:
-        """Say that nothing was loaded."""
+        """Warn that no weights were loaded."""
         warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
@@ -232,7 +232,7 @@ class DiffusionBackbone(nn.Module):
         return digest, False
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """The weights; with ``save_frozen`` off, only a digest of those that are checkpoint's."""
+        """Return the weights; a digest stands for those of ``checkpoint`` if ``save_frozen`` is off."""
         state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
         if self._left_out is not None and not self.save_frozen:
             digest, left_out = self._unet_digest()
@@ -265,7 +265,7 @@ class DiffusionBackbone(nn.Module):
         return self
 
     def forward(self, images: Tensor, y: Tensor | None = None) -> list[Tensor]:
-        """Feature maps of a batch of images.
+        """Compute the feature maps of a batch of images.
 
         Args:
             images: (N, 3, H, W) RGB in [-1, 1]; H and W at least 32, any multiple.
@@ -294,7 +294,7 @@ class DiffusionBackbone(nn.Module):
                 x = self.proj[i](as_type(x, self.proj[i].weight.dtype))
             if size is not None:
                 x = resize(x, size)
-            maps.append(as_type(_crop(x, height, width, stride), images.dtype))
+            maps.append(as_type(crop_map(x, height, width, stride), images.dtype))
         return maps
 
     def forward_taps(
@@ -304,7 +304,7 @@ class DiffusionBackbone(nn.Module):
         blocks: Iterable[int] | None = None,
         y: Tensor | None = None,
     ) -> dict[tuple[int, int], Tensor]:
-        """Raw taps at several timesteps and blocks, neither projected nor resized.
+        """Compute raw taps at several timesteps and blocks, neither projected nor resized.
 
         Args:
             images: See :meth:`forward`.
@@ -329,7 +329,7 @@ class DiffusionBackbone(nn.Module):
         steps = self.schedule.check_timesteps(self.timestep if timesteps is None else timesteps)
         height, width = images.shape[-2:]
         return {
-            (t, b): as_type(_crop(x, height, width, self.unet.blocks[b].stride), images.dtype)
+            (t, b): as_type(crop_map(x, height, width, self.unet.blocks[b].stride), images.dtype)
             for t in steps
             for b, x in self._run(images, t, chosen, y).items()
         }
@@ -353,7 +353,7 @@ class DiffusionBackbone(nn.Module):
             return self.unet.forward_features(x_t, t, blocks, y)
 
     def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Noise (3, H, W) that a pixel's coordinates determine.
+        """Return noise (3, H, W) that a pixel's coordinates determine.
 
         A field that holds all sizes seen is kept, unless it would have more than twice the pixels
         of the largest image; then only the last size is kept.
@@ -404,7 +404,7 @@ def _check_kinds(flags: Mapping[str, Any], seed: Any, schedule: Any) -> None:
 
 
 def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
-    """The type that a frozen U-Net is kept in; None for float32, which needs no conversion."""
+    """Return the type that a frozen U-Net is stored in; None for float32."""
     names = {str(t).removeprefix("torch."): t for t in _DTYPES}
     chosen = names.get(str(dtype).removeprefix("torch."))
     if chosen is None:
@@ -492,11 +492,6 @@ def _warn_unit_range() -> None:
         UserWarning,
         stacklevel=4,
     )
-
-
-def _crop(x: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """Cut the map of a padded image back to ceil(H / stride) x ceil(W / stride)."""
-    return x[..., : math.ceil(height / stride), : math.ceil(width / stride)]
 
 
 _DIGEST = "frozen_unet_digest"

@@ -42,10 +42,10 @@ from torch import Tensor, nn  # noqa: E402
 
 from diffbackbone.backbone import MAX_CHANNELS  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
-from diffbackbone.images import pad_to_multiple, pad_to_size  # noqa: E402
 from diffbackbone.models.base import is_number  # noqa: E402
 from diffbackbone.models.gd_config import UNetConfig  # noqa: E402
 from diffbackbone.optim import layer_scales  # noqa: E402
+from diffbackbone.padding import pad_to_multiple, pad_to_size  # noqa: E402
 from diffbackbone.utils import check_names  # noqa: E402
 
 PADDINGS = ("separate", "reflect", "keep")

@@ -18,7 +18,6 @@ never stretched image by image: the same value in a file is the same value every
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -197,38 +196,3 @@ def normalize(images: Tensor) -> Tensor:
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
     """An image for display, rounded to 8 bits."""
     return pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8)
-
-
-def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Pad at the right and bottom by reflection to multiples of ``multiple``.
-
-    Args:
-        images: (N, C, H, W), of any size.
-        multiple: Positive.
-
-    Returns:
-        (N, C, H', W'); the same tensor where nothing is to be padded.
-    """
-    height, width = (math.ceil(size / multiple) * multiple for size in images.shape[-2:])
-    return pad_to_size(images, height, width)
-
-
-def pad_to_size(images: Tensor, height: int, width: int) -> Tensor:
-    """Pad at the right and bottom by reflection, as often as it takes.
-
-    Args:
-        images: (N, C, H, W), of any size.
-        height: At least H.
-        width: At least W.
-
-    Returns:
-        (N, C, height, width); the same tensor where nothing is to be padded.
-    """
-    for dim, padded in ((-2, height), (-1, width)):
-        size = images.shape[dim]
-        if padded != size:
-            period = max(2 * (size - 1), 1)
-            index = torch.arange(padded, device=images.device) % period
-            index = torch.where(index < size, index, period - index)
-            images = images.index_select(dim, index)
-    return images

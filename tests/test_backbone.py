@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffbackbone import CheckpointError, DiffusionBackbone, UNet, UNetConfig, compat
 from diffbackbone.backbone import _warn_unit_range
 from diffbackbone.diffusion import coordinate_noise
-from diffbackbone.images import pad_to_multiple
+from diffbackbone.padding import pad_to_multiple
 
 SMALL = golden.CONFIGS["narrow256"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*weights are RANDOM")

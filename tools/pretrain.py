@@ -56,14 +56,13 @@ from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.images import normalize, resize, to_tensor
 from diffbackbone.models.gd_config import PRESETS, UNetConfig, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
-from diffbackbone.pretraining import (
+from diffbackbone.pretrain.objective import (
     DiffusionObjective,
     Ema,
-    guided_diffusion_flags,
     learning_rate,
     sample_ddim,
-    save_safetensors,
 )
+from diffbackbone.saving import guided_diffusion_flags, save_safetensors
 
 FORMAT = "diffbackbone pretraining 1"
 EXPORT_DTYPES = {
