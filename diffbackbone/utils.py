@@ -47,6 +47,7 @@ class RandomStream(enum.IntEnum):
     STEP = 3
     HOLDOUT = 4
     SUBSET = 5
+    ORDER = 6
 
     def generator(self, seed: int, *keys: int) -> np.random.Generator:
         """Return numpy's generator for ``(seed, *keys)``, each at least 0."""
