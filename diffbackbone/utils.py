@@ -52,6 +52,7 @@ class RandomStream(enum.IntEnum):
     STEP = 3
     HOLDOUT = 4
     SUBSET = 5
+    ORDER = 6
     SCENES = 7
 
     def generator(self, seed: int, *keys: int) -> np.random.Generator:

@@ -149,6 +149,8 @@ def knn_accuracy(
     labels, truth = (torch.as_tensor(x).to(device) for x in (train_labels, val_labels))
     if not 1 <= min(ks) <= max(ks) <= len(labels):
         raise UserError(f"k must be from 1 to the {len(labels)} training images, got {list(ks)}")
+    if temperature <= 0:
+        raise UserError(f"the temperature must be above 0, got {temperature}")
     correct = torch.zeros(len(ks), 2, dtype=torch.float64)
     last = len(truth) * (rank + 1) // world_size
     for start in range(len(truth) * rank // world_size, last, chunk):
