@@ -106,11 +106,7 @@ def _train(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     best = trainer.best
     assert best is not None
     results = {
-        "head": config.head,
-        "feedback": config.feedback,
-        "recipe": config.recipe,
         "trained_parameters": trained,
-        "frozen": not config.finetune,
         "selected_on": config.select_on,
         "lr": best["lr"],
         "epoch": best["epoch"],
@@ -123,16 +119,11 @@ def _train(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         },
     }
     _write_results(trainer, results, best["confusion"])
-    if len(config.lr) > 1:
-        for rate in results["learning_rates"]:
-            scores = ", ".join(f"{k} {v:.2%}" for k, v in rate.items() if k.endswith("top1"))
-            trainer.accelerator.print(f"  lr {rate['lr']:g}: {scores} (epoch {rate['epoch']})")
-    how = {
-        "none": "the last epoch; nothing was selected",
-        "heldout": "selected on held-out training images",
-        "val": "SELECTED ON THE VALIDATION IMAGES, so these numbers are too good",
-    }[config.select_on]
-    trainer.accelerator.print(f"lr {best['lr']:g}, epoch {best['epoch']}: {how}")
+    for rate in results["learning_rates"]:
+        scores = ", ".join(f"{k} {v:.2%}" for k, v in rate.items() if k.endswith("top1"))
+        trainer.accelerator.print(f"lr {rate['lr']:g}, epoch {rate['epoch']}: {scores}")
+    if config.select_on == "val":
+        trainer.accelerator.print("note: selected on the validation images, so these are too good")
     return results
 
 
@@ -167,7 +158,7 @@ def _evaluate(
     load_weights(model.heads[0], head)
     trainer.prepare()
     scores = trainer.evaluate()
-    results = {"evaluated": str(config.evaluate), "lr": config.lr[0], "val": scores.compute()[0]}
+    results = {"evaluated": str(config.evaluate), "val": scores.compute()[0]}
     _write_results(trainer, results, scores.confusion(0))
     return results
 
@@ -218,7 +209,7 @@ def build_model(config: ClassifierConfig, classes: int, spec: FeatureSpec) -> Cl
             built.append(build_head(str(config.head), first, classes, **options))
         except ValueError as error:
             raise UserError(f"--head {config.head}: {error}") from error
-    return Classifier(backbone, built, spec, several)
+    return Classifier(backbone, built, spec)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -20,11 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 from diffbackbone import UNet, UNetConfig, load_checkpoint
-from diffbackbone.checkpoint import METADATA_KEY
 from diffbackbone.eval import classify
 from diffbackbone.eval.data import ImageFolder, choose_subset, list_folder
 from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_features
@@ -40,6 +38,7 @@ from diffbackbone.sample_data import (
     make_sample_data,
     make_scene,
 )
+from diffbackbone.saving import save_safetensors
 from diffbackbone.utils import RandomStream, UserError, atomic_write, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,9 +91,7 @@ def write_weights(path: Path, kind: str, config: UNetConfig, source: str | None,
     for module in unet.modules() if kind == "random" else ():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)) and not module.weight.any():
             module.reset_parameters()
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(dataclasses.asdict(config))}
-    weights = {name: x.contiguous() for name, x in unet.state_dict().items()}
-    atomic_write(path, lambda partial: save_file(weights, partial, metadata))
+    atomic_write(path, lambda partial: save_safetensors(partial, unet.state_dict(), config))
 
 
 def choose_scenes(count: int, share: float, seed: int) -> list[int]:

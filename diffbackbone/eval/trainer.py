@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from diffbackbone.eval.data import ImageFolder, RowImages, image_batches, split_
 from diffbackbone.eval.features import FeatureCache, FeatureSpec, Tap
 from diffbackbone.eval.knn import true_ranks
 from diffbackbone.eval.recipes import ClassifierConfig
+from diffbackbone.heads import DifFormerHead
 from diffbackbone.utils import (
     RandomStream,
     UserError,
@@ -52,21 +53,15 @@ class Classifier(nn.Module):
         backbone: Computes the features.
         heads: Heads of the same architecture.
         spec: The taps, and how those of a frozen U-Net are rounded.
-        several: The heads take ``{(t, b): map}`` in place of one map.
     """
 
     def __init__(
-        self,
-        backbone: DiffusionBackbone,
-        heads: Sequence[nn.Module],
-        spec: FeatureSpec,
-        several: bool,
+        self, backbone: DiffusionBackbone, heads: Sequence[nn.Module], spec: FeatureSpec
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
         self.spec = spec
-        self.several = several
 
     def forward(self, x: Tensor | Mapping[Tap, Tensor]) -> list[Tensor]:
         """Classify images (N, 3, H, W), or their features ``{(t, b): (N, C, h, w)}``.
@@ -78,7 +73,7 @@ class Classifier(nn.Module):
             x = self.spec.extract(self.backbone, x)
         elif isinstance(x, Tensor):
             x = self.backbone.forward_taps(x, self.spec.timesteps, self.spec.blocks)
-        inputs = x if self.several else x[self.spec.taps[0]]
+        inputs = x if isinstance(self.heads[0], DifFormerHead) else x[self.spec.taps[0]]
         return [head(inputs).float() for head in self.heads]
 
 
@@ -146,39 +141,34 @@ class Source:
         return np.array([rows[path] for path in self.images.listing.paths])
 
 
+@dataclass
 class Trainer:
     """A model, its data and the state of its training.
 
-    Args:
+    Attributes:
         config: Options with all defaults filled in.
         accelerator: The processes.
         model: The model.
         train: Training images.
         val: Validation images.
-
-    Attributes:
         history: Record of each epoch.
         best: The selected head: learning rate, epoch, scores and confusion matrix.
     """
 
-    def __init__(
-        self,
-        config: ClassifierConfig,
-        accelerator: Accelerator,
-        model: Classifier,
-        train: Source,
-        val: Source,
-    ) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.model = model
-        self.train, self.val = train, val
-        self.learn_from, self.held_out = np.arange(len(train.images)), None
-        if config.select_on == "heldout":
-            split = split_holdout(train.images.labels, config.holdout, config.seed)
-            self.learn_from, self.held_out = split
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None
+    config: ClassifierConfig
+    accelerator: Accelerator
+    model: Classifier
+    train: Source
+    val: Source
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.learn_from, self.held_out = np.arange(len(self.train.images)), None
+        if self.config.select_on == "heldout":
+            self.learn_from, self.held_out = split_holdout(
+                self.train.images.labels, self.config.holdout, self.config.seed
+            )
 
     def prepare(self, saved: Mapping[str, Any] | None = None) -> None:
         """Distribute the model, starting from ``last.pt`` if its content is given."""
@@ -356,7 +346,8 @@ class Trainer:
             "wandb": {"dir": str(out), "id": _run_id(out), "name": out.name, "resume": "allow"},
         }
         logged = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
-        self.accelerator.init_trackers(tracker, logged, options)
+        project = "diffbackbone" if tracker == "wandb" else tracker  # TensorBoard's folder
+        self.accelerator.init_trackers(project, logged, options)
 
     def _log(self, record: Mapping[str, Any]) -> None:
         splits = [split for split in ("train", "heldout", "val") if split in record]
