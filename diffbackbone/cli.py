@@ -17,6 +17,7 @@ def run_command(
     run: Callable[[Config], Any],
     argv: Sequence[str] | None = None,
     description: str | None = None,
+    default: Config | None = None,
 ) -> Any:
     """Parse options into a dataclass and run the command.
 
@@ -25,6 +26,7 @@ def run_command(
         run: Called with the parsed options.
         argv: Arguments; None takes the process's.
         description: Text of ``--help``; None takes the dataclass's docstring.
+        default: Options that the command line changes; None takes the dataclass's defaults.
 
     Returns:
         What ``run`` returns.
@@ -37,7 +39,8 @@ def run_command(
     except ImportError as error:
         raise SystemExit(f"error: {error}; pip install 'diffbackbone[tools]'") from error
     with user_errors():
-        config = tyro.cli(config_class, args=argv, description=description)
+        given = {} if default is None else {"default": default}
+        config = tyro.cli(config_class, args=argv, description=description, **given)
         return run(config)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "settings_of",
     "weights_digest",
     "write_json",
+    "write_json_lines",
     "write_text",
 ]
 
@@ -51,9 +52,11 @@ class RandomStream(enum.IntEnum):
     STEP = 3
     HOLDOUT = 4
     SUBSET = 5
-    TIMESTEP = 6
-    NOISE = 7
-    SAMPLES = 8
+    ORDER = 6
+    SCENES = 7
+    TIMESTEP = 8
+    NOISE = 9
+    SAMPLES = 10
 
     def generator(self, seed: int, *keys: int) -> np.random.Generator:
         """Return numpy's generator for ``(seed, *keys)``, each at least 0."""
@@ -115,6 +118,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
     """Write a JSON file atomically; numbers that JSON lacks (NaN, infinity) become null."""
     write_text(path, json.dumps(_finite(content), indent=indent) + "\n")
+
+
+def write_json_lines(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
+    """Write a file of JSON lines atomically; see :func:`write_json`."""
+    write_text(path, "".join(json.dumps(_finite(record)) + "\n" for record in records))
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int = 120) -> None:

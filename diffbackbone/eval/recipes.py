@@ -1,0 +1,181 @@
+"""Options of the classifier, and the recipes that set them.
+
+* ``probe``: the protocol that the paper prints (Section 4): Adam, 28 epochs, learning rate times
+  0.1 every 7, center crops, mirrored at random. The batch of 128 is that of the published scripts
+  (4 x 32). Adam's learning rate is not printed: 1e-3 (linear, mlp, cnn) and 1e-4 (transformers) are
+  this project's own; give several with ``--lr`` to have one selected.
+* ``probe-sgd``: the same with the published scripts' SGD without momentum, learning rate 1e-2
+  (linear), 5e-2 (attention, difformer), 1e-2 with batches of 16 (feedback), random crops.
+* ``ablation``: ``probe`` with the 15 epochs of Table 2.
+* ``semi-1``, ``semi-10``: 1% and 10% of the labels, equally many per class, U-Net fine-tuned
+  (Table 5). The paper prints nothing more; SGD with 1e-3 is what a comment in the code advises.
+* ``fgvc``: ``probe``, for the fine-grained sets of Table 7.
+* ``digits``: small numbers for ``tools/make_sample_digits.py`` and the ``tiny`` U-Net.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from diffbackbone.eval.options import BackboneOptions, CacheOptions, DataOptions
+from diffbackbone.utils import UserError
+
+POOLS = {"linear": 2, "mlp": 4, "cnn": 8, "attention": 16, "difformer": 16}
+RecipeName = Literal["probe", "probe-sgd", "ablation", "semi-1", "semi-10", "fgvc", "digits"]
+
+
+@dataclass(kw_only=True)
+class HeadOptions:
+    """The head."""
+
+    head: Literal["linear", "mlp", "cnn", "attention", "difformer"] | None = None
+    """Default: linear; attention with feedback."""
+    feedback: Literal["none", "all", "bottleneck", "windowed", "multi-scale"] = "none"
+    """DifFeed: run the U-Net twice (the paper takes bottleneck)."""
+    pool: int | None = None
+    """Height and width of the pooled map; default: linear 2, mlp 4, cnn 8, transformers 16."""
+    hidden: tuple[int, ...] = ()
+    """Widths of the layers of mlp or cnn."""
+    width: int = 1024
+    """Width of the tokens."""
+    layers: int = 2
+    """Transformer blocks."""
+    num_heads: int = 8
+    """Attention heads."""
+
+
+@dataclass(kw_only=True)
+class ClassifierConfig(HeadOptions, DataOptions, BackboneOptions, CacheOptions):
+    """Train and evaluate a classification head on the features of a diffusion U-Net.
+
+    Images are in one folder for each class: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg. The
+    recipe sets the defaults (see diffbackbone/eval/recipes.py). Nothing is selected by the
+    validation images unless --select-on val asks for it: with several learning rates, held-out
+    training images select learning rate and epoch; with one, the last epoch counts.
+
+    OUT gets last.pt (for --resume), best.pt (the selected head), metrics.jsonl (one line per
+    epoch), results.json, confusion.png and the tracker's logs. A run that was killed and resumed
+    ends with the same numbers. Several processes: torchrun or accelerate launch.
+    """
+
+    out: Path | None = None
+    """Folder of the run; default: work_dirs/classifier, or evaluation/ beside an evaluated file."""
+    recipe: RecipeName = "probe"
+    """Sets the defaults of the other options."""
+    resume: bool = False
+    """Continue from OUT/last.pt, if it exists."""
+    evaluate: Path | None = None
+    """Train nothing; evaluate a best.pt, a last.pt, or a latest.pth of the published code."""
+
+    finetune: bool = False
+    """Train the U-Net too."""
+    epochs: int = 28
+    """Epochs."""
+    batch_size: int | None = None
+    """Images of a step over all processes and accumulated parts; default: 128, 16 with feedback."""
+    accumulate: int = 1
+    """Parts that each process divides its share of a batch into, to save memory."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Optimizer."""
+    lr: tuple[float, ...] = ()
+    """Learning rate; of several, trained in one pass, the best is selected."""
+    backbone_lr: float | None = None
+    """Learning rate of a fine-tuned U-Net; default: that of the head."""
+    momentum: float = 0.0
+    """Momentum of SGD."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    step: int = 7
+    """Epochs between drops of the learning rate."""
+    gamma: float = 0.1
+    """Factor of such a drop."""
+    augment: Literal["none", "flip", "crop-flip"] = "flip"
+    """Augmentation of the training images."""
+    subset: str | None = None
+    """Train on a share (1%, 0.01) or on the images of a list file."""
+    select_on: Literal["auto", "heldout", "val", "none"] = "auto"
+    """What selects learning rate and epoch; auto: heldout with several rates, else none."""
+    holdout: float = 0.1
+    """Share of the training images held out to select by."""
+    eval_every: int = 1
+    """Epochs between evaluations."""
+    activation_checkpointing: bool = False
+    """Save memory, take more time."""
+    log_with: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Tracker, where it is installed."""
+
+
+_PROBE = ClassifierConfig(batch_size=128)
+_SEMI = replace(_PROBE, finetune=True, optimizer="sgd", lr=(1e-3,))
+RECIPES: dict[str, ClassifierConfig] = {
+    "probe": _PROBE,
+    "probe-sgd": replace(_PROBE, optimizer="sgd", augment="crop-flip", batch_size=None),
+    "ablation": replace(_PROBE, epochs=15),
+    "semi-1": replace(_SEMI, subset="1%"),
+    "semi-10": replace(_SEMI, subset="10%"),
+    "fgvc": _PROBE,
+    "digits": replace(
+        _PROBE, unet="tiny", epochs=20, batch_size=64, width=128, augment="none"
+    ),
+}  # fmt: skip
+RECIPES = {name: replace(config, recipe=name) for name, config in RECIPES.items()}
+
+
+def resolve(config: ClassifierConfig) -> ClassifierConfig:
+    """Fill in the defaults that depend on other options.
+
+    Raises:
+        UserError: Options exclude each other.
+    """
+    feedback, several = config.feedback != "none", len(config.lr) > 1
+    head = config.head or ("attention" if feedback else "linear")
+    transformer, difformer = head in ("attention", "difformer"), head == "difformer"
+    timesteps = config.timesteps or ((90, 150, 300) if difformer else (150,))
+    blocks = config.blocks or ((19, 24, 30) if difformer else (24,))
+    if config.optimizer == "sgd":
+        lr = 5e-2 if transformer and not feedback else 1e-2
+    else:
+        lr = 1e-4 if transformer else 1e-3
+    select_on = config.select_on
+    if select_on == "auto":
+        select_on = "heldout" if several else "none"
+    out = Path("work_dirs/classifier")
+    if config.evaluate is not None:
+        out = config.evaluate.parent / "evaluation" / config.evaluate.stem
+    for wrong, message in (
+        (
+            len(timesteps) * len(blocks) > 1 and not difformer,
+            f"--head {head} takes one block and timestep, got {timesteps} and {blocks}; difformer "
+            "takes several",
+        ),
+        (
+            several and (feedback or config.finetune),
+            "several learning rates share one pass through a U-Net that stays the same: give one "
+            "with --feedback or --finetune",
+        ),
+        (several and select_on == "none", "several learning rates need --select-on heldout or val"),
+        (
+            config.cache is not None and config.augment == "crop-flip",
+            "--cache: random crops change the features; take --augment flip or none",
+        ),
+        (
+            min(config.epochs, config.accumulate, config.step, config.eval_every) < 1,
+            "--epochs, --accumulate, --step and --eval-every must be at least 1",
+        ),
+    ):
+        if wrong:
+            raise UserError(message)
+    return replace(
+        config,
+        out=config.out or out,
+        image_size=config.image_size or config.unet_config().image_size,
+        head=head,
+        pool=config.pool or POOLS[head],
+        timesteps=timesteps,
+        blocks=blocks,
+        batch_size=config.batch_size or (16 if feedback else 128),
+        lr=config.lr or (lr,),
+        select_on=select_on,
+    )

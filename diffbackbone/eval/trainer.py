@@ -1,0 +1,399 @@
+"""Training loop of the classifier, for CPU, GPUs and several machines.
+
+What is drawn in a step follows from the seed, the epoch and the image or step alone, and each
+batch is divided among the processes, so results depend neither on interruptions nor, but for
+rounding, on the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as sharded
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+from tqdm import tqdm
+
+from diffbackbone.backbone import DiffusionBackbone
+from diffbackbone.eval.data import ImageFolder, RowImages, image_batches, split_holdout
+from diffbackbone.eval.features import FeatureCache, FeatureSpec, Tap
+from diffbackbone.eval.knn import true_ranks
+from diffbackbone.eval.recipes import ClassifierConfig
+from diffbackbone.heads import DifFormerHead
+from diffbackbone.utils import (
+    RandomStream,
+    UserError,
+    atomic_write,
+    seed_everything,
+    write_json_lines,
+)
+
+FORMAT = "diffbackbone classifier 2"  # 2: the optimizer's state is named by parameters
+METRICS = ("top1", "top5", "loss")
+_WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Classifier(nn.Module):
+    """A backbone with one head, or with one head for each learning rate.
+
+    Args:
+        backbone: Computes the features.
+        heads: Heads of the same architecture.
+        spec: The taps, and how those of a frozen U-Net are rounded.
+    """
+
+    def __init__(
+        self, backbone: DiffusionBackbone, heads: Sequence[nn.Module], spec: FeatureSpec
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleList(heads)
+        self.spec = spec
+
+    def forward(self, x: Tensor | Mapping[Tap, Tensor]) -> list[Tensor]:
+        """Classify images (N, 3, H, W), or their features ``{(t, b): (N, C, h, w)}``.
+
+        Returns:
+            Logits (N, num_classes) of each head.
+        """
+        if isinstance(x, Tensor) and self.backbone.frozen and self.backbone.feedback is None:
+            x = self.spec.extract(self.backbone, x)
+        elif isinstance(x, Tensor):
+            x = self.backbone.forward_taps(x, self.spec.timesteps, self.spec.blocks)
+        inputs = x if isinstance(self.heads[0], DifFormerHead) else x[self.spec.taps[0]]
+        return [head(inputs).float() for head in self.heads]
+
+
+class Scores:
+    """Loss, accuracy and confusion matrix of several heads, over all processes.
+
+    Args:
+        heads: Number of heads.
+        images: Number of images over all processes.
+        device: Where to count.
+        classes: Number of classes; 0 counts no confusion matrix.
+    """
+
+    def __init__(self, heads: int, images: int, device: torch.device, classes: int = 0) -> None:
+        def mean() -> MeanMetric:
+            return MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
+
+        self.images = images
+        self.means = [{name: mean() for name in METRICS} for _ in range(heads)]
+        self.matrices = [
+            MulticlassConfusionMatrix(classes, validate_args=False).to(device)
+            for _ in range(heads if classes else 0)
+        ]
+
+    @torch.no_grad()
+    def update(self, logits: Sequence[Tensor], labels: Tensor) -> None:
+        """Count a batch: logits (N, num_classes) of each head, and labels (N,)."""
+        for x, means in zip(logits, self.means):
+            ranks = true_ranks(x, labels)
+            means["top1"].update(ranks < 1)
+            means["top5"].update(ranks < 5)
+            means["loss"].update(F.cross_entropy(x, labels, reduction="none"))
+        for x, matrix in zip(logits, self.matrices):
+            matrix.update(x.argmax(1), labels)
+
+    def compute(self) -> list[dict[str, float]]:
+        """Return ``top1``, ``top5``, ``loss`` and ``images`` of each head."""
+        return [
+            {"images": self.images, **{name: float(mean.compute()) for name, mean in means.items()}}
+            for means in self.means
+        ]
+
+    def confusion(self, head: int) -> Tensor:
+        """Return how many images of class i (row) a head takes for class j (column): (K, K)."""
+        return self.matrices[head].compute().cpu()
+
+
+@dataclass
+class Source:
+    """Images, and a cache that holds their features, if there is one."""
+
+    images: ImageFolder
+    cache: FeatureCache | None = None
+
+    def read(self, rows: np.ndarray, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """Read cached features; rows from the number of images on are of mirrored images."""
+        assert self.cache is not None
+        copy, image = divmod(rows, len(self.images))
+        return self.cache.read(self._rows[image] + copy * len(self.cache.listing), taps)
+
+    @functools.cached_property
+    def _rows(self) -> np.ndarray:
+        """Rows of the images in the cache, which may hold others too."""
+        rows = {path: row for row, path in enumerate(self.cache.listing.paths)}
+        return np.array([rows[path] for path in self.images.listing.paths])
+
+
+@dataclass
+class Trainer:
+    """A model, its data and the state of its training.
+
+    Attributes:
+        config: Options with all defaults filled in.
+        accelerator: The processes.
+        model: The model.
+        train: Training images.
+        val: Validation images.
+        history: Record of each epoch.
+        best: The selected head: learning rate, epoch, scores and confusion matrix.
+    """
+
+    config: ClassifierConfig
+    accelerator: Accelerator
+    model: Classifier
+    train: Source
+    val: Source
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.learn_from, self.held_out = np.arange(len(self.train.images)), None
+        if self.config.select_on == "heldout":
+            self.learn_from, self.held_out = split_holdout(
+                self.train.images.labels, self.config.holdout, self.config.seed
+            )
+
+    def prepare(self, saved: Mapping[str, Any] | None = None) -> None:
+        """Distribute the model, starting from ``last.pt`` if its content is given."""
+        if saved is not None:
+            for head, weights in zip(self.model.heads, saved["heads"]):
+                head.load_state_dict(weights)
+            self.model.backbone.load_state_dict(saved["backbone"])
+            self.history, self.best = saved["history"], saved["best"]
+        optimizer = build_optimizer(self.config, self.model)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if saved is not None:
+            sharded.set_optimizer_state_dict(
+                self.wrapped, self.optimizer.optimizer, saved["optimizer"], options=_WHOLE
+            )
+
+    def fit(self, settings: Mapping[str, Any]) -> None:
+        """Train the remaining epochs; write checkpoints and metrics after each."""
+        config = self.config
+        self._start_tracker(settings)
+        for epoch in range(len(self.history), config.epochs):
+            start = time.perf_counter()
+            record: dict[str, Any] = {"epoch": epoch + 1, "train": self._train_epoch(epoch)}
+            if not any(math.isfinite(scores["loss"]) for scores in record["train"]):
+                raise UserError(
+                    f"training diverged in epoch {epoch + 1}: the loss is not finite. Take a "
+                    f"smaller --lr than {min(config.lr)}; {config.out} has the epochs before"
+                )
+            record["seconds"] = {"train": time.perf_counter() - start}
+            improved = False
+            if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+                start = time.perf_counter()
+                if self.held_out is not None:
+                    record["heldout"] = self._evaluate(self.train, self.held_out).compute()
+                val = self.evaluate()
+                record["val"] = val.compute()
+                record["seconds"]["evaluate"] = time.perf_counter() - start
+                improved = self._select(record, val)
+            self.history.append(record)
+            self._save(settings, improved)
+            self._log(record)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def evaluate(self) -> Scores:
+        """Evaluate each head on the validation images."""
+        return self._evaluate(self.val, np.arange(len(self.val.images)))
+
+    @torch.no_grad()
+    def _evaluate(self, source: Source, rows: np.ndarray) -> Scores:
+        classes = len(source.images.classes)
+        scores = Scores(len(self.config.lr), len(rows), self.accelerator.device, classes)
+        size = self.model.spec.batch * self.accelerator.num_processes
+        self.wrapped.eval()
+        for inputs, labels, count in self._batches(source, _cut(rows, size), "evaluation"):
+            logits = self.wrapped(inputs)
+            if count:
+                scores.update(logits, labels)
+        return scores
+
+    def _train_epoch(self, epoch: int) -> list[dict[str, float]]:
+        """Train on every image once, mirrored or not, in an order of this epoch."""
+        config, total = self.config, len(self.train.images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * config.gamma ** (epoch // config.step)
+        order = RandomStream.PERMUTATION.generator(config.seed, epoch)
+        rows = self.learn_from[order.permutation(len(self.learn_from))]
+        if config.augment != "none":
+            flips = RandomStream.FLIPS.generator(config.seed, epoch).random(total) < 0.5
+            rows = rows + total * flips[rows]
+        scores = Scores(len(config.lr), len(rows), self.accelerator.device)
+        batches = _cut(rows, config.batch_size)
+        loaded = self._batches(self.train, batches, f"epoch {epoch + 1}", epoch, config.accumulate)
+        self.wrapped.train()
+        for number, (inputs, labels, count) in enumerate(loaded):
+            batch, part = divmod(number, config.accumulate)
+            last = part + 1 == config.accumulate
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                logits = self.wrapped(inputs)
+                loss = sum(F.cross_entropy(x, labels, reduction="sum") for x in logits)
+                # gradients are averaged over the processes
+                weight = self.accelerator.num_processes / len(batches[batch]) if count else 0
+                self.accelerator.backward(loss * weight)
+            if last:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if count:
+                scores.update(logits, labels)
+        return scores.compute()
+
+    def _batches(
+        self,
+        source: Source,
+        batches: Sequence[np.ndarray],
+        desc: str,
+        epoch: int | None = None,
+        parts: int = 1,
+    ) -> Iterator[tuple[Tensor | dict[Tap, Tensor], Tensor, int]]:
+        """Load this process's parts of the batches.
+
+        Args:
+            source: Where images or features come from.
+            batches: Rows of each batch, over all processes.
+            desc: Title of the progress bar.
+            epoch: Determines random crops, noise and dropout; None where there is no training.
+            parts: Number of parts that a process divides its share of a batch into.
+
+        Yields:
+            Images or features, labels, and how many of them count. A process takes part in each
+            step; where a batch is too small to give it a share, none counts.
+        """
+        config, device = self.config, self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        own, counts = [], []
+        for batch in batches:
+            pieces = np.array_split(batch, world * parts)[rank * parts : (rank + 1) * parts]
+            own += [piece if len(piece) else batch[:1] for piece in pieces]
+            counts += map(len, pieces)
+        pixels: Iterator[Tensor] = iter(())
+        if source.cache is None:
+            crop = epoch is not None and config.augment == "crop-flip"
+            rows_of = RowImages(source.images, config.image_size, config.seed if crop else None)
+            pixels = image_batches(rows_of, own, config.workers, epoch or 0)
+        labels = torch.from_numpy(source.images.labels)
+        disable = None if self.accelerator.is_main_process else True
+        bar = tqdm(own, desc, unit="batch", leave=False, disable=disable)
+        for number, (rows, count) in enumerate(zip(bar, counts)):
+            seed_everything(config.seed, epoch or 0, number, rank, RandomStream.STEP)
+            if source.cache is None:
+                inputs: Any = next(pixels).to(device, non_blocking=True)
+            else:
+                found = source.read(rows, self.model.spec.taps)
+                inputs = {tap: x.to(device, non_blocking=True) for tap, x in found.items()}
+            yield inputs, labels[rows % len(labels)].to(device), count
+
+    def _select(self, record: Mapping[str, Any], val: Scores) -> bool:
+        """Update the selected head; of equals, the earlier epoch and rate stay."""
+        before = self.best
+        for index, lr in enumerate(self.config.lr):
+            key = self.key(record, index)
+            if self.best is None or self.config.select_on == "none" or key > self.best["key"]:
+                self.best = {
+                    "key": key, "index": index, "lr": lr, "epoch": record["epoch"],
+                    "val": record["val"][index], "confusion": val.confusion(index),
+                }  # fmt: skip
+        return self.best is not before
+
+    def key(self, record: Mapping[str, Any], index: int) -> list[float]:
+        """Return what a head is selected by: accuracy, then loss; a diverged head comes last."""
+        scores = record["val" if self.held_out is None else "heldout"][index]
+        finite = math.isfinite(scores["loss"]) and math.isfinite(record["train"][index]["loss"])
+        return [scores["top1"], -scores["loss"]] if finite else [-1.0, 0.0]
+
+    def _save(self, settings: Mapping[str, Any], improved: bool) -> None:
+        state = self.accelerator.get_state_dict(self.wrapped)
+        optimizer = sharded.get_optimizer_state_dict(
+            self.wrapped, self.optimizer.optimizer, options=_WHOLE
+        )
+        if self.accelerator.is_main_process:
+            out = self.config.out
+            heads = [_below(state, f"heads.{i}.") for i in range(len(self.model.heads))]
+            content = {"format": FORMAT, "settings": dict(settings), "best": self.best}
+            content["backbone"] = _below(state, "backbone.")
+            if self.best is not None and improved:
+                best = {**content, "head": heads[self.best["index"]]}
+                atomic_write(out / "best.pt", lambda path: torch.save(best, path))
+            content.update(heads=heads, history=self.history, optimizer=optimizer)
+            atomic_write(out / "last.pt", lambda path: torch.save(content, path))
+            write_json_lines(out / "metrics.jsonl", self.history)
+        self.accelerator.wait_for_everyone()
+
+    def _start_tracker(self, settings: Mapping[str, Any]) -> None:
+        tracker, out = self.config.log_with, self.config.out
+        options: dict[str, Any] = {
+            "tensorboard": {"purge_step": len(self.history)},
+            "wandb": {"dir": str(out), "id": _run_id(out), "name": out.name, "resume": "allow"},
+        }
+        logged = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
+        project = "diffbackbone" if tracker == "wandb" else tracker  # TensorBoard's folder
+        self.accelerator.init_trackers(project, logged, options)
+
+    def _log(self, record: Mapping[str, Any]) -> None:
+        splits = [split for split in ("train", "heldout", "val") if split in record]
+        values = {
+            f"{split}_{name}" + (f"/lr {lr:g}" if len(self.config.lr) > 1 else ""): scores[name]
+            for split in splits
+            for lr, scores in zip(self.config.lr, record[split])
+            for name in METRICS
+        }
+        self.accelerator.log(values, record["epoch"])
+        index = 0 if self.best is None else self.best["index"]
+        top1 = ", ".join(f"{split} {record[split][index]['top1']:.2%}" for split in splits)
+        self.accelerator.print(
+            f"epoch {record['epoch']}/{self.config.epochs}, lr {self.config.lr[index]:g}: "
+            f"loss {record['train'][index]['loss']:.4f}, top-1 {top1} "
+            f"({record['seconds']['train']:.3g} s)"
+        )
+
+
+def build_optimizer(config: ClassifierConfig, model: Classifier) -> torch.optim.Optimizer:
+    """Build one optimizer with a parameter group per head, and one of a fine-tuned U-Net.
+
+    Adam and SGD work element by element, so groups do not influence each other.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": list(head.parameters()), "lr": lr} for head, lr in zip(model.heads, config.lr)
+    ]
+    if model.backbone.feedback is not None:
+        groups[0]["params"] += model.backbone.feedback.parameters()
+    if config.finetune:
+        unet = [p for p in model.backbone.unet.parameters() if p.requires_grad]
+        groups.append({"params": unet, "lr": config.backbone_lr or config.lr[0]})
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _run_id(out: Path) -> str:
+    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
+
+
+def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

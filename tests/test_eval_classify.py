@@ -1,0 +1,446 @@
+"""The classifier: recipes, training, selection, checkpoints, resuming, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("torchmetrics")
+pytest.importorskip("tyro")
+
+from image_folders import CLASSES, write_folder, write_weights
+
+from diffbackbone.checkpoint import CheckpointError
+from diffbackbone.eval import classify
+from diffbackbone.eval.features import FeatureCache
+from diffbackbone.eval.recipes import RECIPES, resolve
+from diffbackbone.heads import LinearHead
+from diffbackbone.utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN, VAL = 6, 3
+SMALL = {
+    "unet": "tiny", "image_size": 32, "workers": 0, "device": "cpu", "epochs": 2, "batch_size": 10,
+    "width": 32, "num_heads": 2, "layers": 1, "log_with": "none",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root / "train", TRAIN, 0)
+    write_folder(root / "val", VAL, 1, ".jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return str(write_weights(tmp_path_factory.mktemp("weights") / "tiny.pt"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Shared features, with mirrored copies, of linear heads on random weights."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(data, out, recipe="probe", **options):
+    given = {"data": data, "out": out, **SMALL, **options}
+    return classify.run(replace(RECIPES[recipe], **given))
+
+
+def words(**options):
+    """The options as a command line."""
+    found = []
+    for name, value in {**SMALL, **options}.items():
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        found += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return found
+
+
+def history(out):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"]
+    return records
+
+
+def numbers(out):
+    """Everything a run reports, except times and paths."""
+    results = json.loads((out / "results.json").read_text())
+    keys = ("lr", "epoch", "val", "learning_rates", "confusion", "trained_parameters")
+    return history(out), {key: results[key] for key in keys}
+
+
+# ------------------------------------------------------------------------------- recipes, options
+
+
+def test_recipes_are_the_papers_protocols():
+    def filled(recipe, **options):
+        return resolve(replace(RECIPES[recipe], **options))
+
+    config = filled("probe")
+    assert (config.optimizer, config.epochs, config.step, config.gamma) == ("adam", 28, 7, 0.1)
+    assert (config.batch_size, config.augment, config.finetune) == (128, "flip", False)
+    assert (config.unet, config.image_size) == ("gd256_uncond", 256)
+    assert (config.timesteps, config.blocks, config.lr) == ((150,), (24,), (1e-3,))
+    assert (config.head, config.pool, config.select_on) == ("linear", 2, "none")
+    assert (filled("probe", head="attention").lr, filled("ablation").epochs) == ((1e-4,), 15)
+    config = filled("probe-sgd")
+    assert (config.optimizer, config.lr, config.momentum) == ("sgd", (1e-2,), 0)
+    assert (config.batch_size, config.augment) == (128, "crop-flip")
+    assert filled("probe-sgd", head="attention").lr == (5e-2,)
+    config = filled("probe-sgd", feedback="bottleneck")
+    assert (config.head, config.lr, config.batch_size) == ("attention", (1e-2,), 16)
+    config = filled("probe", head="difformer")
+    assert (config.timesteps, config.blocks, config.pool) == ((90, 150, 300), (19, 24, 30), 16)
+    config = filled("semi-1")
+    assert (config.subset, config.finetune, config.lr) == ("1%", True, (1e-3,))
+    assert (filled("semi-10").subset, filled("semi-10").optimizer) == ("10%", "sgd")
+    assert (filled("digits").unet, filled("digits").width) == ("tiny", 128)
+
+
+def test_recipe_gives_the_defaults_of_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr(classify, "run", seen.append)
+    classify.main(["--recipe", "semi-10", "--no-finetune", "--epochs", "5", "--lr", "1", "2"])
+    expected = replace(RECIPES["semi-10"], finetune=False, epochs=5, lr=(1.0, 2.0))
+    assert seen == [expected]
+    with pytest.raises(SystemExit):
+        classify.main(["--recipe", "none"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": (19, 24)}, "one block and timestep"),
+        ({"head": "attention", "timesteps": (1, 2)}, "one block and timestep"),
+        ({"blocks": (38,)}, "from 1 to 37"),
+        ({"timesteps": (1000,)}, "0 to 999"),
+        ({"head": "difformer", "blocks": (24, 24)}, "differ"),
+        ({"head": "attention", "width": 33}, "--head attention"),
+        ({"hidden": (3,)}, "hidden"),
+        ({"lr": (0.1, 0.2), "finetune": True}, "several learning rates"),
+        ({"lr": (0.1, 0.2), "select_on": "none"}, "need --select-on"),
+        ({"cache": Path("c"), "feedback": "windowed"}, "without feedback"),
+        ({"cache": Path("c"), "finetune": True}, "frozen"),
+        ({"cache": Path("c"), "noise": "random"}, "noise"),
+        ({"cache": Path("c"), "augment": "crop-flip"}, "random crops"),
+        ({"epochs": 0}, "at least 1"),
+        ({"feedback": "windowed", "blocks": (3,)}, "block"),
+    ],
+)
+def test_options_that_exclude_each_other(data, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        train(data, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head": "linear", "log_with": "tensorboard"},
+        {"head": "mlp", "hidden": (16,), "pool": 1},
+        {"head": "cnn", "hidden": (8,), "pool": 4},
+        {"head": "attention"},
+        {"head": "difformer", "timesteps": (90,), "blocks": (19, 24)},
+        {"head": "difformer", "timesteps": (90,), "blocks": (24,)},
+        {"feedback": "windowed"},
+        {"finetune": True, "noise": "random", "backbone_lr": 1e-5},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_head_trains(data, tmp_path, options):
+    results = train(data, tmp_path, **options)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"last.pt", "best.pt", "metrics.jsonl", "results.json", "confusion.png"} <= files
+    assert not [name for name in files if name.endswith(".writing")]
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert results["val"]["images"] == np.sum(saved["confusion"]) == CLASSES * VAL
+    right = np.trace(saved["confusion"]) / (CLASSES * VAL)
+    assert right == pytest.approx(saved["val"]["top1"])
+    assert saved["val"]["top5"] == 1.0  # of three classes
+    assert history(tmp_path)[-1]["val"][0] == saved["val"]
+    if "log_with" in options:
+        board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        events = board.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        assert [event.step for event in events.Scalars("val_top1")] == [1, 2]
+
+
+def test_a_probe_learns(data, tmp_path, cache):
+    results = train(data, tmp_path, lr=(0.1,), epochs=12, cache=cache)
+    assert results["val"]["top1"] > 0.9
+    losses = [record["train"][0]["loss"] for record in history(tmp_path)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_cache_changes_no_digit(data, tmp_path, weights, augment):
+    options = {"head": "attention", "checkpoint": weights, "augment": augment}
+    train(data, tmp_path / "plain", **options)
+    train(data, tmp_path / "cached", cache=tmp_path / "cache", **options)
+    copies = 2 if augment == "flip" else 1
+    assert len(FeatureCache(tmp_path / "cache/train")) == copies * CLASSES * TRAIN
+    assert numbers(tmp_path / "plain") == numbers(tmp_path / "cached")
+
+
+def test_several_rates_are_several_runs(data, tmp_path, cache):
+    rates = (0.01, 0.3)
+    train(data, tmp_path / "both", lr=rates, select_on="val", cache=cache)
+    both = history(tmp_path / "both")
+    for index, lr in enumerate(rates):
+        train(data, tmp_path / str(lr), lr=(lr,), select_on="val", cache=cache)
+        for record, alone in zip(both, history(tmp_path / str(lr))):
+            loss = pytest.approx(alone["train"][0]["loss"], rel=1e-5)
+            assert record["train"][index]["loss"] == loss
+            assert record["val"][index]["top1"] == alone["val"][0]["top1"]
+
+
+def test_selection_is_made_on_held_out_training_images(data, tmp_path, cache):
+    rates = (1e-4, 0.01, 0.1)
+    results = train(data, tmp_path, lr=rates, holdout=0.33, epochs=4, cache=cache)
+    records = history(tmp_path)
+    assert results["selected_on"] == "heldout"
+    assert records[0]["heldout"][0]["images"] == CLASSES * TRAIN // 3
+    *_, epoch, index = max(
+        (found["top1"], -found["loss"], -record["epoch"], -index)
+        for record in records
+        for index, found in enumerate(record["heldout"])
+    )
+    assert (results["epoch"], results["lr"]) == (-epoch, rates[-index])
+    assert results["val"] == records[results["epoch"] - 1]["val"][-index]
+    assert [rate["lr"] for rate in results["learning_rates"]] == list(rates)
+    rate = results["learning_rates"][-index]
+    assert (rate["epoch"], rate["val_top1"]) == (results["epoch"], results["val"]["top1"])
+    saved = classify.read_checkpoint(tmp_path / "best.pt")
+    assert saved["best"]["lr"] == results["lr"]
+
+
+def test_epoch_takes_every_image_once_and_half_of_them_mirrored(data, tmp_path, cache, monkeypatch):
+    read = []
+    original = FeatureCache.read
+
+    def spy(self, rows, taps=None):
+        read.append((self.folder.name, list(rows)))
+        return original(self, rows, taps)
+
+    monkeypatch.setattr(FeatureCache, "read", spy)
+    train(data, tmp_path, lr=(0.01, 0.1), holdout=0.33, epochs=8, cache=cache)
+    count, held = CLASSES * TRAIN, CLASSES * TRAIN // 3
+    rows = [row for name, rows in read if name == "train" for row in rows]
+    assert len(rows) == 8 * count
+    epochs = [rows[i : i + count] for i in range(0, len(rows), count)]
+    for epoch in epochs:
+        learned, held_out = epoch[:-held], epoch[-held:]
+        assert held_out == epochs[0][-held:]
+        assert {row % count for row in learned} | set(held_out) == set(range(count))
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+    mirrored = np.mean([row >= count for epoch in epochs for row in epoch[:-held]])
+    assert 0.3 < mirrored < 0.7
+    seen = [row for name, rows in read if name == "val" for row in rows]
+    assert seen == list(range(CLASSES * VAL)) * 8
+
+
+def test_learning_rate_drops_every_step(data, tmp_path, cache):
+    rates = []
+    for epochs in (1, 2, 3, 5):
+        options = {"lr": (0.08,), "step": 2, "gamma": 0.5, "cache": cache}
+        train(data, tmp_path, epochs=epochs, resume=True, **options)
+        saved = classify.read_checkpoint(tmp_path / "last.pt")
+        rates += [group["lr"] for group in saved["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([0.08, 0.08, 0.04, 0.02])
+
+
+def test_accumulated_parts_equal_a_whole_batch(data, tmp_path, weights):
+    options = {"checkpoint": weights, "head": "attention", "lr": (0.05,), "optimizer": "sgd"}
+    train(data, tmp_path / "whole", batch_size=7, **options)
+    train(data, tmp_path / "parts", batch_size=7, accumulate=3, **options)
+    for whole, parts in zip(history(tmp_path / "whole"), history(tmp_path / "parts")):
+        assert parts["train"][0] == pytest.approx(whole["train"][0], rel=1e-4)
+        assert parts["val"][0] == pytest.approx(whole["val"][0], rel=1e-4)
+
+
+def test_one_diverging_rate_leaves_the_others_alone(data, tmp_path, cache):
+    options = {"head": "mlp", "hidden": (8,), "pool": 2, "optimizer": "sgd", "cache": cache}
+    results = train(data, tmp_path / "both", lr=(0.1, 1e25), **options)
+    assert results["lr"] == 0.1
+    train(data, tmp_path / "alone", lr=(0.1,), select_on="heldout", **options)
+    both, alone = history(tmp_path / "both"), history(tmp_path / "alone")
+    assert both[-1]["train"][0] == pytest.approx(alone[-1]["train"][0])
+    assert "NaN" not in (tmp_path / "both/metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="diverged in epoch"):
+        train(data, tmp_path / "bad", lr=(1e25,), epochs=4, **options)
+
+
+def test_frozen_weights_stay_and_fine_tuned_ones_move(data, tmp_path, weights):
+    original = torch.load(weights, weights_only=True)
+    options = {"checkpoint": weights, "epochs": 1, "lr": (0.01,)}
+    train(data, tmp_path / "frozen", feedback="windowed", **options)
+    train(data, tmp_path / "tuned", finetune=True, **options)
+    frozen = classify.read_checkpoint(tmp_path / "frozen/best.pt")["backbone"]
+    assert not [key for key in frozen if key.startswith("unet.")]
+    assert [key for key in frozen if key.startswith("feedback.")]
+    tuned = classify.read_checkpoint(tmp_path / "tuned/best.pt")["backbone"]
+    moved = [key for key, x in tuned.items() if not torch.equal(x, original[key[len("unet.") :]])]
+    assert "unet.input_blocks.0.0.weight" in moved
+
+
+def test_subset_trains_on_its_images(data, tmp_path):
+    results = train(data, tmp_path, subset="50%", epochs=1)
+    assert results["settings"]["train_images"] == CLASSES * TRAIN // 2
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def test_saved_head_is_evaluated_alone(data, tmp_path, weights):
+    trained = train(data, tmp_path / "out", feedback="windowed", checkpoint=weights, lr=(0.01,))
+    best = tmp_path / "out/best.pt"
+    options = {"evaluate": best, "checkpoint": weights, "width": 999, "timesteps": (3,)}
+    for out in (tmp_path / "eval", None):
+        assert train(data, out, **options)["val"] == trained["val"]
+    assert (tmp_path / "out/evaluation/best/confusion.png").is_file()
+    with pytest.raises(CheckpointError, match="frozen U-Net"):
+        train(data, tmp_path / "x", evaluate=best)
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save({"path": Path("x")}, tmp_path / "code.pt")
+    for name in ("junk.pt", "code.pt"):
+        with pytest.raises(CheckpointError):
+            train(data, None, evaluate=tmp_path / name)
+
+
+def test_evaluation_leaves_the_run_alone(data, tmp_path, cache):
+    train(data, tmp_path, cache=cache)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    train(data, None, evaluate=tmp_path / "best.pt")
+    own = json.loads((tmp_path / "evaluation/best/results.json").read_text())
+    assert own["val"] == json.loads(before["results.json"])["val"]
+    for options in ({"evaluate": tmp_path / "best.pt"}, {}):
+        with pytest.raises(UserError, match="already holds a run"):
+            train(data, tmp_path, **options)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(data, tmp_path / "evaluation/best")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_head_of_the_published_code_is_evaluated(data, tmp_path, cache):
+    trained = train(data, tmp_path / "out", lr=(0.1,), cache=cache)
+    head = classify.read_checkpoint(tmp_path / "out/best.pt")["head"]
+    assert head.keys() == LinearHead(1, 1).state_dict().keys()
+    published = {key.replace("linear.", "fcs.0."): value for key, value in head.items()}
+    torch.save({"model_head": published, "epoch": 1}, tmp_path / "latest.pth")
+    found = train(data, None, evaluate=tmp_path / "latest.pth")
+    assert found["val"] == trained["val"]
+    with pytest.raises(UserError, match="unknown"):
+        train(data, None, evaluate=tmp_path / "latest.pth", head="attention")
+    torch.save({"model_head": published, "model_feedback": {"a": 1}}, tmp_path / "latest.pth")
+    with pytest.raises(UserError, match="feedback"):
+        train(data, None, evaluate=tmp_path / "latest.pth")
+
+
+# ---------------------------------------------------------------------------------- interruptions
+
+
+def test_run_is_not_overwritten_nor_mixed(data, tmp_path, cache):
+    train(data, tmp_path, epochs=1, cache=cache)
+    content = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(data, tmp_path)
+    with pytest.raises(UserError, match=r"(?s)head: 'linear', now 'attention'.*lr: \[0.001\]"):
+        train(data, tmp_path, resume=True, lr=(0.5,), head="attention")
+    assert (tmp_path / "last.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feedback": "windowed", "noise": "random", "augment": "crop-flip"},
+        {"lr": (0.01, 0.1), "optimizer": "sgd", "momentum": 0.9},
+        {"finetune": True, "backbone_lr": 1e-4},
+    ],
+    ids=["difffeed", "rates", "finetune"],
+)
+def test_resumed_run_equals_an_unbroken_one(data, tmp_path, weights, options):
+    options["checkpoint"] = weights
+    train(data, tmp_path / "whole", epochs=3, **options)
+    train(data, tmp_path / "parts", epochs=1, **options)
+    train(data, tmp_path / "parts", epochs=3, resume=True, **options)
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+
+
+def test_sigkill_costs_an_epoch_at_most(data, tmp_path, weights):
+    out = tmp_path / "killed"
+    options = {"head": "attention", "epochs": 5, "step": 2, "lr": (0.003,), "checkpoint": weights}
+    train(data, tmp_path / "whole", **options)
+    script = [sys.executable, str(ROOT / "tools/train_classifier.py")]
+    process = subprocess.Popen(
+        [*script, *words(data=data, out=out, resume=True, **options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    saved, deadline = out / "last.pt", time.monotonic() + 120
+    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 1 <= len(classify.read_checkpoint(saved)["history"]) < 5
+    train(data, out, resume=True, **options)
+    assert numbers(out) == numbers(tmp_path / "whole")
+
+
+def test_full_disk_keeps_what_was_saved(data, tmp_path, cache):
+    train(data, tmp_path, epochs=1, cache=cache)
+    content = (tmp_path / "last.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="written|large"):
+            train(data, tmp_path, resume=True, cache=cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "last.pt").read_bytes() == content
+    assert not list(tmp_path.glob("*.writing"))
+
+
+def test_two_processes_equal_one(data, tmp_path, weights):
+    options = {"head": "attention", "checkpoint": weights, "optimizer": "sgd", "lr": (0.05,)}
+    options["batch_size"] = 7
+    train(data, tmp_path / "one", **options)
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    given = words(data=data, out=tmp_path / "two", cache=tmp_path / "cache", **options)
+    done = subprocess.run(
+        [sys.executable, *command, str(ROOT / "tools/train_classifier.py"), *given],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert two[1]["confusion"] == one[1]["confusion"]
+    assert np.sum(two[1]["confusion"]) == CLASSES * VAL  # odd; every image counts once
+    for before, after in zip(one[0], two[0]):
+        assert after["train"][0] == pytest.approx(before["train"][0], rel=1e-3)
+        assert after["val"][0] == pytest.approx(before["val"][0], rel=1e-3)
