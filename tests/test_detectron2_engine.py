@@ -22,7 +22,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from diffbackbone import detectron2_engine as engine
+from diffbackbone.detectron2 import engine
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import CheckpointError
 from diffbackbone.detectron2 import DiffusionBackbone as Backbone

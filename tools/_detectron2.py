@@ -253,7 +253,7 @@ def check_evaluation(names: Sequence[str]) -> None:
     Raises:
         ValueError: A dataset is empty or damaged.
     """
-    from diffbackbone.detectron2_engine import load_dicts
+    from diffbackbone.detectron2.engine import load_dicts
 
     for name in names:
         load_dicts(name)

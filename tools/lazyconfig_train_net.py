@@ -145,7 +145,7 @@ def train(args: argparse.Namespace, cfg: Any) -> None:
     from detectron2.engine import default_writers, hooks
     from detectron2.utils import comm
 
-    from diffbackbone import detectron2_engine as engine
+    from diffbackbone.detectron2 import engine
 
     seeding = engine.SeedIterations(cfg.dataloader.train.get("seed", 0))
     engine.seed_everything(seeding.seed)
@@ -201,7 +201,7 @@ def main(args: argparse.Namespace) -> Any:
     _detectron2.prepare()
     from detectron2.engine import default_setup
 
-    from diffbackbone.detectron2_engine import Checkpointer
+    from diffbackbone.detectron2.engine import Checkpointer
 
     cfg = load(args)
     default_setup(cfg, args)
@@ -221,7 +221,7 @@ def check(args: argparse.Namespace) -> None:
         FileNotFoundError: Data are missing.
         SystemExit: A checkpoint is missing.
     """
-    from diffbackbone.detectron2_engine import check_datasets
+    from diffbackbone.detectron2.engine import check_datasets
 
     cfg = load(args)
     trained, evaluated = (_dataset_names(cfg, part) for part in ("train", "test"))

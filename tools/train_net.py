@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> Any:
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
-    from diffbackbone.detectron2_engine import Checkpointer, Trainer
+    from diffbackbone.detectron2.engine import Checkpointer, Trainer
 
     cfg = _detectron2.load_yaml(args.config_file, args.opts)
     default_setup(cfg, args)
@@ -58,7 +58,7 @@ def check(args: argparse.Namespace) -> None:
         FileNotFoundError: Data are missing.
         SystemExit: A checkpoint is missing.
     """
-    from diffbackbone import detectron2_engine as engine
+    from diffbackbone.detectron2 import engine
 
     cfg = _detectron2.load_yaml(args.config_file, args.opts)
     engine.check_supported(cfg)

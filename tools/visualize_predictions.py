@@ -70,7 +70,7 @@ def read_config(config_file: str, options: Sequence[str]) -> Setup:
         )
     from detectron2.data import DatasetMapper
 
-    from diffbackbone.detectron2_engine import Trainer
+    from diffbackbone.detectron2.engine import Trainer
 
     cfg = _detectron2.load_yaml(config_file, options)
     if not cfg.DATASETS.TEST:
@@ -88,7 +88,7 @@ def choose_weights(setup: Setup, options: Sequence[str]) -> str:
     """
     import torch
 
-    from diffbackbone.detectron2_engine import Checkpointer
+    from diffbackbone.detectron2.engine import Checkpointer
 
     given = any(o.startswith(("MODEL.WEIGHTS", "train.init_checkpoint=")) for o in options)
     last = Checkpointer(torch.nn.Identity(), setup.folder).get_checkpoint_file()
@@ -125,7 +125,7 @@ def predict(
     from detectron2.utils.visualizer import Visualizer
     from tqdm import tqdm
 
-    from diffbackbone.detectron2_engine import (
+    from diffbackbone.detectron2.engine import (
         Checkpointer,
         check_datasets,
         load_dicts,

@@ -8,7 +8,7 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from diffbackbone.detectron2 import get_optimizer_params
-from diffbackbone.detectron2_engine import build_train_loader, large_scale_jitter
+from diffbackbone.detectron2.engine import build_train_loader, large_scale_jitter
 
 IMAGE_SIZE = 1024
 

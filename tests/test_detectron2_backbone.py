@@ -439,7 +439,7 @@ def test_batches_are_looked_at_once(builder, monkeypatch):
     backbone = make_backbone(builder)
     calls = []
     count = lambda images: calls.append(1) or content_sizes(images)  # noqa: E731
-    monkeypatch.setattr("diffbackbone.detectron2.content_sizes", count)
+    monkeypatch.setattr("diffbackbone.detectron2.backbone.content_sizes", count)
     backbone(normalize(pictures((64, 64))))
     assert len(calls) == 1
 

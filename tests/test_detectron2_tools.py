@@ -33,7 +33,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf.errors import ConfigKeyError
 from PIL import Image
 
-from diffbackbone import detectron2_engine as engine
+from diffbackbone.detectron2 import engine
 from diffbackbone.detectron2 import SAMPLE_ROOT, register_sample_data
 from diffbackbone.sample_data import make_sample_data
 

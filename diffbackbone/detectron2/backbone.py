@@ -24,32 +24,28 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
 
-from diffbackbone import compat
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json, load_sem_seg
+from detectron2.data.datasets.coco_panoptic import merge_to_panoptic
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
+from detectron2.solver.build import get_default_optimizer_params
+from torch import Tensor, nn
 
-compat.check_detectron2_stack()
-
-import torch  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.data.datasets import load_coco_json, load_sem_seg  # noqa: E402
-from detectron2.data.datasets.coco_panoptic import merge_to_panoptic  # noqa: E402
-from detectron2.layers import ShapeSpec  # noqa: E402
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone  # noqa: E402
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7  # noqa: E402
-from detectron2.modeling.backbone.vit import SimpleFeaturePyramid  # noqa: E402
-from detectron2.solver.build import get_default_optimizer_params  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
-from diffbackbone.backbone import (  # noqa: E402
+from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone
+from diffbackbone.backbone import (
     check_channels,
     check_names,
     layer_scales,
     pad_to_multiple,
     pad_to_size,
 )
-from diffbackbone.models.base import is_number  # noqa: E402
-from diffbackbone.models.gd_config import UNetConfig  # noqa: E402
+from diffbackbone.models.base import is_number
+from diffbackbone.models.gd_config import UNetConfig
 
 PADDINGS = ("separate", "reflect", "keep")
 """What is done about the padding that brings images of unequal size into one batch."""
@@ -509,7 +505,7 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     Both pyramids read ``MODEL.FPN.OUT_CHANNELS`` and ``MODEL.FPN.NORM``; the feature pyramid
     network also ``MODEL.FPN.IN_FEATURES`` (empty: all taps) and ``MODEL.FPN.FUSE_TYPE``.
 
-    For the trainer in :mod:`diffbackbone.detectron2_engine`:
+    For the trainer in :mod:`diffbackbone.detectron2.engine`:
 
     =========================  =====================================================================
     SOLVER.OPTIMIZER           "SGD" (Detectron2's) or "ADAMW"

@@ -22,9 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffbackbone.detectron2  # noqa: F401  says what is missing, and registers
-
-# isort: split
 import detectron2.data.transforms as T
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -73,7 +70,7 @@ from diffbackbone.checkpoint import (
     read_checkpoint,
     some_keys,
 )
-from diffbackbone.detectron2 import get_optimizer_params
+from diffbackbone.detectron2.backbone import get_optimizer_params
 from diffbackbone.runs import seed_everything, write_whole
 
 logger = logging.getLogger(__name__)
