@@ -27,9 +27,11 @@ from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa:
 from torch import nn  # noqa: E402
 
 from diffbackbone import openmmlab_engine, openmmlab_sharding  # noqa: E402, F401  register
-from diffbackbone.backbone import RANDOM_WEIGHTS, check_names, layer_scales  # noqa: E402
+from diffbackbone.backbone import RANDOM_WEIGHTS  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
 from diffbackbone.models.base import is_number  # noqa: E402
+from diffbackbone.optim import layer_scales  # noqa: E402
+from diffbackbone.utils import check_names  # noqa: E402
 
 
 @MODELS.register_module()
@@ -58,7 +60,7 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         pretrained: str | None = None,
         **kwargs: Any,
     ) -> None:
-        check_names("DiffusionBackbone", "argument", kwargs, _ARGUMENTS)
+        check_names("DiffusionBackbone", kwargs, _ARGUMENTS)
         checkpoint = kwargs.pop("checkpoint", None)
         checkpoint = checkpoint if pretrained is None else pretrained
         _check_init(init_cfg, checkpoint)
@@ -125,7 +127,7 @@ def _check_init(init_cfg: Any, checkpoint: Any) -> None:
                 f"initializers, got {shorten(cfg)}"
             )
         if cfg["type"] in ("Pretrained", PretrainedInit):
-            check_names("init_cfg", "key", cfg, ("type", "checkpoint", "prefix", "map_location"))
+            check_names("init_cfg", cfg, ("type", "checkpoint", "prefix", "map_location"))
             if not isinstance(cfg.get("checkpoint"), (str, os.PathLike)):
                 raise ValueError(
                     "init_cfg needs a checkpoint, a path or URL, got "
@@ -247,7 +249,7 @@ class CheckInputsHook(Hook):
         for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
             if any(kind.__name__ == "IoUMetric" for kind in type(metric).__mro__):
                 given = [metric.metrics] if isinstance(metric.metrics, str) else metric.metrics
-                check_names("iou_metrics", "metric", given, IOU_METRICS)
+                check_names("iou_metrics", given, IOU_METRICS)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Check the labels of a batch.

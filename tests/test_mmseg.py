@@ -351,7 +351,7 @@ def test_metrics_that_do_not_exist_stop_the_run_before_it_starts(metrics):
         getattr(runner, loop).evaluator = Evaluator([IoUMetric(iou_metrics=["mIoU", "mFscore"])])
         check(runner)
         getattr(runner, loop).evaluator = Evaluator([IoUMetric(), IoUMetric(iou_metrics=metrics)])
-        with pytest.raises(ValueError, match=r"no metric 'mIou' \(did you mean 'mIoU'\?\).*mDice"):
+        with pytest.raises(ValueError, match="'mIou'.*mDice"):
             check(runner)
 
 

@@ -14,7 +14,7 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from torch import Tensor, nn
 
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone
-from diffbackbone.backbone import pad_to_multiple, pad_to_size
+from diffbackbone.padding import pad_to_multiple, pad_to_size
 from diffbackbone.utils import UserError
 
 PADDINGS = ("separate", "reflect", "keep")

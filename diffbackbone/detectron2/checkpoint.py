@@ -17,14 +17,8 @@ from detectron2.engine.hooks import PeriodicCheckpointer
 from torch import nn
 
 from diffbackbone._unpickle import NUMPY_GLOBALS
-from diffbackbone.checkpoint import (
-    WEIGHT_DTYPES,
-    CheckpointError,
-    check_finite,
-    first_line,
-    read_checkpoint,
-    some_keys,
-)
+from diffbackbone.checkpoint import WEIGHT_DTYPES, CheckpointError, check_finite, read_checkpoint
+from diffbackbone.sources import first_line, some_keys
 from diffbackbone.utils import atomic_write, write_text
 
 

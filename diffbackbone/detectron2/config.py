@@ -72,7 +72,7 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     cfg.MODEL.DIFFUSION.UNET_OPTIONS = CfgNode(new_allowed=True)  # fields of UNetConfig
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "ADAMW"
     cfg.SOLVER.BETAS = (0.9, 0.999)  # AdamW's
-    cfg.SOLVER.LAYER_DECAY_RATE = 1.0  # see diffbackbone.backbone.layer_scales
+    cfg.SOLVER.LAYER_DECAY_RATE = 1.0  # see diffbackbone.optim.layer_scales
     cfg.SOLVER.CHECKPOINT_KEEP = 0  # number of latest checkpoints to keep; 0 for all
     cfg.SOLVER.AMP.DTYPE = "auto"  # bfloat16 if the GPU has it; or "bfloat16", "float16"
     # large-scale jitter; SIZE is the side of the square in pixels

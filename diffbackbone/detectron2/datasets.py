@@ -28,9 +28,8 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler
 
-from diffbackbone.checkpoint import first_line
-from diffbackbone.runs import seed_everything
-from diffbackbone.utils import UserError
+from diffbackbone.sources import first_line
+from diffbackbone.utils import UserError, seed_everything
 
 logger = logging.getLogger(__name__)
 

@@ -44,8 +44,7 @@ from diffbackbone.detectron2.datasets import (
     loader_settings,
 )
 from diffbackbone.detectron2.solver import build_optimizer
-from diffbackbone.runs import seed_everything
-from diffbackbone.utils import UserError
+from diffbackbone.utils import UserError, seed_everything
 
 logger = logging.getLogger(__name__)
 

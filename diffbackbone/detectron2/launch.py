@@ -21,8 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffbackbone.cli import CONFIGS, check_checkpoint, find_config
 from diffbackbone.detectron2.datasets import check_datasets, load_dicts
-from diffbackbone.runs import lost_loss
-from diffbackbone.utils import UserError
+from diffbackbone.utils import UserError, lost_loss
 
 CONFIG_DIR = CONFIGS / "detectron2"
 TRACEBACK = "DIFFBACKBONE_TRACEBACK"

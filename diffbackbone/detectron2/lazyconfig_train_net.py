@@ -32,8 +32,7 @@ from diffbackbone.detectron2.engine import (
     make_step_trainer,
     wrap_distributed,
 )
-from diffbackbone.runs import seed_everything
-from diffbackbone.utils import UserError
+from diffbackbone.utils import UserError, seed_everything
 
 LEVELS = (
     "proposal_generator.in_features",

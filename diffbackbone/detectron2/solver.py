@@ -10,7 +10,7 @@ from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-from diffbackbone.backbone import layer_scales
+from diffbackbone.optim import layer_scales
 
 
 def get_optimizer_params(
@@ -20,7 +20,7 @@ def get_optimizer_params(
 
     Args:
         model: The model.
-        layer_decay_rate: See :func:`diffbackbone.backbone.layer_scales`; needs ``base_lr``.
+        layer_decay_rate: See :func:`diffbackbone.optim.layer_scales`; needs ``base_lr``.
         **kwargs: Arguments of ``get_default_optimizer_params``, except ``lr_factor_func``.
     """
     if layer_decay_rate != 1.0:

@@ -27,8 +27,7 @@ from diffbackbone.detectron2.datasets import check_datasets, load_dicts
 from diffbackbone.detectron2.engine import Trainer
 from diffbackbone.detectron2.launch import CONFIG_DIR, user_errors
 from diffbackbone.detectron2.lazyconfig_train_net import build_model, dataset_names, load_lazy
-from diffbackbone.runs import seed_everything
-from diffbackbone.utils import save_figure
+from diffbackbone.utils import save_figure, seed_everything
 
 PANEL = 320
 """Longest side of a panel in pixels."""
