@@ -163,7 +163,7 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
         **kwargs: Any,
     ) -> None:
         if padding not in PADDINGS:
-            raise UserError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+            raise UserError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r:.200}")
         super().__init__(
             _plain(unet),
             checkpoint,
