@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from diffbackbone.utils import UserError
 
 Config = TypeVar("Config")
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""Folder of the checkout's configs; it does not exist where the package is installed."""
 
 
 def run_command(
@@ -56,3 +60,43 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("DIFFBACKBONE_TRACEBACK"):
             raise
         raise SystemExit(f"error: {error}") from error
+
+
+def find_config(name: str, folder: Path, suffixes: Sequence[str]) -> str:
+    """Find a config: a path as it is, a bare name also among the checkout's configs.
+
+    Args:
+        name: Path of a config, or the name of one in ``folder``, with or without suffix.
+        folder: Folder of configs, such as ``CONFIGS / "detectron2"``.
+        suffixes: Suffixes of configs, such as ``(".py",)``.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: There is no such config.
+    """
+    if os.path.isfile(name):
+        return name
+    if name and os.path.basename(name) == name:
+        for suffix in ("", *suffixes):
+            if (folder / f"{name}{suffix}").is_file():
+                return str(folder / f"{name}{suffix}")
+    names = sorted(path.name for suffix in suffixes for path in folder.glob(f"*{suffix}"))
+    raise UserError(
+        f"config {name!r} does not exist; give a path, or one of the configs in {folder}: "
+        f"{', '.join(names)}"
+    )
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Check that a checkpoint exists, unless it is a URL.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    path = Path(checkpoint).expanduser()
+    if "://" in checkpoint or path.is_file():
+        return
+    found = ", ".join(sorted(other.name for other in path.parent.glob("*.pth"))) or "no *.pth"
+    raise UserError(f"checkpoint {checkpoint!r} does not exist; {path.parent} holds {found}")
