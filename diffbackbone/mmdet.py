@@ -6,9 +6,9 @@ For instance::
     model = dict(backbone=dict(type='DiffusionBackbone', unet='gd256_uncond', ...))
 """
 
-from diffbackbone import compat
+from diffbackbone.openmmlab import repairs
 
-compat.check_mmdet_stack()
+repairs.check_mmdet_stack()
 
 from diffbackbone.openmmlab import (  # noqa: E402
     DiffusionBackbone,

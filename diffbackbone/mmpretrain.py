@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from diffbackbone import compat
+from diffbackbone.openmmlab import repairs
 
-compat.check_mmpretrain_stack()
-compat.apply_mmengine_repairs()
+repairs.check_mmpretrain_stack()
+repairs.apply_mmengine_repairs()
 
 from mmpretrain.models.heads import ClsHead  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402

@@ -161,7 +161,7 @@ def iteration(path: Path | None) -> int:
 def test_killed_runs_end_as_unbroken_ones(framework, scenes, tmp_path):
     if isinstance(framework, MMSeg):
         pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
-        from diffbackbone import compat
+        from diffbackbone.openmmlab import repairs as compat
 
         compat.apply_mmengine_repairs()
     else:

@@ -23,9 +23,9 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
 
-import diffbackbone.openmmlab  # noqa: F401  registers
+import diffbackbone.openmmlab.backbone  # noqa: F401  registers
 from diffbackbone import runs
-from diffbackbone.openmmlab_engine import SeededDataset, WholeCheckpointHook
+from diffbackbone.openmmlab.engine import SeededDataset, WholeCheckpointHook
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -507,7 +507,7 @@ def test_steps_that_a_scaler_skips_are_forgiven(tmp_path, calls, enabled, stops)
 
 
 def test_wrong_numbers():
-    from diffbackbone.openmmlab_engine import CheckLossHook
+    from diffbackbone.openmmlab.engine import CheckLossHook
 
     for wrong in (dict(interval=0), dict(patience=-1)):
         with pytest.raises(ValueError, match="an interval from 1 and a patience from 0"):

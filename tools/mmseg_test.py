@@ -5,7 +5,7 @@ For instance::
     python tools/mmseg_test.py upernet_mae-b_ade20k.py work_dirs/.../iter_16000.pth
 """
 
-from _mmseg import run
+from diffbackbone.openmmlab.commands import test
 
 if __name__ == "__main__":
-    run("test.py", dataloaders=("test_dataloader",))
+    test()

@@ -6,7 +6,7 @@ For instance::
     torchrun --nproc_per_node=8 tools/mmseg_train.py upernet_mae-b_ade20k.py --launcher pytorch
 """
 
-from _mmseg import run
+from diffbackbone.openmmlab.commands import train
 
 if __name__ == "__main__":
-    run("train.py", dataloaders=("train_dataloader", "val_dataloader"))
+    train()

@@ -98,7 +98,7 @@ def test_pretrained_of_the_segmentor_reaches_the_backbone(checkpoint):
 def test_random_weights_are_announced_and_absent_ones_an_error(tmp_path, monkeypatch):
     logged = []
     monkeypatch.setattr(
-        "diffbackbone.openmmlab.print_log", lambda *args, **kwargs: logged.append((args, kwargs))
+        "diffbackbone.openmmlab.backbone.print_log", lambda *args, **kwargs: logged.append((args, kwargs))
     )
     MODELS.build(dict(BACKBONE)).init_weights()
     ((message,), kwargs) = logged[-1]

@@ -74,13 +74,13 @@ def prepare() -> None:
         SystemExit: Says what is missing or too new.
     """
     _common.add_root()
-    from diffbackbone import compat
+    from diffbackbone.openmmlab import repairs
 
     try:
-        compat.check_mmseg_stack()
+        repairs.check_mmseg_stack()
     except ImportError as error:
         raise SystemExit(f"error: {error}") from None
-    compat.apply_mmengine_repairs()
+    repairs.apply_mmengine_repairs()
 
 
 def _script_path(script: str) -> str:

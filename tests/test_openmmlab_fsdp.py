@@ -22,7 +22,7 @@ from torch.distributed.fsdp import ShardingStrategy
 import diffbackbone.mmseg  # noqa: F401  registers
 from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.guided_diffusion import UNet
-from diffbackbone.openmmlab_sharding import (
+from diffbackbone.openmmlab.fsdp import (
     WholeFSDPStrategy,
     _check_evaluation,
     wrap_blocks,

@@ -25,8 +25,8 @@ import cv2
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from diffbackbone import compat
-from diffbackbone.openmmlab_engine import SeededDataset
+from diffbackbone.openmmlab import repairs as compat
+from diffbackbone.openmmlab.engine import SeededDataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "mmseg"

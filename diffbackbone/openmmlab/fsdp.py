@@ -10,9 +10,9 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffbackbone import compat
+from diffbackbone.openmmlab import repairs
 
-compat.apply_mmengine_repairs()
+repairs.apply_mmengine_repairs()
 
 import torch  # noqa: E402
 from mmengine._strategy import FSDPStrategy  # noqa: E402
@@ -89,7 +89,7 @@ class WholeFSDPStrategy(FSDPStrategy):
             if isinstance(module, DiffusionBackbone):
                 module.save_frozen = True  # FSDP needs all weights in its state dicts
         if get_device() == "cpu":
-            model = compat.without_sync_batchnorm(model)
+            model = repairs.without_sync_batchnorm(model)
             wrapper["device_id"] = torch.device("cpu")
             # torch "offloads" by freeing what it has copied, and from CPU to CPU copies nothing
             self.state_dict_config.offload_to_cpu = False

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffbackbone import compat
+from diffbackbone.openmmlab import repairs
 
-compat.apply_mmengine_repairs()
+repairs.apply_mmengine_repairs()
 
 import torch  # noqa: E402
 from mmengine.dataset import InfiniteSampler  # noqa: E402

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffbackbone import compat
+from diffbackbone.openmmlab import repairs as compat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,7 +125,7 @@ def test_real_mmcv_wins(tmp_path):
         (tmp_path / "mmcv" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mmcv" / name).write_text(text)
     code = """
-        from diffbackbone import compat
+        from diffbackbone.openmmlab import repairs as compat
         print(compat.repair_mmcv_ops())
         from mmcv.ops import point_sample
         print(point_sample)
@@ -141,7 +141,7 @@ DISTRIBUTED = """
 import os
 import torch
 from torch import nn, distributed as dist
-from diffbackbone import compat
+from diffbackbone.openmmlab import repairs as compat
 
 assert "cpu_distributed" in compat.apply_mmengine_repairs()
 assert compat.apply_mmengine_repairs() == ()
@@ -258,7 +258,7 @@ def test_nothing_changes_where_there_is_a_gpu(monkeypatch):
 def test_check_and_import_are_light():
     code = """
         import sys
-        from diffbackbone import compat
+        from diffbackbone.openmmlab import repairs as compat
         try:
             compat.check_mmseg_stack()
         except ImportError:

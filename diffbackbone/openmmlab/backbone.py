@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from reprlib import repr as shorten
 from typing import Any
 
-from diffbackbone import compat
+from diffbackbone.openmmlab import repairs
 
-compat.apply_mmengine_repairs()
+repairs.apply_mmengine_repairs()
 
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.logging import print_log  # noqa: E402
@@ -26,7 +26,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper  # noqa:
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 from torch import nn  # noqa: E402
 
-from diffbackbone import openmmlab_engine, openmmlab_sharding  # noqa: E402, F401  register
+from diffbackbone.openmmlab import engine, fsdp  # noqa: E402, F401  register
 from diffbackbone.backbone import RANDOM_WEIGHTS, check_names, layer_scales  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
 from diffbackbone.models.base import is_number  # noqa: E402
