@@ -24,9 +24,14 @@ from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
 
-from diffbackbone import compat
+from diffbackbone.utils import require
 
-compat.check_detectron2_stack()
+require(
+    "Detectron2",
+    ("detectron2", "fvcore", "iopath", "omegaconf", "pkg_resources", "pycocotools", "shapely"),
+    "pip install 'diffbackbone[detectron2]'; Detectron2 itself is not on PyPI, see "
+    "https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
+)
 
 import torch  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402

@@ -161,9 +161,9 @@ def iteration(path: Path | None) -> int:
 def test_killed_runs_end_as_unbroken_ones(framework, scenes, tmp_path):
     if isinstance(framework, MMSeg):
         pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
-        from diffbackbone.openmmlab import repairs as compat
+        from diffbackbone.openmmlab.repairs import apply_repairs
 
-        compat.apply_mmengine_repairs()
+        apply_repairs()
     else:
         pytest.importorskip("detectron2", reason="detectron2 is not installed")
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"

@@ -436,18 +436,6 @@ def test_help(tools, capsys):
         assert f"python tools/{tool}.py --config mask_rcnn_gd" in printed
 
 
-def test_what_is_missing_is_said_first(tools, monkeypatch):
-    from diffbackbone import compat
-
-    def fail():
-        raise ImportError("what is missing")
-
-    monkeypatch.setattr(compat, "check_detectron2_stack", fail)
-    for tool in (tools.train_net, tools.lazyconfig_train_net):
-        with pytest.raises(SystemExit, match=r"^error: what is missing$"):
-            tool.entry(["--help"])
-
-
 def test_unknown_configs_list_what_there_is(refused):
     for name in ("mask_rcnn", "configs/detectron2/mask_rcnn", "_base_", "."):
         message = refused("--config", name)

@@ -29,13 +29,10 @@ def prepare() -> None:
         SystemExit: Says what is missing.
     """
     _common.add_root()
-    from diffbackbone import compat
-
     try:
-        compat.check_detectron2_stack()
+        import diffbackbone.detectron2  # noqa: F401
     except ImportError as error:
         raise SystemExit(f"error: {error}") from None
-    import diffbackbone.detectron2  # noqa: F401
 
 
 def parse_args(argv: Sequence[str] | None, suffix: str, doc: str) -> argparse.Namespace:

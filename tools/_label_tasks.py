@@ -542,14 +542,9 @@ def read_upernet_config(recipe: Recipe) -> dict[str, Any]:
     Raises:
         SystemExit: MMSegmentation is missing.
     """
-    import _mmseg
+    from diffbackbone.openmmlab.commands import read_config
 
-    _mmseg.prepare()
-    from mmengine.config import Config
-
-    cfg = Config.fromfile(_mmseg.find_config(recipe.upernet), import_custom_modules=False)
-    cfg.merge_from_dict(dict(recipe.upernet_options))
-    return cfg.to_dict()
+    return read_config(recipe.upernet, recipe.upernet_options).to_dict()
 
 
 def read_maskrcnn_config(recipe: Recipe) -> dict[str, Any]:

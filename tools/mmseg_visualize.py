@@ -1,8 +1,6 @@
 """Draw a segmentor's predictions: images, truth and prediction side by side in one picture.
 
-For instance::
-
-    python tools/mmseg_visualize.py upernet_difffeed_sample.py work_dirs/.../iter_800.pth
+For instance ``python tools/mmseg_visualize.py upernet_difffeed_sample.py iter_400.pth``.
 """
 
 from diffbackbone.openmmlab.visualize import main
