@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffbackbone.utils import UserError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -34,7 +36,7 @@ _ORIENTATION = 0x0112
 _SUBFILE_TYPE, _OVERVIEW_OR_MASK = 254, 1 | 4  # TIFF 6.0, section 8
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image is broken, or its values have no known range."""
 
 

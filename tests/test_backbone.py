@@ -16,8 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffbackbone import CheckpointError, DiffusionBackbone, UNet, UNetConfig
-from diffbackbone.backbone import _warn_unit_range, pad_to_multiple
+from diffbackbone.backbone import _warn_unit_range
 from diffbackbone.diffusion import coordinate_noise
+from diffbackbone.padding import pad_to_multiple
 
 SMALL = golden.CONFIGS["narrow256"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*weights are RANDOM")
@@ -466,12 +467,12 @@ def test_random_weights_are_announced():
         ({"timestep": -1}, "0 to 999"),
         ({"out_strides": (4, 8)}, r"has 2 entries for 4 blocks \(33, 30, 27, 24\)"),
         ({"out_strides": (4, 8, 16, 30)}, "powers of two from"),
-        ({"out_channels": 0}, "positive integer or None, got 0"),
+        ({"out_channels": 0}, "integer from 1 to 8192 or None, got 0"),
         ({"noise": "frozen"}, "random, fixed, none, got 'frozen'"),
         ({"feedback": "both"}, "choose from all, bottleneck"),
         ({"feedback": "windowed", "blocks": (3,), "out_strides": (4,)}, "can't reach the taps"),
         ({"unet": "gd255"}, "unknown preset 'gd255'"),
-        ({"unet": {"preset": "tiny", "width": 3}}, "the fields are preset, model_channels"),
+        ({"unet": {"preset": "tiny", "width": 3}}, "choose from preset, model_channels"),
         ({"unet": 3}, "unet must be a preset's name"),
         ({"dtype": "int8", "freeze": True}, "float32, bfloat16, float16, got 'int8'"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16' needs freeze=True"),

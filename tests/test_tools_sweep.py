@@ -37,7 +37,7 @@ from image_folders import CLASSES, write_folder, write_weights
 
 from diffbackbone import UNet, UNetConfig
 from diffbackbone.features import CacheError, FeatureCache, Listing, write_cache
-from diffbackbone.pretraining import save_safetensors
+from diffbackbone.saving import save_safetensors
 
 TRAIN, VAL = 6, 4
 SMALL = [

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from diffbackbone import UNet, UNetConfig, load_checkpoint, sample_data
 from diffbackbone.features import FeatureCache, Tap, weights_digest
-from diffbackbone.pretraining import save_safetensors
+from diffbackbone.saving import save_safetensors
 
 TOOLS = Path(__file__).resolve().parent
 WEIGHTS = {

@@ -13,8 +13,9 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from diffbackbone.backbone import RANDOM_WEIGHTS, layer_scales
+from diffbackbone.backbone import RANDOM_WEIGHTS
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone
+from diffbackbone.optim import layer_scales
 
 FSDP_PART = "_fsdp_wrapped_module"
 """Part that FSDP adds to the names of modules."""

@@ -13,11 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from diffbackbone.runs import lost_loss
-from diffbackbone.utils import UserError
-
-IOU_METRICS = {"mIoU", "mDice", "mFscore"}
-"""Metrics of mmseg's ``IoUMetric``."""
+from diffbackbone.utils import UserError, check_names, lost_loss
 
 
 def check_folders(cfg: Config, dataloaders: Sequence[str]) -> None:
@@ -127,11 +123,8 @@ class CheckInputsHook(Hook):
 def _check_metrics(loop: Any) -> None:
     for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
         if any(kind.__name__ == "IoUMetric" for kind in type(metric).__mro__):
-            given = {metric.metrics} if isinstance(metric.metrics, str) else set(metric.metrics)
-            if given - IOU_METRICS:
-                raise ValueError(
-                    f"iou_metrics must be among {sorted(IOU_METRICS)}, got {sorted(given)}"
-                )
+            given = [metric.metrics] if isinstance(metric.metrics, str) else metric.metrics
+            check_names("iou_metrics", given, ("mIoU", "mDice", "mFscore"))
 
 
 def _labels(model: nn.Module) -> tuple[int | None, set[int]]:

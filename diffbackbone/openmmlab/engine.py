@@ -25,9 +25,8 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import Dataset
 
-from diffbackbone.checkpoint import first_line
-from diffbackbone.runs import first_not_finite, lost_loss, seed_everything
-from diffbackbone.utils import write_text
+from diffbackbone.sources import first_line
+from diffbackbone.utils import first_not_finite, lost_loss, seed_everything, write_text
 
 
 @DATASETS.register_module()
