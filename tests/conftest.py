@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SLOW = [
-    "test_tools_detectron2.py",
+    "test_detectron2_tools.py",
     "test_faults.py",
     "test_tools_benchmark_steps.py",
     "test_tools_benchmark.py",
@@ -20,7 +20,7 @@ SLOW = [
     "test_hostile_files.py",
     "test_openmmlab_mmpretrain.py",
     "test_tools_visualize.py",
-    "test_detectron2.py",
+    "test_detectron2_backbone.py",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import pickle
 
 import numpy as np
@@ -15,6 +16,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: see its o
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -22,11 +24,11 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from diffbackbone import detectron2_engine as engine
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import CheckpointError
 from diffbackbone.detectron2 import DiffusionBackbone as Backbone
-from diffbackbone.detectron2 import add_diffusion_config
+from diffbackbone.detectron2 import add_diffusion_config, build_optimizer, datasets, engine
+from diffbackbone.detectron2.checkpoint import Checkpointer
 from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.guided_diffusion import UNet
 
@@ -40,38 +42,34 @@ def make_config(*options):
     return cfg
 
 
-# --------------------------------------------------------------------------------------------------
-# optimizer
-
-
 def test_optimizers():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     common = ("SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.2)
-    optimizer = engine.build_optimizer(make_config(*common), model)
+    optimizer = build_optimizer(make_config(*common), model)
     assert isinstance(optimizer, torch.optim.SGD)
     assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
     options = (*common, "SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BETAS", (0.8, 0.9))
-    optimizer = engine.build_optimizer(make_config(*options), model)
+    optimizer = build_optimizer(make_config(*options), model)
     assert isinstance(optimizer, torch.optim.AdamW)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decays[id(model[0].weight)] == 0.2
     assert decays[id(model[1].weight)] == 0.0
     assert {(g["lr"], g["betas"]) for g in optimizer.param_groups} == {(0.1, (0.8, 0.9))}
-    with pytest.raises(ValueError, match=r"SGD, ADAMW.*'ADAM'"):
-        engine.build_optimizer(make_config("SOLVER.OPTIMIZER", "ADAM"), model)
+    with pytest.raises(KeyError, match="ADAM"):
+        build_optimizer(make_config("SOLVER.OPTIMIZER", "ADAM"), model)
 
 
 @pytest.mark.parametrize("name", ["SGD", "ADAMW"])
 def test_layer_decay(name):
     model = DiffusionBackbone("tiny", blocks=(24,), out_channels=None, out_strides=None)
     options = ("SOLVER.OPTIMIZER", name, "SOLVER.LAYER_DECAY_RATE", 0.5, "SOLVER.BASE_LR", 1.0)
-    optimizer = engine.build_optimizer(make_config(*options), model)
+    optimizer = build_optimizer(make_config(*options), model)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert {rates[id(p)] for p in model.unet.module(22).parameters()} == {0.125}
     with pytest.raises(ValueError, match="no DiffusionBackbone"):
-        engine.build_optimizer(make_config(*options), torch.nn.Linear(1, 1))
+        build_optimizer(make_config(*options), torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"\(0, 1\], got 2"):
-        engine.build_optimizer(make_config("SOLVER.LAYER_DECAY_RATE", 2.0), model)
+        build_optimizer(make_config("SOLVER.LAYER_DECAY_RATE", 2.0), model)
 
 
 @pytest.mark.parametrize("name", ["SGD", "ADAMW"])
@@ -79,25 +77,19 @@ def test_clipping_the_norm_of_all_gradients(name):
     model = torch.nn.Linear(3, 2)
     clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5)
     kind = "SOLVER.CLIP_GRADIENTS.CLIP_TYPE"
-    optimizer = engine.build_optimizer(
+    optimizer = build_optimizer(
         make_config("SOLVER.OPTIMIZER", name, *clip, kind, "full_model"), model
     )
     model.weight.grad, model.bias.grad = torch.full((2, 3), 3.0), torch.full((2,), -3.0)
     optimizer.step()
     grads = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(grads.norm(), torch.tensor(0.5))
-    optimizer = engine.build_optimizer(
-        make_config("SOLVER.OPTIMIZER", name, *clip, kind, "value"), model
-    )
+    optimizer = build_optimizer(make_config("SOLVER.OPTIMIZER", name, *clip, kind, "value"), model)
     model.weight.grad = torch.full((2, 3), 3.0)
     optimizer.step()
     assert model.weight.grad.max() == 0.5
-    with pytest.raises(ValueError, match="full_model"):
-        engine.build_optimizer(make_config(*clip, kind, "all"), model)
-
-
-# --------------------------------------------------------------------------------------------------
-# data
+    with pytest.raises(ValueError, match="all"):
+        build_optimizer(make_config(*clip, kind, "all"), model)
 
 
 def test_large_scale_jitter():
@@ -105,30 +97,28 @@ def test_large_scale_jitter():
     np.random.seed(0)
     shapes, flips = [], 0
     for _ in range(60):
-        augmentation = engine.T.AugmentationList(engine.large_scale_jitter(64, 0.5, 2.0))
-        data = engine.T.AugInput(image)
+        augmentation = T.AugmentationList(datasets.large_scale_jitter(64, 0.5, 2.0))
+        data = T.AugInput(image)
         transforms = augmentation(data)
-        flips += any(isinstance(t, engine.T.HFlipTransform) for t in transforms.transforms)
+        flips += any(isinstance(t, T.HFlipTransform) for t in transforms.transforms)
         shapes.append(data.image.shape[:2])
     heights, widths = zip(*shapes)
     assert max(heights) == max(widths) == 64  # cropped
     assert 32 <= min(heights) < 64  # small ones are not padded
     assert 10 < flips < 50
-    with pytest.raises(ValueError, match=r"0 < MIN_SCALE <= MAX_SCALE"):
-        engine.large_scale_jitter(64, 2.0, 1.0)
 
 
 def test_mapper_takes_the_config(monkeypatch):
     cfg = make_config("INPUT.LSJ.ENABLED", True, "INPUT.LSJ.SIZE", 96, "MODEL.MASK_ON", True)
-    mapper = engine.build_train_mapper(cfg)
+    mapper = datasets.build_train_mapper(cfg)
     assert [type(a).__name__ for a in mapper.augmentations.augs] == [
         "RandomFlip", "ResizeScale", "FixedSizeCrop"
     ]  # fmt: skip
     assert mapper.recompute_boxes
     cfg.INPUT.RANDOM_FLIP = "none"
-    assert len(engine.build_train_mapper(cfg).augmentations.augs) == 2
+    assert len(datasets.build_train_mapper(cfg).augmentations.augs) == 2
     cfg.INPUT.LSJ.ENABLED = False
-    assert type(engine.build_train_mapper(cfg).augmentations.augs[0]).__name__ == (
+    assert type(datasets.build_train_mapper(cfg).augmentations.augs[0]).__name__ == (
         "ResizeShortestEdge"
     )
 
@@ -139,7 +129,7 @@ def draw(record):
 
 
 def stream(count, workers=0, start_iter=0, seed=3, batch=2, size=7):
-    loader = engine.build_train_loader(
+    loader = datasets.build_train_loader(
         [{"id": i} for i in range(size)],
         mapper=draw,
         total_batch_size=batch,
@@ -167,14 +157,14 @@ def test_processes_share_the_stream(monkeypatch):
     whole = [sample for batch in stream(6, batch=2) for sample in batch]
     for rank in range(2):
         monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
-        for module in (comm, engine.comm):
+        for module in (comm, datasets.comm):
             monkeypatch.setattr(module, "get_world_size", lambda: 2)
         monkeypatch.setattr("detectron2.data.build.get_world_size", lambda: 2)
         mine = [sample for batch in stream(3, batch=4) for sample in batch]
         assert mine == whole[rank::2]
         later = [sample for batch in stream(1, batch=4, start_iter=2) for sample in batch]
         assert later == mine[4:]
-    with pytest.raises(ValueError, match=r"multiple of their number, 2; got 3"):
+    with pytest.raises(AssertionError, match="must be divisible"):
         stream(1, batch=3)
 
 
@@ -184,7 +174,7 @@ def test_the_configs_sampler_is_taken():
         "DATALOADER.REPEAT_THRESHOLD", 0.5, "SOLVER.IMS_PER_BATCH", 3,
     )  # fmt: skip
     records = [{"annotations": [{"category_id": i % 2}]} for i in range(4)]
-    settings = engine.loader_settings(cfg, records, seed=11)
+    settings = datasets.loader_settings(cfg, records, seed=11)
     assert isinstance(settings["sampler"], RepeatFactorTrainingSampler)
     assert settings["sampler"]._seed == 11
     assert settings["total_batch_size"] == 3
@@ -192,9 +182,9 @@ def test_the_configs_sampler_is_taken():
 
 def test_a_mapper_may_refuse_images(caplog):
     records = [{"id": i, "file_name": f"{i}.jpg"} for i in range(5)]
-    picky = engine.SeededStream(records, lambda r: r if r["id"] == 3 else None, seed=0)
+    picky = datasets.SeededStream(records, lambda r: r if r["id"] == 3 else None, seed=0)
     assert picky[0, 3]["id"] == picky[1, 0]["id"] == 3
-    refusing = engine.SeededStream(records, lambda r: None, seed=0)
+    refusing = datasets.SeededStream(records, lambda r: None, seed=0)
     with pytest.raises(ValueError, match=r"100 images in a row, the last one \d.jpg"):
         refusing[0, 0]
 
@@ -223,36 +213,32 @@ def record(*annotations):
             "annotations": list(annotations)}  # fmt: skip
 
 
+BOX = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
+
+
 def test_datasets_without_content(dataset):
-    box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
     empty = dataset([], thing_classes=["a"], json_file="/data/empty.json")
-    bare = dataset([record(), record({**box, "iscrowd": 1})], thing_classes=["a"])
-    good = dataset([record(), record(box)], thing_classes=["a"])
-    cfg = make_config("MODEL.ROI_HEADS.NUM_CLASSES", 1)
-    for name, words in ((empty, "empty.*empty.json"), (bare, "no image has an annotation")):
-        cfg.DATASETS.TRAIN = (name,)
-        with pytest.raises(ValueError, match=words):
-            engine.load_train_dicts(cfg)
-    cfg.DATASETS.TRAIN = ()
-    with pytest.raises(ValueError, match=r"DATASETS.TRAIN is empty"):
-        engine.load_train_dicts(cfg)
-    cfg.DATASETS.TRAIN = (good,)
-    assert len(engine.load_train_dicts(cfg)) == 1
+    bare = dataset([record(), record({**BOX, "iscrowd": 1})], thing_classes=["a"])
+    good = dataset([record(), record(BOX)], thing_classes=["a"])
+    with pytest.raises(ValueError, match=r"empty.*empty.json"):
+        datasets.load_train_dicts(make_config("DATASETS.TRAIN", (empty,)))
+    with pytest.raises(AssertionError, match="No valid data found"):
+        datasets.load_train_dicts(make_config("DATASETS.TRAIN", (bare,)))
+    cfg = make_config("DATASETS.TRAIN", (good,), "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    assert len(datasets.load_train_dicts(cfg)) == 1
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    assert len(engine.load_train_dicts(cfg)) == 2
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    assert len(datasets.load_train_dicts(cfg)) == 2
     with pytest.raises(ValueError, match=r"ROI_HEADS.NUM_CLASSES is 3.*has 1 thing_classes"):
-        engine.load_train_dicts(cfg)
+        engine.check_head_classes(cfg, (good,))
 
 
 def test_images_with_few_keypoints_are_left_out(dataset):
-    box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
-    seen, hidden = ({**box, "keypoints": [1, 1, v]} for v in (2, 0))
+    seen, hidden = ({**BOX, "keypoints": [1, 1, v]} for v in (2, 0))
     name = dataset([record(seen), record(hidden)], thing_classes=["a"])
     cfg = make_config("DATASETS.TRAIN", (name,), "MODEL.ROI_HEADS.NUM_CLASSES", 1)
-    assert len(engine.load_train_dicts(cfg)) == 2
+    assert len(datasets.load_train_dicts(cfg)) == 2
     cfg.MODEL.KEYPOINT_ON = True
-    assert len(engine.load_train_dicts(cfg)) == 1
+    assert len(datasets.load_train_dicts(cfg)) == 1
 
 
 def coco(**changes):
@@ -270,67 +256,45 @@ def coco(**changes):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    "content",
     [
-        (coco()[:-9], "JSONDecodeError"),
-        (b"", "JSONDecodeError"),
-        (b"\xff\xfe" + coco(), "UnicodeDecodeError"),
-        (b"[1]", "AssertionError"),
-        (b'{"images": []}', "KeyError"),
-        (coco(images={"file_name": None}), "KeyError: 'file_name'"),
-        (coco(images={"id": None}), "KeyError: 'id'"),
-        (coco(categories={"name": None}), "KeyError: 'name'"),
-        (coco(annotations={"image_id": None}), "KeyError: 'image_id'"),
-        (coco(annotations={"category_id": 7}), "category_id=7"),
-        (coco(annotations={"segmentation": 7}), "TypeError"),
+        coco()[:-9],
+        b"\xff\xfe" + coco(),
+        b"[1]",
+        coco(images={"id": None}),
+        coco(annotations={"category_id": 7}),
+        coco(annotations={"segmentation": 7}),
     ],
 )
-def test_damaged_annotations_are_named_by_their_file(dataset, tmp_path, content, words):
+def test_damaged_annotations_are_named_by_their_file(dataset, tmp_path, content):
     path = tmp_path / "instances.json"
     path.write_bytes(content)
     name = dataset(lambda name: load_coco_json(str(path), str(tmp_path), name), json_file=str(path))
-    cfg = make_config("DATASETS.TRAIN", (name,), "MODEL.ROI_HEADS.NUM_CLASSES", 1)
-    for load in (lambda: engine.load_dicts(name), lambda: engine.load_train_dicts(cfg)):
-        with pytest.raises(ValueError, match=rf"(?s)dataset '{name}': {path} is .*{words}"):
+    cfg = make_config("DATASETS.TRAIN", (name,))
+    for load in (lambda: datasets.load_dicts(name), lambda: datasets.load_train_dicts(cfg)):
+        with pytest.raises(ValueError, match=rf"dataset '{name}': {path}"):
             load()
     path.write_bytes(coco())
-    assert len(engine.load_train_dicts(cfg)) == 1
-
-
-def test_errors_of_ones_own_loader_are_not_taken_for_damage(dataset):
-    def load(name):
-        return {}["gone"]
-
-    name = dataset(load, thing_classes=["a"], json_file="x.json")
-    with pytest.raises(KeyError, match="gone"):
-        engine.load_train_dicts(make_config("DATASETS.TRAIN", (name,)))
+    assert len(datasets.load_train_dicts(cfg)) == 1
 
 
 def test_annotations_of_training_are_read_once(dataset):
-    box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
     read = []
-    name = dataset(lambda name: read.append(name) or [record(box)], thing_classes=["a"])
+    name = dataset(lambda name: read.append(name) or [record(BOX)], thing_classes=["a"])
     cfg = make_config("DATASETS.TRAIN", (name,), "MODEL.ROI_HEADS.NUM_CLASSES", 1)
-    assert len(engine.load_train_dicts(cfg)) == 1
+    assert len(datasets.load_train_dicts(cfg)) == 1
     assert read == [name]
 
 
 def test_missing_files_and_names(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
     gone = dataset([], json_file=str(tmp_path / "a.json"), image_root=str(tmp_path))
-    with pytest.raises(FileNotFoundError) as error:
-        engine.check_datasets((gone,))
-    message = str(error.value)
-    assert str(tmp_path / "a.json") in message
-    assert f"no {tmp_path}\n" not in message
-    assert f"({tmp_path / 'data'})" in message
-    with pytest.raises(ValueError, match=r"no dataset 'coco_2071_train'.*coco_2017_train"):
-        engine.check_datasets(("coco_2071_train",))
-    engine.check_datasets(())
-
-
-# --------------------------------------------------------------------------------------------------
-# evaluation
+    with pytest.raises(ValueError, match="coco_2071_train: not registered") as error:
+        datasets.check_datasets((gone, "coco_2071_train"))
+    lines = str(error.value).splitlines()
+    assert [line for line in lines if gone in line] == [f"  {gone}: {tmp_path / 'a.json'}"]
+    assert f"(now {tmp_path / 'data'})" in lines[-1]
+    datasets.check_datasets(())
 
 
 def test_evaluators(dataset, monkeypatch, tmp_path, caplog):
@@ -339,43 +303,48 @@ def test_evaluators(dataset, monkeypatch, tmp_path, caplog):
     (tmp_path / "a.json").write_text('{"images": [], "annotations": [], "categories": []}')
     files = {"json_file": str(tmp_path / "a.json"), "image_root": str(tmp_path)}
     boxes = dataset([], evaluator_type="coco", **things, **files)
-    assert isinstance(engine.build_evaluator(cfg, boxes), COCOEvaluator)
+    assert isinstance(engine.Trainer.build_evaluator(cfg, boxes), COCOEvaluator)
     panoptic = dataset(
         [], evaluator_type="coco_panoptic_seg", **things, **files, stuff_classes=["things"],
         stuff_dataset_id_to_contiguous_id={0: 0}, ignore_label=255,
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):
-        evaluator = engine.build_evaluator(cfg, panoptic)
+        evaluator = engine.Trainer.build_evaluator(cfg, panoptic)
     assert isinstance(evaluator, DatasetEvaluators)
     assert "panopticapi is not installed" in caplog.text
     strange = dataset([], evaluator_type="mine")
     with pytest.raises(ValueError, match=r"'mine'.*coco_panoptic_seg"):
-        engine.build_evaluator(cfg, strange)
+        engine.Trainer.build_evaluator(cfg, strange)
 
 
-# --------------------------------------------------------------------------------------------------
-# checkpoints
-
-
-def test_checkpoints_are_written_whole(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_checkpoints(tmp_path, monkeypatch):
     model = torch.nn.Linear(2, 2)
-    checkpointer = engine.Checkpointer(model, str(tmp_path))
+    checkpointer = Checkpointer(model, str(tmp_path))
     checkpointer.save("first", iteration=1)
-    weight = model.weight.detach().clone()
-    torch.nn.init.zeros_(model.weight)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"first.pth", "last_checkpoint"}
 
-    def full_disk(content, path):
+    def save_half(content, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
-        for name in ("second", "first"):
-            with pytest.raises(OSError, match="No space left"):
-                checkpointer.save(name)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["first.pth", "last_checkpoint"]
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    for owner, name, stand_in in (
+        (torch, "save", save_half),
+        (os, "fsync", fail),
+        (os, "replace", fail),
+    ):
+        for target in ("second", "first"):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, stand_in)
+                with pytest.raises(OSError, match="No space left"):
+                    checkpointer.save(target)
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    torch.nn.init.zeros_(model.weight)
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
-    torch.testing.assert_close(model.weight.detach(), weight)
+    assert model.weight.any()
 
 
 def test_frozen_weights_of_an_earlier_stage_are_saved(tmp_path):
@@ -390,12 +359,12 @@ def test_frozen_weights_of_an_earlier_stage_are_saved(tmp_path):
     )
     for parameter in tuned.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    engine.Checkpointer(tuned, str(tmp_path)).save("stage1")
-    checkpointer = engine.Checkpointer(frozen, str(tmp_path))
+    Checkpointer(tuned, str(tmp_path)).save("stage1")
+    checkpointer = Checkpointer(frozen, str(tmp_path))
     checkpointer.save("stage0")
     checkpointer.resume_or_load(str(tmp_path / "stage1.pth"), resume=False)
     checkpointer.save("stage2")
-    checkpointer = engine.Checkpointer(again, str(tmp_path), strict=True)  # as --eval-only
+    checkpointer = Checkpointer(again, str(tmp_path), strict=True)  # as --eval-only
     checkpointer.resume_or_load(str(tmp_path / "stage2.pth"), resume=False)
     for name, value in tuned.state_dict().items():
         assert torch.equal(again.get_parameter(name), value), name
@@ -408,20 +377,20 @@ def test_checkpoints_of_another_model(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"model": small.state_dict()}, path)
     wider = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
-    engine.Checkpointer(wider).load(str(path))  # a part fits: as Detectron2 users expect
+    Checkpointer(wider).load(str(path))  # a part fits: as Detectron2 users expect
     torch.testing.assert_close(wider[0].weight, small[0].weight)
     with pytest.raises(CheckpointError, match=r"shape of 1.weight: \(2, 2\), expected \(3, 2\)"):
-        engine.Checkpointer(wider, strict=True).load(str(path))
+        Checkpointer(wider, strict=True).load(str(path))
     longer = torch.nn.Sequential(*small, torch.nn.Linear(1, 1))
     with pytest.raises(CheckpointError, match=r"missing: 2.bias"):
-        engine.Checkpointer(longer, strict=True).load(str(path))
+        Checkpointer(longer, strict=True).load(str(path))
     with pytest.raises(CheckpointError, match=r"unexpected: 1.weight"):
-        engine.Checkpointer(torch.nn.Sequential(small[0]), strict=True).load(str(path))
-    with pytest.raises(CheckpointError, match="another model"):
-        engine.Checkpointer(torch.nn.ModuleDict({"x": torch.nn.Linear(2, 2)})).load(str(path))
+        Checkpointer(torch.nn.Sequential(small[0]), strict=True).load(str(path))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        Checkpointer(torch.nn.ModuleDict({"x": torch.nn.Linear(2, 2)})).load(str(path))
     (tmp_path / "last_checkpoint").write_text("model.pth")
-    with pytest.raises(CheckpointError, match="another model"):
-        engine.Checkpointer(wider, str(tmp_path)).resume_or_load("", resume=True)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        Checkpointer(wider, str(tmp_path)).resume_or_load("", resume=True)
 
 
 class Bomb:
@@ -432,7 +401,7 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pyth"])
 def test_nothing_in_a_checkpoint_runs(tmp_path, suffix):
     path, trace = tmp_path / f"weights{suffix}", tmp_path / "ran"
     content = {"model": {"weight": Bomb(trace)}, "__author__": "someone"}
@@ -441,7 +410,7 @@ def test_nothing_in_a_checkpoint_runs(tmp_path, suffix):
     else:
         torch.save(content, path)
     with pytest.raises(CheckpointError, match="nothing in it was run"):
-        engine.Checkpointer(torch.nn.Linear(1, 1)).load(str(path))
+        Checkpointer(torch.nn.Linear(1, 1)).load(str(path))
     assert not trace.exists()
 
 
@@ -456,28 +425,29 @@ def test_model_zoo_pickles(tmp_path, layout):
     }[layout]
     path = tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps(content, protocol=2))
-    engine.Checkpointer(model).load(str(path))
+    Checkpointer(model).load(str(path))
     assert model.weight.tolist() == values["weight"].tolist()
     assert model.bias.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
-def test_truncated_checkpoints(tmp_path, suffix):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\3\4 half", {}, [1.0], {"model": {}}, {"model": [1.0]}, {"blobs": 3.0}, {3: 3.0},
+     {"model": {"a": "b"}, "__author__": "who"},
+     {"model": {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)}}],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pyth"])
+def test_damaged_checkpoints(tmp_path, content, suffix):
     path = tmp_path / f"weights{suffix}"
-    content = {"model": {"weight": np.ones((4, 4), "f4")}, "__author__": "x"}
-    if suffix == ".pkl":
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif suffix == ".pkl":
         path.write_bytes(pickle.dumps(content))
     else:
-        torch.save({"model": {"weight": torch.ones(4, 4)}}, path)
-    whole = path.read_bytes()
-    for tenth in range(10):
-        path.write_bytes(whole[: len(whole) * tenth // 10])
-        with pytest.raises(CheckpointError, match="truncated, damaged"):
-            engine.Checkpointer(torch.nn.Linear(4, 4, bias=False)).load(str(path))
-
-
-# --------------------------------------------------------------------------------------------------
-# mixed precision
+        torch.save(content, path)
+    with pytest.raises(CheckpointError):
+        Checkpointer(torch.nn.Linear(2, 2)).load(str(path))
 
 
 def test_mixed_precision(monkeypatch, caplog):
@@ -485,8 +455,6 @@ def test_mixed_precision(monkeypatch, caplog):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     make = lambda **kwargs: engine.make_step_trainer(model, None, optimizer, **kwargs)  # noqa: E731
     assert type(make()) is SimpleTrainer
-    with pytest.raises(ValueError, match="bfloat16, float16, got 'fp8'"):
-        make(dtype="fp8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert type(make(amp=True)) is SimpleTrainer
     assert "needs a GPU" in caplog.text

@@ -465,7 +465,7 @@ def unet() -> UNet:
 
 @functools.cache
 def checkpointer() -> Any:
-    from diffbackbone.detectron2_engine import Checkpointer
+    from diffbackbone.detectron2.engine import Checkpointer
 
     return Checkpointer(UNet(SMALL), strict=True)
 

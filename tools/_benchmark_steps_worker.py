@@ -228,7 +228,7 @@ class MaskRCNN(Training):
         import _detectron2
 
         _detectron2.prepare()
-        import diffbackbone.detectron2_engine  # noqa: F401
+        import diffbackbone.detectron2.engine  # noqa: F401
 
     def config(self) -> Any:
         """The config, with what the case asks for."""
@@ -254,7 +254,7 @@ class MaskRCNN(Training):
         return _detectron2.load_yaml(config, [str(x) for pair in options.items() for x in pair])
 
     def build(self) -> None:
-        from diffbackbone.detectron2_engine import Trainer, make_step_trainer
+        from diffbackbone.detectron2.engine import Trainer, make_step_trainer
 
         cfg = self.config()
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

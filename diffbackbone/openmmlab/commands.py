@@ -8,13 +8,18 @@ Before they start, the environment is checked and repaired, a bare config name i
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from diffbackbone.cli import CONFIGS, check_checkpoint, find_config, user_errors
+from diffbackbone.cli import (
+    CONFIGS,
+    check_checkpoint,
+    find_config,
+    strip_worker_traceback,
+    user_errors,
+)
 from diffbackbone.openmmlab.repairs import prepare
 from diffbackbone.utils import UserError
 
@@ -78,10 +83,3 @@ def read_config(
     cfg.merge_from_dict(dict(options or {}))
     check_folders(cfg, dataloaders)
     return cfg
-
-
-def strip_worker_traceback(message: str) -> str:
-    """Return an error's message without the traceback that a data loader's worker adds."""
-    if not re.match(r"Caught \w+ in DataLoader worker process", message):
-        return message
-    return re.sub(r"^[\w.]+: ", "", message.strip().rpartition("\n")[2])

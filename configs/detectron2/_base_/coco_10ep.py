@@ -7,8 +7,11 @@ from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from diffbackbone.detectron2 import get_optimizer_params
-from diffbackbone.detectron2_engine import build_train_loader, large_scale_jitter
+from diffbackbone.detectron2 import (
+    build_train_loader,
+    get_optimizer_params,
+    large_scale_jitter,
+)
 
 IMAGE_SIZE = 1024
 

@@ -1,0 +1,59 @@
+"""Detectron2 adapter: backbones, configs, data and training.
+
+YAML configs name a builder and set keys that :func:`add_diffusion_config` adds::
+
+    from detectron2.config import get_cfg
+    from diffbackbone.detectron2 import add_diffusion_config
+
+    cfg = get_cfg()
+    add_diffusion_config(cfg)
+    cfg.merge_from_file("configs/detectron2/mask_rcnn_gd_t75_b24.yaml")
+
+Python configs take the classes, ``L(DiffusionSimpleFeaturePyramid)(net=L(DiffusionBackbone)())``.
+Importing this package also registers the sample data by name (:data:`SAMPLE_DATASETS`). Training
+is in :mod:`diffbackbone.detectron2.engine`.
+"""
+
+# ruff: noqa: E402
+from diffbackbone.utils import require
+
+require(
+    "Detectron2",
+    ("detectron2", "fvcore", "iopath", "omegaconf", "pkg_resources", "pycocotools", "shapely"),
+    "pip install 'diffbackbone[detectron2]'; Detectron2 itself is not on PyPI, see "
+    "https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
+)
+
+from diffbackbone.detectron2.backbone import (
+    PADDINGS,
+    DiffusionBackbone,
+    DiffusionFPN,
+    DiffusionSimpleFeaturePyramid,
+    content_sizes,
+)
+from diffbackbone.detectron2.config import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    add_diffusion_config,
+    build_diffusion_backbone,
+    build_diffusion_fpn_backbone,
+    build_diffusion_sfp_backbone,
+    load_yaml,
+)
+from diffbackbone.detectron2.datasets import (
+    SAMPLE_CLASSES,
+    SAMPLE_DATASETS,
+    SAMPLE_ROOT,
+    build_train_loader,
+    large_scale_jitter,
+    register_sample_data,
+)
+from diffbackbone.detectron2.solver import build_optimizer, get_optimizer_params
+
+__all__ = [
+    "PADDINGS", "PIXEL_MEAN", "PIXEL_STD", "SAMPLE_CLASSES", "SAMPLE_DATASETS", "SAMPLE_ROOT",
+    "DiffusionBackbone", "DiffusionFPN", "DiffusionSimpleFeaturePyramid", "add_diffusion_config",
+    "build_diffusion_backbone", "build_diffusion_fpn_backbone", "build_diffusion_sfp_backbone",
+    "build_optimizer", "build_train_loader", "content_sizes", "get_optimizer_params",
+    "large_scale_jitter", "load_yaml", "register_sample_data",
+]  # fmt: skip

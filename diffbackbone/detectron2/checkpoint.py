@@ -1,0 +1,173 @@
+"""Checkpoints of Detectron2 models: written atomically, read as weights only."""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import os
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine.hooks import PeriodicCheckpointer
+from torch import nn
+
+from diffbackbone._unpickle import NUMPY_GLOBALS
+from diffbackbone.checkpoint import WEIGHT_DTYPES, CheckpointError, check_finite, read_checkpoint
+from diffbackbone.sources import first_line, some_keys
+from diffbackbone.utils import atomic_write, write_text
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer with atomic files that can't run code.
+
+    Args:
+        model: The model.
+        save_dir: Folder of the checkpoints.
+        strict: Whether a checkpoint must fit the model: each key and each shape.
+        **checkpointables: Objects saved beside the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, strict: bool = False, **checkpointables: Any
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.strict = strict
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the last checkpoint, which must fit; without one, load ``path``."""
+        strict = self.strict
+        self.strict = strict or (resume and self.has_checkpoint())
+        try:
+            return super().resume_or_load(path, resume=resume)
+        finally:
+            self.strict = strict
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load a checkpoint, and the state of the run in it."""
+        try:
+            return super().load(os.path.expanduser(path), checkpointables)
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:  # a damaged or foreign file can fail in any way
+            raise CheckpointError(
+                f"{path} is damaged, holds more than weights (nothing in it was run) or belongs "
+                f"to another model or run: {first_line(error)}"
+            ) from error
+        finally:
+            self._parsed_url_during_load = None  # Detectron2 leaves it after an error
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pyth"):  # pycls
+            weights = {
+                key: value
+                for key, value in self._torch_load(filename)["model_state"].items()
+                if not key.endswith("num_batches_tracked")
+            }
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)
+        content = read_numbers(filename)
+        if "model" in content and "__author__" in content:
+            return content
+        blobs = content.get("blobs", content)
+        blobs = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+        return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _torch_load(self, f: str) -> Any:
+        return read_checkpoint(f, mapped=False)
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        own = self.model.state_dict()
+        wrong_types = [
+            f"type of {key}: {value.dtype}, expected a floating-point type"
+            for key, value in checkpoint["model"].items()
+            if key in own
+            and own[key].is_floating_point()
+            and torch.as_tensor(value).dtype not in WEIGHT_DTYPES
+        ]
+        if wrong_types:
+            raise CheckpointError(f"checkpoint with non-float weights:{_listed(wrong_types)}")
+        incompatible = super()._load_model(checkpoint)
+        problems = [
+            f"shape of {key}: {tuple(given)}, expected {tuple(wanted)}"
+            for key, given, wanted in incompatible.incorrect_shapes
+        ]
+        wrong = {key for key, *_ in incompatible.incorrect_shapes}
+        problems += [f"missing: {key}" for key in incompatible.missing_keys if key not in wrong]
+        nothing_fits = len(problems) >= len(own)
+        problems += [f"unexpected: {some_keys([key])}" for key in incompatible.unexpected_keys]
+        if nothing_fits or (self.strict and problems):
+            raise CheckpointError(f"the checkpoint does not fit the model:{_listed(problems)}")
+        check_finite("the checkpoint", self.model.state_dict())
+        return incompatible
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth``, then ``last_checkpoint``, each atomically."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {"model": self.model.state_dict()}
+        content.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        content.update(kwargs)
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        atomic_write(path, lambda partial: torch.save(content, partial))
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write ``last_checkpoint``."""
+        write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
+    return "".join(f"\n  {line}" for line in [*problems[:8], *more])
+
+
+class _NumbersUnpickler(pickle._Unpickler):
+    """Reads arrays of numbers only.
+
+    Python's unpickler, because C's allocates as many memos as a file declares. BYTEARRAY8, which
+    allocates a declared size too, is not supported.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code != pickle.BYTEARRAY8[0]
+    }
+    allowed: ClassVar[dict[str, Any]] = {
+        **NUMPY_GLOBALS,
+        "collections.OrderedDict": collections.OrderedDict,
+        "_codecs.encode": codecs.encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self.allowed[f"{module}.{name}"]
+
+
+def read_numbers(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a pickle of numpy arrays by name, the format of Detectron2's model zoo."""
+    with open(path, "rb") as file:
+        return dict(_NumbersUnpickler(file, encoding="latin1").load())
+
+
+class CheckpointHook(PeriodicCheckpointer):
+    """Detectron2's hook that writes checkpoints; a resumed run counts old ones as kept, too."""
+
+    def before_train(self) -> None:
+        """Find the latest checkpoints of the resumed run."""
+        super().before_train()
+        start = self.trainer.start_iter
+        if start and self.max_to_keep:
+            found = {
+                int(number[1]): str(path)
+                for path in Path(self.checkpointer.save_dir).glob(f"{self.file_prefix}_*.pth")
+                if (number := re.fullmatch(rf"{self.file_prefix}_(\d+)\.pth", path.name))
+            }
+            kept = [found[number] for number in sorted(found) if number < start]
+            self.recent_checkpoints = kept[-self.max_to_keep :]

@@ -1,0 +1,175 @@
+"""Train and evaluate with Detectron2's Python configs, as its own lazyconfig_train_net.py does.
+
+For instance::
+
+    python tools/lazyconfig_train_net.py --config mask_rcnn_gd_t75_b24.py --num-gpus 4
+    python tools/lazyconfig_train_net.py --config mask_rcnn_gd_t75_b24.py train.max_iter=1000
+
+Python configs are programs: don't run one from a source that you don't trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_setup, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.registry import locate
+from omegaconf import OmegaConf
+from torch import nn
+
+from diffbackbone.detectron2 import launch
+from diffbackbone.detectron2.checkpoint import Checkpointer, CheckpointHook
+from diffbackbone.detectron2.config import available_device, check_levels
+from diffbackbone.detectron2.datasets import build_train_loader, check_classes, naming_damaged
+from diffbackbone.detectron2.engine import (
+    SeedIterations,
+    log_size,
+    make_step_trainer,
+    wrap_distributed,
+)
+from diffbackbone.utils import UserError, seed_everything
+
+LEVELS = (
+    "proposal_generator.in_features",
+    "roi_heads.box_in_features",
+    "roi_heads.mask_in_features",
+    "head_in_features",
+)
+"""Keys below ``model`` that name the levels which R-CNNs and one-stage detectors read."""
+CLASSES = ("model.roi_heads.num_classes", "model.num_classes")
+"""Keys of the number of classes of R-CNNs and one-stage detectors."""
+
+
+def load_lazy(config_file: str, options: Sequence[str] = ()) -> Any:
+    """Load a Python config; this runs it.
+
+    Args:
+        config_file: Path of the config.
+        options: Overrides, ``key=value``.
+    """
+    cfg = LazyConfig.load(config_file)
+    options = [option for option in options if option != "--"]
+    for option in options:
+        _check_key(cfg, option)
+    cfg = LazyConfig.apply_overrides(cfg, options)
+    cfg.train.device = available_device(cfg.train.device)
+    return cfg
+
+
+def _check_key(cfg: Any, option: str) -> None:
+    """Check an override's key, which LazyConfig would add if it is unknown."""
+    key, node = option.partition("=")[0], cfg
+    for name in key.split("."):
+        is_list = OmegaConf.is_list(node)
+        allowed = list(map(str, range(len(node)))) if is_list else list(node)
+        if name not in allowed:
+            if "_target_" in allowed:
+                return  # an argument of the class
+            raise UserError(f"config key {key!r} does not exist: {name!r} is not in {allowed}")
+        node = node[int(name) if is_list else name]
+        if not OmegaConf.is_config(node):
+            node = {}
+
+
+def build_model(cfg: Any) -> nn.Module:
+    """Build the model."""
+    model = instantiate(cfg.model)
+    backbone = getattr(model, "backbone", model)
+    if hasattr(backbone, "output_shape"):
+        wanted = {f"model.{key}": OmegaConf.select(cfg.model, key) or () for key in LEVELS}
+        check_levels(backbone, wanted)
+    return model.to(cfg.train.device)
+
+
+def evaluate(cfg: Any, model: nn.Module) -> Any:
+    """Evaluate, if the config has an evaluator."""
+    if "evaluator" not in cfg.dataloader:
+        return None
+    loader = instantiate(cfg.dataloader.test)
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    print_csv_format(results)
+    return results
+
+
+def train(cfg: Any, resume: bool = False) -> None:
+    """Train.
+
+    Args:
+        cfg: See :func:`load_lazy`.
+        resume: Whether to continue from the last checkpoint in the output folder.
+    """
+    seeding = SeedIterations(cfg.dataloader.train.get("seed", 0))
+    seed_everything(seeding.seed)
+    model = build_model(cfg)
+    log_size(model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    model = wrap_distributed(model, **cfg.train.ddp)
+    amp = cfg.train.amp
+    trainer = make_step_trainer(model, None, optimizer, amp.enabled, amp.get("dtype", "auto"))
+    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    main = comm.is_main_process()
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
+    trainer.register_hooks(
+        [
+            seeding,
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            CheckpointHook(checkpointer, **cfg.train.checkpointer) if main else None,
+            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    loader = cfg.dataloader.train
+    target = loader._target_  # a name if the config was saved and loaded again
+    if (locate(target) if isinstance(target, str) else target) is build_train_loader:
+        loader.seed, loader.start_iter = seeding.seed, start
+
+    def build_loader() -> Any:
+        with naming_damaged(dataset_names(cfg, "train")):
+            return instantiate(loader)
+
+    trainer.reset_data_loader(build_loader)
+    trainer.train(start, cfg.train.max_iter)
+
+
+def run(args: argparse.Namespace) -> Any:
+    """Run one process; with ``--eval-only``, return the results."""
+    cfg = load_lazy(args.config_file, args.opts)
+    default_setup(cfg, args)
+    if not args.eval_only:
+        return train(cfg, args.resume)
+    model = build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.train.output_dir, strict=True)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    return evaluate(cfg, model)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check the config, data and weights of a run before it starts."""
+    cfg = load_lazy(args.config_file, args.opts)
+    names = launch.check_run(args, dataset_names(cfg, "train"), dataset_names(cfg, "test"))
+    for key in CLASSES:
+        count = OmegaConf.select(cfg, key)
+        if count is not None:
+            check_classes(names, key, count, "thing_classes")
+    train = cfg.train
+    launch.check_weights(args, train.init_checkpoint, train.output_dir, "train.init_checkpoint")
+
+
+def dataset_names(cfg: Any, part: str) -> list[str]:
+    """Return the names of the datasets of ``"train"`` or ``"test"``."""
+    names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    launch.run_training(argv, (".py",), __doc__, check, run)

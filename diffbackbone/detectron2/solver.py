@@ -1,0 +1,62 @@
+"""Optimizers: AdamW, layer-wise learning-rate decay, clipping by the norm of all gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+from diffbackbone.optim import layer_scales
+
+
+def get_optimizer_params(
+    model: nn.Module | None = None, layer_decay_rate: float = 1.0, **kwargs: Any
+) -> list[dict[str, Any]]:
+    """Detectron2's ``get_default_optimizer_params`` with layer-wise decay for the U-Net.
+
+    Args:
+        model: The model.
+        layer_decay_rate: See :func:`diffbackbone.optim.layer_scales`; needs ``base_lr``.
+        **kwargs: Arguments of ``get_default_optimizer_params``, except ``lr_factor_func``.
+    """
+    if layer_decay_rate != 1.0:
+        scales = layer_scales(model, layer_decay_rate)
+        by_name = {name: scales.get(id(p), 1.0) for name, p in model.named_parameters()}
+        kwargs["lr_factor_func"] = by_name.__getitem__
+    return get_default_optimizer_params(model, **kwargs)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer that ``SOLVER`` describes; see ``add_diffusion_config``."""
+    solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+    full_model = clip.ENABLED and clip.CLIP_TYPE == "full_model"
+    if solver.OPTIMIZER == "SGD" and solver.LAYER_DECAY_RATE == 1.0 and not full_model:
+        return build_detectron2_optimizer(cfg, model)
+    params = get_optimizer_params(
+        model,
+        solver.LAYER_DECAY_RATE,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "foreach": True}
+    sgd = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+    kind, own = {
+        "SGD": (torch.optim.SGD, sgd),
+        "ADAMW": (torch.optim.AdamW, {"betas": tuple(solver.BETAS)}),
+    }[solver.OPTIMIZER]
+    if not full_model:
+        return maybe_add_gradient_clipping(cfg, kind)(params, **common, **own)
+    optimizer = kind(params, **common, **own)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip_gradients(*_: Any) -> None:  # after a gradient scaler's unscaling
+        torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+    optimizer.register_step_pre_hook(clip_gradients)
+    return optimizer
