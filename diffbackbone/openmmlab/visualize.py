@@ -58,12 +58,14 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 def predict(cfg: Any, checkpoint: str, count: int) -> tuple[list[tuple], Any, Any]:
     """Run a trained segmentor on images of its test set; returns the arguments of :func:`draw`."""
-    import diffbackbone.mmseg  # noqa: F401, I001  before mmseg
     from mmengine.dataset import pseudo_collate
     from mmengine.registry import init_default_scope
     from mmengine.runner import load_checkpoint
+    from mmengine.utils import import_modules_from_strings
     from mmseg.registry import DATASETS, MODELS
 
+    if cfg.get("custom_imports"):
+        import_modules_from_strings(**cfg.custom_imports)
     init_default_scope(cfg.get("default_scope", "mmseg"))
     model = MODELS.build(cfg.model)  # mmseg's init_model drops init_cfg, hence frozen weights
     load_checkpoint(model, checkpoint, map_location="cpu")
