@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,3 +104,10 @@ def check_checkpoint(checkpoint: str) -> None:
         return
     found = ", ".join(sorted(other.name for other in path.parent.glob("*.pth"))) or "no *.pth"
     raise UserError(f"checkpoint {checkpoint!r} does not exist; {path.parent} holds {found}")
+
+
+def strip_worker_traceback(text: str) -> str:
+    """Return an error's message without the traceback that a data loader's worker adds."""
+    if not re.match(r"Caught \w+ in DataLoader worker process", text):
+        return text
+    return re.sub(r"^[\w.]+: ", "", text.strip().rpartition("\n")[2])

@@ -6,11 +6,12 @@ For instance::
     model = dict(backbone=dict(type='DiffusionBackbone', unet='gd256_uncond', ...))
 """
 
-from diffbackbone import compat
+from diffbackbone.openmmlab.repairs import prepare
 
-compat.check_mmdet_stack()
+prepare("mmdet")
 
-from diffbackbone.openmmlab import (  # noqa: E402
+from diffbackbone.openmmlab import checks, engine, fsdp  # noqa: E402, F401  registered
+from diffbackbone.openmmlab.backbone import (  # noqa: E402
     DiffusionBackbone,
     DiffusionOptimWrapperConstructor,
 )

@@ -15,21 +15,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from diffbackbone import compat
+from diffbackbone.openmmlab.repairs import prepare
 
-compat.check_mmpretrain_stack()
-compat.apply_mmengine_repairs()
+prepare("mmpretrain")
 
 from mmpretrain.models.heads import ClsHead  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from diffbackbone import heads  # noqa: E402
-from diffbackbone.openmmlab import (  # noqa: E402
-    CheckInputsHook,
+from diffbackbone.openmmlab import engine, fsdp  # noqa: E402, F401  registered
+from diffbackbone.openmmlab.backbone import (  # noqa: E402
     DiffusionBackbone,
     DiffusionOptimWrapperConstructor,
 )
+from diffbackbone.openmmlab.checks import CheckInputsHook  # noqa: E402
 
 __all__ = [
     "CheckInputsHook",
@@ -46,18 +46,14 @@ __all__ = [
 
 @MODELS.register_module()
 class DiffusionTaps(DiffusionBackbone):
-    """Raw taps at one or more timesteps, neither projected nor resized, as heads take them.
+    """Taps at one or more timesteps, neither projected nor resized: the input of the heads.
 
     Args:
-        unet: See :class:`diffbackbone.openmmlab.DiffusionBackbone`.
+        unet: See :class:`diffbackbone.openmmlab.backbone.DiffusionBackbone`.
         timesteps: t, 0-based, one or several; DifFormer's paper setting has several (Section 3.2).
         blocks: Tapped blocks, 1-based.
-        **kwargs: Other arguments of the backbone; ``timestep``, ``out_channels`` and
-            ``out_strides`` excepted.
-
-    Raises:
-        ValueError: There is no timestep, one is given twice, or see
-            :class:`diffbackbone.DiffusionBackbone`.
+        **kwargs: Other arguments of the backbone, without ``timestep``, ``out_channels`` and
+            ``out_strides``.
     """
 
     def __init__(
@@ -74,7 +70,7 @@ class DiffusionTaps(DiffusionBackbone):
         self.timestep = self.timesteps[0]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Taps of a batch.
+        """Return the taps of a batch.
 
         Args:
             images: (N, 3, H, W) RGB in [-1, 1].
@@ -87,18 +83,15 @@ class DiffusionTaps(DiffusionBackbone):
         return tuple(taps[t, b] for t in self.timesteps for b in self.blocks)
 
 
-class _DiffusionClsHead(ClsHead):
+class DiffusionClsHead(ClsHead):
     """One of :mod:`diffbackbone.heads` with MMPretrain's loss and predictions.
 
     Args:
         loss: Config of the loss.
         topk: Top-k accuracies that are reported in training with ``cal_acc``.
         cal_acc: Whether to report accuracies in training.
-        init_cfg: MMEngine's initialisation.
+        init_cfg: MMEngine's initialization.
         **kwargs: Arguments of the head.
-
-    Raises:
-        ValueError: See the head.
     """
 
     layers_type: ClassVar[type[nn.Module]]
@@ -116,57 +109,38 @@ class _DiffusionClsHead(ClsHead):
         self.layers = self.layers_type(**kwargs)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Any:
-        """The map that the head takes: the only one.
-
-        Raises:
-            ValueError: There are several.
-        """
+        """Return the head's input: the only map."""
         if len(feats) != 1:
             raise ValueError(
                 f"{type(self).__name__} takes one map, got {len(feats)}: give the backbone one "
-                "block and one timestep, or take DifFormerHead"
+                "block and one timestep, or use DifFormerHead"
             )
         return feats[0]
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """Scores (N, num_classes) before the softmax."""
+        """Return scores (N, num_classes) before the softmax."""
         return self.layers(self.pre_logits(feats))
 
 
-@MODELS.register_module()
-class DiffusionLinearHead(_DiffusionClsHead):
-    """:class:`diffbackbone.heads.LinearHead`."""
-
-    layers_type = heads.LinearHead
-
-
-@MODELS.register_module()
-class DiffusionMLPHead(_DiffusionClsHead):
-    """:class:`diffbackbone.heads.MLPHead`."""
-
-    layers_type = heads.MLPHead
+def _register(name: str, layers_type: type[nn.Module]) -> type[DiffusionClsHead]:
+    doc = f":class:`diffbackbone.heads.{layers_type.__name__}`."
+    head = type(name, (DiffusionClsHead,), {"layers_type": layers_type, "__doc__": doc})
+    head.__module__ = __name__
+    return MODELS.register_module(module=head)
 
 
-@MODELS.register_module()
-class DiffusionCNNHead(_DiffusionClsHead):
-    """:class:`diffbackbone.heads.CNNHead`."""
-
-    layers_type = heads.CNNHead
+DiffusionLinearHead = _register("DiffusionLinearHead", heads.LinearHead)
+DiffusionMLPHead = _register("DiffusionMLPHead", heads.MLPHead)
+DiffusionCNNHead = _register("DiffusionCNNHead", heads.CNNHead)
+DiffusionAttentionHead = _register("DiffusionAttentionHead", heads.AttentionHead)
 
 
 @MODELS.register_module()
-class DiffusionAttentionHead(_DiffusionClsHead):
-    """:class:`diffbackbone.heads.AttentionHead`."""
-
-    layers_type = heads.AttentionHead
-
-
-@MODELS.register_module()
-class DifFormerHead(_DiffusionClsHead):
+class DifFormerHead(DiffusionClsHead):
     """:class:`diffbackbone.heads.DifFormerHead`, on the maps of :class:`DiffusionTaps`."""
 
     layers_type = heads.DifFormerHead
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> list[Tensor]:
-        """All maps, by timestep and then by block."""
+        """Return all maps, by timestep and then by block."""
         return list(feats)

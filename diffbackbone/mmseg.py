@@ -6,14 +6,15 @@ For instance::
     model = dict(backbone=dict(type='DiffusionBackbone', unet='gd256_uncond', ...))
 """
 
-from diffbackbone import compat
+from diffbackbone.openmmlab.repairs import prepare
 
-compat.check_mmseg_stack()
+prepare("mmseg")
 
-from diffbackbone.openmmlab import (  # noqa: E402
-    CheckInputsHook,
+from diffbackbone.openmmlab import engine, fsdp  # noqa: E402, F401  registered
+from diffbackbone.openmmlab.backbone import (  # noqa: E402
     DiffusionBackbone,
     DiffusionOptimWrapperConstructor,
 )
+from diffbackbone.openmmlab.checks import CheckInputsHook  # noqa: E402
 
 __all__ = ["CheckInputsHook", "DiffusionBackbone", "DiffusionOptimWrapperConstructor"]

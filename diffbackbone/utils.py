@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -22,11 +23,13 @@ import torch
 from torch import nn
 
 __all__ = [
+    "MissingPackageError",
     "RandomStream",
     "UserError",
     "atomic_write",
     "changed_settings",
     "markdown_table",
+    "require",
     "save_figure",
     "settings_of",
     "weights_digest",
@@ -38,6 +41,10 @@ __all__ = [
 
 class UserError(ValueError):
     """The request can't be carried out as given; commands print it without a traceback."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """A package that the request needs is not installed."""
 
 
 class RandomStream(enum.IntEnum):
@@ -61,6 +68,22 @@ class RandomStream(enum.IntEnum):
     def generator(self, seed: int, *keys: int) -> np.random.Generator:
         """Return numpy's generator for ``(seed, *keys)``, each at least 0."""
         return np.random.default_rng([seed, *keys, self])
+
+
+def require(what: str, modules: Iterable[str], install: str) -> None:
+    """Check that modules are installed, without importing them.
+
+    Args:
+        what: Package that needs them, for the message.
+        modules: Their names.
+        install: How to install them.
+
+    Raises:
+        MissingPackageError: Names all that are missing.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(f"{what} needs {', '.join(missing)}, not installed: {install}")
 
 
 def seed_everything(*keys: int) -> None:

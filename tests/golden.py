@@ -7,11 +7,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
-from diffbackbone import UNetConfig, compat
+from diffbackbone import UNetConfig
 
 FILE = Path(__file__).parent / "data" / "reference_features.npz"
 T = torch.tensor([90, 150])
@@ -33,11 +32,6 @@ CONFIGS = {
         image_size=64,
     ),
 }
-
-
-needs_half = pytest.mark.skipif(
-    compat.TORCH < (2, 3), reason="before torch 2.3 a CPU lacks parts of float16"
-)
 
 
 def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:

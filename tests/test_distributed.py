@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
 import warnings
 
 import golden
@@ -18,7 +16,7 @@ from diffbackbone import DiffusionBackbone, UNetConfig
 FEEDBACK = [None, "bottleneck"]
 SMALL = UNetConfig(32, (1, 1, 2), 1, (4,), num_head_channels=16)
 
-needs_gloo = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),
     reason="torch.distributed has no gloo backend",
 )
@@ -26,33 +24,26 @@ needs_gloo = pytest.mark.skipif(
 
 def build(feedback: str | None, recompute: bool) -> DiffusionBackbone:
     warnings.simplefilter("ignore")
-    backbone = golden.fill(
-        DiffusionBackbone(
-            SMALL,
-            blocks=(13, 12, 10, 8),
-            out_strides=(2, 4, 8, 16),
-            feedback=feedback,
-            out_channels=32,
-            activation_checkpointing=recompute,
-        )
+    backbone = DiffusionBackbone(
+        SMALL,
+        blocks=(13, 12, 10, 8),
+        out_strides=(2, 4, 8, 16),
+        feedback=feedback,
+        out_channels=32,
+        activation_checkpointing=recompute,
     )
-    return hold_batch_norm(backbone.train())
-
-
-def hold_batch_norm(backbone: DiffusionBackbone) -> DiffusionBackbone:
-    """Statistics of half a batch differ from the whole's; gradients are compared with them held."""
+    golden.fill(backbone).train()
     for module in backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
+            module.eval()  # statistics of half a batch differ from the whole's
     return backbone
 
 
 @pytest.fixture(autouse=True, scope="module")
-def as_many_threads_as_the_processes():
-    """Another number of threads adds in another order.
+def one_thread():
+    """As in the processes: another number of threads adds in another order.
 
-    One value of feedback that is zero but for rounding then falls on the other side of a ReLU, and
-    changes gradients by some 1e-5 of the largest.
+    A feedback value that is zero but for rounding then falls on the other side of a ReLU.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -61,15 +52,13 @@ def as_many_threads_as_the_processes():
 
 
 def batch() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(4, 3, 32, 32, generator=generator) * 2 - 1
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     for _ in range(2):  # the second step meets the buckets that the first has built
         model.zero_grad(set_to_none=True)
-        loss = sum(x.square().flatten(1).mean(1) for x in model(images)).mean()
-        loss.backward()
+        sum(x.square().flatten(1).mean(1) for x in model(images)).mean().backward()
     return {
         name.removeprefix("module."): p.grad.clone()
         for name, p in model.named_parameters()
@@ -77,31 +66,28 @@ def gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.T
     }
 
 
-def work(rank: int, port: int, path: str) -> None:
+def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     results = {feedback: [] for feedback in FEEDBACK}
     for feedback, recompute in itertools.product(FEEDBACK, (False, True)):
         model = DistributedDataParallel(build(feedback, recompute), find_unused_parameters=False)
         results[feedback].append(gradients(model, batch()[2 * rank : 2 * rank + 2]))
     if rank == 0:
-        torch.save(results, path)
+        torch.save(results, f"{folder}/gradients.pt")
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> dict[str | None, list[dict[str, torch.Tensor]]]:
     """By feedback, the two processes' gradients without recomputing and with it."""
-    path = str(tmp_path_factory.mktemp("two") / "gradients.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, path), nprocs=2)
-    return torch.load(path, weights_only=True)
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    return torch.load(folder / "gradients.pt", weights_only=True)
 
 
-@needs_gloo
 @pytest.mark.parametrize("feedback", FEEDBACK)
 def test_gradients_equal_one_process_on_the_joint_batch(feedback, together):
     expected = gradients(build(feedback, recompute=False), batch())

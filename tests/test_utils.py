@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -74,3 +75,72 @@ def test_user_errors_end_the_command_with_their_message(error, monkeypatch):
     monkeypatch.setenv("DIFFBACKBONE_TRACEBACK", "1")
     with pytest.raises(type(error)):
         cli.run_command(Options, fail, [])
+
+
+# --------------------------------------------------------------------------------------------------
+# files
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
+    old, new, other = (tmp_path / f".{name}.writing" for name in ("partial-a", "partial-b", "c"))
+    for left in (old, new, other):
+        left.touch()
+    for left in (old, other):
+        os.utime(left, (1, 1))
+    utils.write_text(tmp_path / "x.pth", "a")
+    assert names(tmp_path) == [other.name, new.name, "x.pth"]
+
+
+def test_processes_write_one_file_at_once(tmp_path):
+    """As MMEngine's do with the scores of an evaluation."""
+    path = tmp_path / "scores.json"
+
+    def inside(partial):
+        partial.write_text("first")
+        utils.write_text(path, "second")
+        assert path.read_text() == "second"
+
+    utils.atomic_write(path, inside)
+    assert path.read_text() == "first"
+    assert names(tmp_path) == ["scores.json"]
+
+
+def test_links_stay_and_long_names_fit(tmp_path):
+    target, link = tmp_path / "storage" / ("x" * 255), tmp_path / "last.pth"
+    link.symlink_to(target)
+    for text in ("a", "b"):
+        utils.write_text(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    (tmp_path / "plain").write_text("")
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        ("[enforce fail] . PytorchStreamWriter failed writing file data/0", OSError),
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 6804544", OSError),
+        ("basic_ios::clear: iostream error", OSError),
+        ("another error", RuntimeError),
+    ],
+)
+def test_torchs_errors_of_a_full_disk_are_os_errors(tmp_path, error, raised):
+    def write(partial):
+        partial.write_bytes(b"PK")
+        raise RuntimeError(error)
+
+    with pytest.raises(raised):
+        utils.atomic_write(tmp_path / "x.pth", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_user_errors():
+    utils.require("This", ["torch", "json"], "pip install this")
+    with pytest.raises(utils.MissingPackageError, match="This needs no_such_a, no_such_b.*pip"):
+        utils.require("This", ["no_such_a", "torch", "no_such_b"], "pip install this")
+    assert issubclass(utils.MissingPackageError, (ImportError, utils.UserError))

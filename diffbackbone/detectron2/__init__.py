@@ -15,9 +15,14 @@ is in :mod:`diffbackbone.detectron2.engine`.
 """
 
 # ruff: noqa: E402
-from diffbackbone.compat import check_detectron2_stack
+from diffbackbone.utils import require
 
-check_detectron2_stack()
+require(
+    "Detectron2",
+    ("detectron2", "fvcore", "iopath", "omegaconf", "pkg_resources", "pycocotools", "shapely"),
+    "pip install 'diffbackbone[detectron2]'; Detectron2 itself is not on PyPI, see "
+    "https://detectron2.readthedocs.io/en/latest/tutorials/install.html",
+)
 
 from diffbackbone.detectron2.backbone import (
     PADDINGS,

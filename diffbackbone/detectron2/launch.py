@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_processes
 from omegaconf.errors import OmegaConfBaseException
 
-from diffbackbone.cli import CONFIGS, check_checkpoint, find_config
+from diffbackbone.cli import CONFIGS, check_checkpoint, find_config, strip_worker_traceback
 from diffbackbone.detectron2.datasets import check_datasets, load_dicts
 from diffbackbone.utils import UserError, lost_loss
 
@@ -80,13 +79,6 @@ def format_user_error(error: Exception) -> str | None:
     if os.environ.get(TRACEBACK):
         return None
     return f"error: {text}\n({TRACEBACK}=1 prints the traceback)"
-
-
-def strip_worker_traceback(text: str) -> str:
-    """Return an error's message without the traceback that a data loader's worker adds."""
-    if not re.match(r"Caught \w+ in DataLoader worker process", text):
-        return text
-    return re.sub(r"^[\w.]+: ", "", text.strip().rpartition("\n")[2])
 
 
 def check_run(args: argparse.Namespace, train: Sequence[str], test: Sequence[str]) -> list[str]:

@@ -1,17 +1,16 @@
-"""The MMDetection adapter: Mask R-CNN from the config trains and predicts; a clear refusal."""
+"""The MMDetection adapter: Mask R-CNN from the config trains and predicts."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
 from pathlib import Path
 
 import golden
 import pytest
 import torch
 
-from diffbackbone import UNet, UNetConfig, compat
+from diffbackbone import UNet, UNetConfig
+from diffbackbone.openmmlab.repairs import has_compiled_ops
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "mmdet" / "mask_rcnn_gd_t75_b24_coco.py"
@@ -22,7 +21,7 @@ def why_not() -> str | None:
     for module in ("mmengine", "mmcv", "mmdet"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
-    if not compat._has_compiled_ops():
+    if not has_compiled_ops():
         return "mmdet needs mmcv with compiled operators, and this one (mmcv-lite) has none"
     return None
 
@@ -95,7 +94,7 @@ def test_mask_rcnn_trains_and_predicts(cfg, feedback):
     cfg.optim_wrapper.pop("dtype")
     model = build(cfg).train()
     assert type(model).__name__ == "MaskRCNN"
-    assert type(model.backbone).__module__ == "diffbackbone.openmmlab"
+    assert type(model.backbone).__module__ == "diffbackbone.openmmlab.backbone"
     losses = model(**model.data_preprocessor(batch(), True), mode="loss")
     assert {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"} <= set(losses)
     loss, _ = model.parse_losses(losses)
@@ -165,36 +164,3 @@ def test_the_config_is_the_detectron2_twin():
     assert sizes.count((1024, 1024)) == 2
     assert cfg.train_dataloader.dataset.pipeline == cfg.train_pipeline
     assert cfg.test_dataloader.dataset.pipeline == cfg.test_pipeline
-
-
-@pytest.mark.parametrize(
-    ("missing", "ops", "message"),
-    [
-        ("mmdet", True, "mmdet is not installed"),
-        ("mmcv", False, "mmcv is not installed"),
-        (None, False, "mmcv has no compiled operators (mmcv-lite has none)"),
-    ],
-)
-def test_what_is_missing_is_named(monkeypatch, missing, ops, message):
-    """In one error, and before mmdet's own, which says nothing of operators."""
-    monkeypatch.setattr(compat, "_is_installed", lambda module: module != missing)
-    monkeypatch.setattr(compat, "_has_compiled_ops", lambda: ops)
-    monkeypatch.setattr(compat, "_installed_versions", lambda names: iter(()))
-    monkeypatch.delitem(sys.modules, "diffbackbone.mmdet", raising=False)
-    with pytest.raises(ImportError, match="MMDetection cannot run in this environment") as caught:
-        importlib.import_module("diffbackbone.mmdet")
-    assert message in str(caught.value)
-    assert "mmcv 2.1.0 and mmdet 3.3.0" in str(caught.value)
-    assert ("MMCV_WITH_OPS=1 pip install" in str(caught.value)) == (missing is None)
-
-
-def test_compiled_operators_are_found_without_importing_them(tmp_path, monkeypatch):
-    """mmcv-lite has the folder ``mmcv`` too; what differs is the compiled module inside."""
-    (tmp_path / "mmcv").mkdir()
-    (tmp_path / "mmcv" / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "mmcv", raising=False)
-    assert not compat._has_compiled_ops()
-    (tmp_path / "mmcv" / "_ext.py").write_text("raise RuntimeError('imported')")
-    importlib.invalidate_caches()
-    assert compat._has_compiled_ops()

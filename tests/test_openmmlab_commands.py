@@ -1,75 +1,36 @@
-"""`tools/mmseg_train.py`, `tools/mmseg_test.py` and the configs for the paper's comparisons."""
+"""MMSegmentation's scripts behind our commands, and the configs for the paper's comparisons."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
-import importlib.util
 import os
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("mmengine", reason="mmengine is not installed")
-pytest.importorskip("mmcv", reason="mmcv is not installed")
-if importlib.util.find_spec("mmseg") is None:
-    pytest.skip("mmseg is not installed", allow_module_level=True)
+pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 import cv2
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from diffbackbone import compat
-from diffbackbone.openmmlab_engine import SeededDataset
+from diffbackbone.openmmlab import commands, visualize
+from diffbackbone.openmmlab.checks import check_folders
+from diffbackbone.openmmlab.engine import SeededDataset
+from diffbackbone.utils import MissingPackageError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "mmseg"
 TRAIN = ("train_dataloader", "val_dataloader")
-
-compat.apply_mmengine_repairs()
-
-
-@pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(ROOT / "tools"))  # for what it imports there
-    spec = importlib.util.spec_from_file_location("_mmseg", ROOT / "tools" / "_mmseg.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    return module
-
-
-@pytest.fixture
-def command(tool, monkeypatch):
-    """Run a tool in this process, up to where it would start upstream's script."""
-
-    def run(*arguments, script="train.py", dataloaders=TRAIN):
-        started = []
-        run_path = tool.runpy.run_path
-
-        def record(path, run_name=None):
-            if run_name != "__main__":
-                return run_path(path)
-            started.append((path, sys.argv))
-            return {}
-
-        monkeypatch.setattr(tool.runpy, "run_path", record)
-        monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(ROOT)])
-        monkeypatch.setattr(sys, "argv", ["tools/tool.py", *map(str, arguments)])
-        monkeypatch.setenv("LOCAL_RANK", "0")  # upstream sets it
-        tool.run(script, dataloaders)
-        ((path, argv),) = started
-        return path, argv[1:]
-
-    return run
+R50 = "upernet_r50_ade20k"
 
 
 def write_ade(root: Path, images: int = 4) -> Path:
@@ -87,170 +48,90 @@ def write_ade(root: Path, images: int = 4) -> Path:
     return root
 
 
-def data_options(root: Path, *dataloaders: str) -> list[str]:
-    return ["--cfg-options", *(f"{name}.dataset.data_root={root}" for name in dataloaders)]
+def data_options(root: Path, *dataloaders: str) -> dict[str, str]:
+    return {f"{name}.dataset.data_root": str(root) for name in dataloaders}
 
 
 # --------------------------------------------------------------------------------------------------
-# command line
+# what is checked before a run
 
 
-@pytest.mark.parametrize("name", ["upernet_r50_ade20k", "upernet_r50_ade20k.py"])
-def test_bare_name_is_found_in_the_checkout(command, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", [R50, f"{R50}.py"])
+def test_a_config_is_found_by_its_name_or_path(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    root = write_ade(tmp_path / "data", images=1)
-    options = data_options(root, *TRAIN)
-    # the same word may be the value of an option
-    path, argv = command("--work-dir", name, name, *options)
-    assert argv == ["--work-dir", name, str(CONFIGS / "upernet_r50_ade20k.py"), *options]
-    assert path.endswith(os.path.join("mmseg", ".mim", "tools", "train.py"))
-    assert sys.path.index(str(ROOT)) == len(sys.path) - 1  # shadows nothing
+    assert commands.read_config(name, {"a.b": 3}).filename == str(CONFIGS / f"{R50}.py")
+    assert commands.read_config(name, {"train_cfg.max_iters": 3}).train_cfg.max_iters == 3
+    Path(name).write_text("here = True\n")
+    if name.endswith(".py"):
+        assert commands.read_config(name, None).here
+    with pytest.raises(UserError, match="upernet_mae-b_ade20k.py"):
+        commands.read_config("upernet_r51_ade20k", None)
 
 
-def test_existing_path_wins_over_the_checkout(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("upernet_r50_ade20k.py").write_text("train_dataloader = None\n")
-    _, argv = command("upernet_r50_ade20k.py", "--local-rank", "1", "--amp")
-    assert argv == ["upernet_r50_ade20k.py", "--local-rank", "1", "--amp"]
+@pytest.fixture
+def refused(monkeypatch):
+    """Run a command that ends with a message; returns that."""
 
-
-@pytest.mark.parametrize("name", ["upernet_r51_ade20k", "configs/mmseg/upernet_r51_ade20k.py"])
-def test_unknown_config_lists_the_configs(command, name):
-    with pytest.raises(SystemExit) as exit_:
-        command(name)
-    message = str(exit_.value)
-    assert message.startswith(f"error: there is no config '{name}'")
-    assert "\n  upernet_mae-b_ade20k.py\n" in message
-    assert "_base_" not in message
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "text"),
-    [
-        (["--help"], 0, "--cfg-options"),
-        ([], 2, "the following arguments are required: config"),
-        (["nowhere.py", "--bogus"], 2, "unrecognized arguments: --bogus"),
-        (["nowhere.py", "--launcher", "ray"], 2, "invalid choice: 'ray'"),
-    ],
-)
-def test_help_and_usage_errors_are_upstreams(command, capsys, arguments, code, text):
-    with pytest.raises(SystemExit) as exit_:
-        command(*arguments)
-    assert exit_.value.code == code
-    printed = capsys.readouterr()
-    printed = printed.err if code else printed.out
-    assert printed.startswith("usage: tool.py ")
-    assert text in printed
-
-
-def test_stack_is_checked_first(command, monkeypatch):
-    def fail():
-        raise ImportError("what is missing")
-
-    monkeypatch.setattr(compat, "check_mmseg_stack", fail)
-    with pytest.raises(SystemExit, match=r"^error: what is missing$"):
-        command("--help")
-
-
-def test_missing_checkpoint(command, tmp_path):
-    (tmp_path / "iter_10.pth").touch()
-    for name, text in (
-        ("iter_20.pth", f"{tmp_path} holds iter_10.pth"),
-        ("other/iter_20.pth", f"there is no folder {tmp_path / 'other'} either"),
-    ):
+    def run(command, *arguments):
+        monkeypatch.setattr(sys, "argv", ["tools/tool.py", *map(str, arguments)])
+        monkeypatch.setenv("LOCAL_RANK", "0")  # upstream sets it
         with pytest.raises(SystemExit) as exit_:
-            command("upernet_r50_ade20k", tmp_path / name, script="test.py", dataloaders=())
-        assert str(exit_.value) == f"error: there is no checkpoint '{tmp_path / name}'; {text}"
-    for checkpoint in (tmp_path / "iter_10.pth", "https://example.org/x.pth"):
-        _, argv = command("upernet_r50_ade20k", checkpoint, script="test.py", dataloaders=())
-        assert argv[1] == str(checkpoint)
+            command()
+        return exit_.value.code
+
+    return run
 
 
-# --------------------------------------------------------------------------------------------------
-# data
+def test_upstreams_options_and_our_errors(refused, capsys, tmp_path, monkeypatch):
+    assert refused(commands.train, "--help") == 0
+    assert "--cfg-options" in capsys.readouterr().out
+    assert refused(commands.train, R50, "--bogus") == 2
+    assert "there are no data" in refused(commands.train, R50)
+    (tmp_path / "iter_10.pth").touch()
+    assert "iter_10.pth" in refused(commands.evaluate, R50, tmp_path / "iter_20.pth")
+
+    def missing(package):
+        raise MissingPackageError("what is missing")
+
+    monkeypatch.setattr(commands, "prepare", missing)
+    assert refused(commands.train, "--help") == "error: what is missing"
 
 
-def test_missing_data_root(command, tmp_path, monkeypatch):
+def test_missing_and_empty_folders_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_:
-        command("upernet_r50_ade20k")
-    message = str(exit_.value)
-    assert message.startswith("error: there are no data to read:\n")
-    assert (
-        "train_dataloader.dataset: no folder data/ade/ADEChallengeData2016/images/training; "
-        "ADE20KDataset expects *.jpg there (img_path)" in message
-    )
-    assert "no folder data/ade/ADEChallengeData2016/annotations/validation" in message
-    assert (
-        "--cfg-options train_dataloader.dataset.data_root=DIR val_dataloader.dataset.data_root=DIR"
-        in message
-    )
-    assert "python tools/make_sample_data.py" in message
-
-
-def test_only_what_the_script_reads_is_checked(command, tmp_path):
+    with pytest.raises(UserError) as error:
+        commands.read_config(R50, None, TRAIN)
+    for part in (
+        "train_dataloader.dataset: no folder data/ade/ADEChallengeData2016/images/training",
+        "no folder data/ade/ADEChallengeData2016/annotations/validation",
+        "--cfg-options train_dataloader.dataset.data_root=DIR val_dataloader.dataset.data_root=DIR",
+    ):
+        assert part in str(error.value)
     root = write_ade(tmp_path / "data", images=1)
-    command("upernet_r50_ade20k", *data_options(root, *TRAIN))
-    with pytest.raises(SystemExit) as exit_:
-        command("upernet_r50_ade20k", *data_options(root, "val_dataloader"))
-    assert "train_dataloader.dataset:" in str(exit_.value)
-    assert "val_dataloader" not in str(exit_.value)
+    commands.read_config(R50, data_options(root, *TRAIN), TRAIN)
+    (root / "annotations" / "training" / "0.png").unlink()
+    with pytest.raises(UserError) as error:
+        commands.read_config(R50, data_options(root, *TRAIN), TRAIN)
+    assert f"no files in {root}/annotations/training" in str(error.value)
+    assert "val_dataloader" not in str(error.value)
+    commands.read_config(R50, data_options(root, *TRAIN), TRAIN[1:])  # only what is read
 
 
-def test_empty_folders(command, tmp_path):
-    root = write_ade(tmp_path / "data", images=1)
-    shutil.rmtree(root / "annotations" / "training")
-    (root / "annotations" / "training").mkdir()
-    image = root / "images" / "training" / "0.jpg"
-    image.rename(image.with_suffix(".JPG"))
-    (root / "images" / "training" / ".hidden.jpg").touch()
-    with pytest.raises(SystemExit) as exit_:
-        command("upernet_r50_ade20k", *data_options(root, *TRAIN))
-    message = str(exit_.value)
-    assert f"only other files, such as 0.JPG in the folder {root}/images/training" in message
-    assert f"no files in the folder {root}/annotations/training; ADE20KDataset expects *.png" in (
-        message
-    )
-
-
-CITYSCAPES = """
-leaf = dict(
-    type="CityscapesDataset",
-    data_root="{root}",
-    data_prefix=dict(img_path="img", seg_map_path="ann"),
-)
-train_dataloader = dict(
-    dataset=dict(
-        type="RepeatDataset",
-        dataset=dict(type="ConcatDataset", datasets=[leaf, dict(leaf, img_suffix=".tif")]),
-    )
-)
-test_dataloader = dict(dataset=dict(leaf, data_prefix=dict(img_path="img")))
-"""
-
-
-def test_wrapped_datasets_and_suffixes(tool, tmp_path):
-    config = tmp_path / "config.py"
-    config.write_text(CITYSCAPES.format(root=tmp_path))
+def test_wrapped_datasets(tmp_path):
+    leaf = dict(data_root=str(tmp_path), data_prefix=dict(img_path="img", seg_map_path="ann"))
+    remote = dict(leaf, data_root="petrel://bucket")
+    parts = dict(type="ConcatDataset", datasets=[remote, leaf, dict(leaf, backend_args={"a": 1})])
+    cfg = Config(dict(
+        train=dict(dataset=dict(type="RepeatDataset", dataset=parts)),
+        test=dict(dataset=dict(leaf, data_prefix=dict(img_path="img"))),
+    ))  # fmt: skip
     (tmp_path / "img" / "town").mkdir(parents=True)
-    (tmp_path / "img" / "town" / "a_leftImg8bit.png").touch()
-    tool.check_data(str(config), None, ["test_dataloader", "val_dataloader"])
-    with pytest.raises(SystemExit) as exit_:
-        tool.check_data(str(config), None, ["train_dataloader"])
-    lines = str(exit_.value).splitlines()
-    first, second = (f"  train_dataloader.dataset.dataset.datasets.{i}: " for i in range(2))
-    assert lines[1] == (
-        f"{first}no folder {tmp_path}/ann; CityscapesDataset expects *_gtFine_labelTrainIds.png "
-        "there (seg_map_path)"
-    )
-    assert lines[2].startswith(f"{second}only other files, such as a_leftImg8bit.png in the folder")
-    assert "CityscapesDataset expects *.tif there (img_path)" in lines[2]
-
-    # the option that the message proposes
-    elsewhere = {"train_dataloader.dataset.dataset.datasets.0.data_root": "petrel://bucket"}
-    with pytest.raises(SystemExit) as exit_:
-        tool.check_data(str(config), elsewhere, ["train_dataloader"])
-    assert "datasets.0" not in str(exit_.value)
+    (tmp_path / "img" / "town" / "a.png").touch()
+    check_folders(cfg, ["test", "val"])
+    with pytest.raises(UserError) as error:
+        check_folders(cfg, ["train"])
+    lines = [line.strip() for line in str(error.value).splitlines()[1:] if "no f" in line]
+    assert lines == [f"train.dataset.dataset.datasets.1: no folder {tmp_path}/ann"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,47 +208,34 @@ def test_train_in_two_processes_and_evaluate(tmp_path):
 
 
 class Damaged(torch.utils.data.Dataset):
-    """A dataset whose second image is damaged, or whose reader is killed there."""
-
-    def __init__(self, killed=False):
-        self.killed = killed
-
     def __len__(self):
-        return 4
+        return 2
 
     def get_data_info(self, index):
         return {"img_path": f"{index}.jpg"}
 
     def __getitem__(self, index):
-        if index == 1 and self.killed:
-            os.kill(os.getpid(), signal.SIGKILL)
         if index == 1:
             raise OSError("image file is truncated\n(3 bytes left)")
         return index
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_images_end_a_run_with_their_names(tool, workers, monkeypatch):
+def test_damaged_images_end_a_run_with_their_names(workers, monkeypatch, tmp_path):
     loader = torch.utils.data.DataLoader(SeededDataset(Damaged()), num_workers=workers)
-    with pytest.raises(SystemExit) as exit_, tool.clear_errors():
-        list(loader)
-    first, second = exit_.value.code.split("\n")
-    assert first == "error: training image 1 can't be read (1.jpg): image file is truncated"
-    assert "DIFFBACKBONE_TRACEBACK=1" in second
-    monkeypatch.setenv("DIFFBACKBONE_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="training image 1"), tool.clear_errors():
-        list(loader)
+    (tmp_path / "config.py").write_text("train_dataloader = None\n")
+    args = argparse.Namespace(config=str(tmp_path / "config.py"), cfg_options=None)
+    script = SimpleNamespace(parse_args=lambda: args, main=lambda: list(loader))
+    monkeypatch.setattr(commands, "_load_script", lambda name: script)
+    message = "error: training image 1 can't be read .1.jpg.: image file is truncated"
+    with pytest.raises(SystemExit, match=f"^{message}$"):
+        commands.train()
 
 
-def test_lost_workers_and_other_errors(tool):
-    loader = torch.utils.data.DataLoader(SeededDataset(Damaged(killed=True)), num_workers=1)
-    with pytest.raises(SystemExit) as exit_, tool.clear_errors():
-        list(loader)
-    assert "DataLoader worker" in exit_.value.code
-    assert "/dev/shm" in exit_.value.code
-    assert "--resume" in exit_.value.code
-    with pytest.raises(RuntimeError, match="of our own"), tool.clear_errors():
-        raise RuntimeError("a mistake of our own")
+def test_options_are_parsed_as_upstreams():
+    options = visualize.parse_options(["a.b=3", "c=[1,2]", "d=True", "e=x"])
+    assert options == {"a.b": 3, "c": [1, 2], "d": True, "e": "x"}
+    assert visualize.parse_options([]) == {}
 
 
 # --------------------------------------------------------------------------------------------------

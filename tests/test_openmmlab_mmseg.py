@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from pathlib import Path
@@ -26,8 +25,8 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-import diffbackbone.mmseg as adapter
 from diffbackbone import CheckpointError, UNet, UNetConfig
+from diffbackbone.mmseg import CheckInputsHook, DiffusionBackbone
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "mmseg"
@@ -55,7 +54,7 @@ def checkpoint(tmp_path_factory) -> str:
 )
 def test_every_registry_finds_the_backbone(registry):
     backbone = registry.build(dict(BACKBONE))
-    assert isinstance(backbone, adapter.DiffusionBackbone)
+    assert isinstance(backbone, DiffusionBackbone)
     assert [x.shape for x in backbone(torch.zeros(1, 3, 50, 70))] == [
         (1, 32, 13, 18),
         (1, 32, 7, 9),
@@ -95,21 +94,18 @@ def test_pretrained_of_the_segmentor_reaches_the_backbone(checkpoint):
     assert torch.equal(model.backbone.unet.input_blocks[0][0].weight, expected)
 
 
-def test_random_weights_are_announced_and_absent_ones_an_error(tmp_path, monkeypatch):
+def test_random_weights_are_announced_and_missing_ones_an_error(tmp_path, monkeypatch):
     logged = []
     monkeypatch.setattr(
-        "diffbackbone.openmmlab.print_log", lambda *args, **kwargs: logged.append((args, kwargs))
+        "diffbackbone.openmmlab.backbone.print_log", lambda text, **kwargs: logged.append(text)
     )
     MODELS.build(dict(BACKBONE)).init_weights()
-    ((message,), kwargs) = logged[-1]
-    assert "RANDOM" in message
-    assert kwargs["level"] == logging.WARNING
-    backbone = MODELS.build({**BACKBONE, "pretrained": str(tmp_path / "gone.pt")})
-    with pytest.raises(FileNotFoundError, match="OpenAI's files are at https"):
-        backbone.init_weights()
-    torch.save({"state_dict": {}}, tmp_path / "gone.pt")
-    with pytest.raises(CheckpointError, match="no guided-diffusion U-Net"):
-        backbone.init_weights()
+    assert "RANDOM" in logged[-1]
+    with pytest.raises(FileNotFoundError):
+        MODELS.build({**BACKBONE, "pretrained": str(tmp_path / "gone.pt")}).init_weights()
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError):
+        MODELS.build({**BACKBONE, "pretrained": str(tmp_path / "other.pt")}).init_weights()
 
 
 def shrunken(name: str) -> Config:
@@ -137,7 +133,7 @@ def samples(sizes, classes=150):
 GD = ["upernet_gd_t90_b24_ade20k", "upernet_gd_t90_b33-30-27-24_ade20k", "upernet_difffeed_ade20k"]
 
 
-@pytest.mark.parametrize("name", [*GD, "upernet_gd_sample", "upernet_difffeed_sample"])
+@pytest.mark.parametrize("name", [*GD, "upernet_gd_sample"])
 def test_configs_train_and_predict(name):
     cfg = shrunken(name)
     model = MODELS.build(cfg.model)
@@ -187,15 +183,12 @@ def test_paper_settings(name):
     assert long.model == cfg.model
 
 
-OPTIMIZER = dict(type="AdamW", lr=1.0, weight_decay=0.5)
-
-
-def optimizer_settings(model, lr=OPTIMIZER["lr"], **paramwise_cfg):
+def optimizer_settings(model, **paramwise_cfg):
     wrapper = build_optim_wrapper(
         model,
         dict(
             type="OptimWrapper",
-            optimizer=dict(OPTIMIZER, lr=lr),
+            optimizer=dict(type="AdamW", lr=1.0, weight_decay=0.5),
             constructor="DiffusionOptimWrapperConstructor",
             paramwise_cfg=paramwise_cfg,
         ),
@@ -235,15 +228,9 @@ def test_layer_decay_and_no_decay_rules():
     plain, _ = optimizer_settings(model, custom_keys={"backbone.unet": dict(lr_mult=0.1)})
     assert plain["backbone.unet.input_blocks.0.0.weight"] == (0.1, 0.5)
     assert plain["decode_head.weight"] == (1, 0.5)
-    with pytest.raises(ValueError, match=r"must lie in \(0, 1\], got 1.5"):
-        optimizer_settings(model, layer_decay_rate=1.5)
-    with pytest.raises(ValueError, match="no DiffusionBackbone"):
-        optimizer_settings(torch.nn.Linear(1, 1), layer_decay_rate=0.5)
-    with pytest.raises(ValueError, match=r"must lie in \(0, 1\], got 'half'"):
-        optimizer_settings(model, layer_decay_rate="half")
-    for rate in ("fast", None):
-        with pytest.raises(ValueError, match=f"optimizer.lr must be a number, got {rate!r}"):
-            optimizer_settings(model, lr=rate)
+    for rate, wrong in ((1.5, model), ("half", model), (0.5, torch.nn.Linear(1, 1))):
+        with pytest.raises(ValueError, match="layer decay rate"):
+            optimizer_settings(wrong, layer_decay_rate=rate)
 
 
 def test_frozen_weights_are_no_business_of_the_optimizer():
@@ -265,18 +252,28 @@ class Runner:
         self.model.decode_head.ignore_index = 255
 
 
+def batch_with(label, sample=None):
+    """A batch of one label map that has ``label`` in its first row."""
+    (sample,) = samples([(4, 4)], classes=3) if sample is None else [sample]
+    sample.gt_sem_seg.data = sample.gt_sem_seg.data.clone()
+    sample.gt_sem_seg.data[0, 0] = label
+    return dict(data_samples=[sample])
+
+
 def test_empty_data_and_labels_out_of_range_stop_the_run():
-    hook = adapter.CheckInputsHook()
+    hook = CheckInputsHook()
     hook.before_train(Runner())
     for name in ("train", "val"):
         with pytest.raises(ValueError, match=f"the {name} dataset is empty.*there"):
             hook.before_train(Runner(**{name: 0}))
-    good, bad = samples([(4, 4)] * 2, classes=3)
-    good.gt_sem_seg.data[0, 0] = 255
-    hook.before_train_iter(Runner(), 0, dict(data_samples=[good]))
-    bad.gt_sem_seg.data[0, 0] = 149
-    with pytest.raises(ValueError, match=r"label 149 in a.png: the head has 3 classes.*0 to 2"):
-        hook.before_train_iter(Runner(), 0, dict(data_samples=[good, bad]))
+    runner = Runner()
+    for model in (runner.model.decode_head, torch.nn.ModuleList([runner.model.decode_head])):
+        runner.model.decode_head = model  # a list of heads, as cascades have
+        for label in (0, 2, 255):
+            hook.before_train_iter(runner, 0, batch_with(label))
+        for label in (-1, 3, 149):
+            with pytest.raises(ValueError, match=f"label {label} in a.png"):
+                hook.before_train_iter(runner, 0, batch_with(label))
 
 
 def other_ignored_label(decode, auxiliary, pad, loss="CrossEntropyLoss", **loss_options):
@@ -286,28 +283,25 @@ def other_ignored_label(decode, auxiliary, pad, loss="CrossEntropyLoss", **loss_
     model.decode_head["loss_decode"] = dict(type=loss, **loss_options)
     model.auxiliary_head = [dict(model.auxiliary_head, ignore_index=auxiliary)]
     model.data_preprocessor.seg_pad_val = pad
-    classes = model.decode_head.num_classes
-    runner = Runner(classes=classes)
+    runner = Runner(classes=model.decode_head.num_classes)
     runner.model = MODELS.build(model)
     runner.model.data_preprocessor.size = (64, 64)
-    return runner, samples([(50, 64)], classes)
+    return runner, samples([(50, 64)], model.decode_head.num_classes)
 
 
 @pytest.mark.parametrize("ignored", [254, -100])
 def test_the_heads_say_which_label_is_left_out(ignored):
-    hook = adapter.CheckInputsHook()
+    hook = CheckInputsHook()
     runner, (sample,) = other_ignored_label(ignored, ignored, ignored)
-    sample.gt_sem_seg.data[0, 0] = ignored
+    batch_with(ignored, sample)
     image = torch.zeros(3, 50, 64, dtype=torch.uint8)
     batch = dict(inputs=[image] * 2, data_samples=[sample, sample.clone()])
     hook.before_train(runner)
     hook.before_train_iter(runner, 0, batch)
     padded = runner.model.data_preprocessor(batch, True)
     assert all(torch.isfinite(x) for x in runner.model(**padded, mode="loss").values())
-    sample.gt_sem_seg.data = sample.gt_sem_seg.data.clone()
-    sample.gt_sem_seg.data[0, 1] = 255
-    with pytest.raises(ValueError, match=f"label 255 in a.png.*ignore_index {ignored}"):
-        hook.before_train_iter(runner, 0, dict(data_samples=[sample]))
+    with pytest.raises(ValueError, match="label 255"):
+        hook.before_train_iter(runner, 0, batch_with(255, sample))
 
 
 @pytest.mark.parametrize(
@@ -319,39 +313,29 @@ def test_the_heads_say_which_label_is_left_out(ignored):
     ],
 )
 def test_a_label_must_be_left_out_by_each_head_and_loss(settings):
-    hook = adapter.CheckInputsHook()
+    hook = CheckInputsHook()
     runner, (sample,) = other_ignored_label(**settings, pad=0)
     hook.before_train(runner)
     hook.before_train_iter(runner, 0, dict(data_samples=[sample]))
-    sample.gt_sem_seg.data[0, 0] = 254
-    with pytest.raises(ValueError, match="label 254 in a.png.*254, 255"):
-        hook.before_train_iter(runner, 0, dict(data_samples=[sample]))
+    with pytest.raises(ValueError, match="label 254"):
+        hook.before_train_iter(runner, 0, batch_with(254, sample))
 
 
 def test_padding_must_be_left_out():
     runner, _ = other_ignored_label(254, 254, pad=255)
-    with pytest.raises(ValueError, match="seg_pad_val is 255.*254"):
-        adapter.CheckInputsHook().before_train(runner)
-
-
-def test_the_labels_of_cascades_are_checked():
-    runner = Runner()
-    runner.model.decode_head = torch.nn.ModuleList([runner.model.decode_head])
-    (sample,) = samples([(4, 4)], classes=3)
-    sample.gt_sem_seg.data[0, 0] = 3
-    with pytest.raises(ValueError, match="label 3 in a.png"):
-        adapter.CheckInputsHook().before_train_iter(runner, 0, dict(data_samples=[sample]))
+    with pytest.raises(ValueError, match="seg_pad_val is 255"):
+        CheckInputsHook().before_train(runner)
 
 
 @pytest.mark.parametrize("metrics", ["mIou", ["mIoU", "mIou"]])
 def test_metrics_that_do_not_exist_stop_the_run_before_it_starts(metrics):
-    hook, runner = adapter.CheckInputsHook(), Runner()
+    hook, runner = CheckInputsHook(), Runner()
     for loop, check in (("val_loop", hook.before_train), ("test_loop", hook.before_test)):
         setattr(runner, loop, Runner().val_loop)
         getattr(runner, loop).evaluator = Evaluator([IoUMetric(iou_metrics=["mIoU", "mFscore"])])
         check(runner)
         getattr(runner, loop).evaluator = Evaluator([IoUMetric(), IoUMetric(iou_metrics=metrics)])
-        with pytest.raises(ValueError, match="'mIou'.*mDice"):
+        with pytest.raises(ValueError, match="mIou"):
             check(runner)
 
 

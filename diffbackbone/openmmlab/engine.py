@@ -1,10 +1,8 @@
-"""Training with MMEngine: runs that resume exactly, checkpoints that are whole.
+"""Training with MMEngine: runs that resume exactly, checkpoints that are complete.
 
 MMEngine by itself resumes by loading all images that were trained on before, with another shuffle
 where no seed was set and with other draws of augmentation and dropout; it writes checkpoints in
-place, after it has removed old ones. :class:`ResumableIterBasedTrainLoop` and
-:class:`WholeCheckpointHook` take their parts, in configs by name; :class:`CheckLossHook` stops a
-run whose loss has no value any more.
+place, after it has removed old ones.
 """
 
 from __future__ import annotations
@@ -17,36 +15,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffbackbone import compat
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info, is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS, HOOKS, LOOPS
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner.loops import _InfiniteDataloaderIterator
+from torch.utils.data import Dataset
 
-compat.apply_mmengine_repairs()
-
-import torch  # noqa: E402
-from mmengine.dataset import InfiniteSampler  # noqa: E402
-from mmengine.dist import (  # noqa: E402
-    all_gather_object,
-    all_reduce,
-    broadcast_object_list,
-    get_dist_info,
-    is_main_process,
-)
-from mmengine.hooks import CheckpointHook, Hook  # noqa: E402
-from mmengine.logging import print_log  # noqa: E402
-from mmengine.registry import DATASETS, HOOKS, LOOPS  # noqa: E402
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop  # noqa: E402
-from mmengine.runner.loops import _InfiniteDataloaderIterator  # noqa: E402
-from torch.utils.data import Dataset  # noqa: E402
-
-from diffbackbone.checkpoint import first_line  # noqa: E402
-from diffbackbone.runs import (  # noqa: E402
-    first_not_finite,
-    lost_loss,
-    seed_everything,
-    write_whole,
-)
-
-# --------------------------------------------------------------------------------------------------
-# data
+from diffbackbone.sources import first_line
+from diffbackbone.utils import first_not_finite, lost_loss, seed_everything, write_text
 
 
 @DATASETS.register_module()
@@ -54,7 +34,7 @@ class SeededDataset(Dataset):
     """A dataset whose random augmentation depends on the seed and the position in the run alone.
 
     Args:
-        dataset: A dataset, or the config of one. Its attributes are this one's.
+        dataset: A dataset, or the config of one; its attributes are available here too.
     """
 
     def __init__(self, dataset: Dataset | Mapping[str, Any]) -> None:
@@ -69,11 +49,7 @@ class SeededDataset(Dataset):
         return getattr(self.dataset, name)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> Any:
-        """Sample ``index``; as (seed, position, index), that which the position draws of it.
-
-        Raises:
-            ValueError: It could not be read; the message names its files.
-        """
+        """Return sample ``index``, or (seed, position, index) with the position's augmentation."""
         index = key
         if isinstance(key, tuple):
             seed, position, index = key
@@ -81,19 +57,20 @@ class SeededDataset(Dataset):
         try:
             return self.dataset[index]
         except Exception as error:  # decoders and transforms fail in any way
-            raise ValueError(f"{self._describe(index)}: {first_line(error)}") from error
+            raise ValueError(
+                f"training image {index} can't be read ({self._files(index)}): {first_line(error)}"
+            ) from error
 
-    def _describe(self, index: int) -> str:
+    def _files(self, index: int) -> str:
         try:
             info = self.dataset.get_data_info(index)
-            files = [info[key] for key in ("img_path", "seg_map_path") if info.get(key)]
         except Exception:  # a dataset without such records
-            files = []
-        return f"training image {index} can't be read ({', '.join(files) or 'files unknown'})"
+            return "files unknown"
+        return ", ".join(info[key] for key in ("img_path", "seg_map_path") if info.get(key))
 
 
 def _positions(sampler: InfiniteSampler, seed: int, start: int) -> Iterator[tuple[int, int, int]]:
-    """What :class:`SeededDataset` takes, from this process's sample number ``start`` on."""
+    """Yield keys of :class:`SeededDataset`, from this process's sample number ``start`` on."""
     rank, world = get_dist_info()
     order = InfiniteSampler(sampler.dataset, sampler.shuffle, sampler.seed)
     for local, index in enumerate(order):
@@ -101,12 +78,8 @@ def _positions(sampler: InfiniteSampler, seed: int, start: int) -> Iterator[tupl
             yield seed, local * world + rank, index
 
 
-# --------------------------------------------------------------------------------------------------
-# the loop
-
-
 def accumulated(runner: Any) -> int:
-    """How many iterations the optimizer makes one step of."""
+    """Return the number of iterations whose gradients make one step of the optimizer."""
     return getattr(runner.optim_wrapper, "_accumulative_counts", 1)
 
 
@@ -122,47 +95,30 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
         runner: The runner.
         dataloader: Config of the training data.
         **kwargs: See MMEngine's ``IterBasedTrainLoop``.
-
-    Raises:
-        ValueError: The data come in an order that can't be found again.
     """
 
-    def __init__(self, runner: Any, dataloader: Any, **kwargs: Any) -> None:
-        if not isinstance(dataloader, Mapping):
-            raise ValueError(
-                "ResumableIterBasedTrainLoop needs the config of a dataloader, got "
-                f"{type(dataloader).__name__}; train_cfg=dict(type='IterBasedTrainLoop', ...) takes"
-                " a built one"
-            )
-        sampler = dataloader.get("sampler")
-        self._own_seed = isinstance(sampler, Mapping) and sampler.get("seed") is not None
+    def __init__(self, runner: Any, dataloader: Mapping[str, Any], **kwargs: Any) -> None:
+        self._own_seed = dataloader["sampler"].get("seed") is not None
         dataset = {"type": SeededDataset, "dataset": dataloader["dataset"]}
         super().__init__(runner, {**dataloader, "dataset": dataset}, **kwargs)
         sampler = self.dataloader.sampler
         if type(sampler) is not InfiniteSampler:
             raise ValueError(
                 "ResumableIterBasedTrainLoop needs sampler=dict(type='InfiniteSampler'), got "
-                f"{type(sampler).__name__}; with other samplers take "
+                f"{type(sampler).__name__}; for others use "
                 "train_cfg=dict(type='IterBasedTrainLoop', ...), which does not resume exactly"
             )
         # MMEngine's counter would start at the first image, before a checkpoint is read
         self.dataloader_iterator = None
 
     def run(self) -> torch.nn.Module:
-        """Train from the last iteration that was done.
-
-        Returns:
-            The model.
-
-        Raises:
-            ValueError: The checkpoint was written between two steps of the optimizer.
-        """
+        """Train from the last iteration that was done."""
         counts = accumulated(self.runner)
         if self._iter % counts and self._iter < self._max_iters:
             raise ValueError(
                 f"the checkpoint of iteration {self._iter} can't be resumed with "
-                f"accumulative_counts={counts}: the gradients since the last step are not in it; "
-                f"take one of an iteration that is a multiple of {counts}"
+                f"accumulative_counts={counts}: it lacks the gradients since the last step; use "
+                f"one of an iteration that is a multiple of {counts}"
             )
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
@@ -182,16 +138,12 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
         return self.runner.model
 
     def run_iter(self, data_batch: Any) -> None:
-        """One iteration, with draws that it alone determines."""
+        """Run one iteration, seeded by its number."""
         seed_everything(self._seed, self._iter, 1, get_dist_info()[0])
         super().run_iter(data_batch)
 
     def _start_data(self) -> int:
-        """Have the data begin with those of the next iteration.
-
-        Returns:
-            The seed of the run, which a resumed one has from its checkpoint.
-        """
+        """Start the data at the next iteration; returns the run's seed, also of a resumed one."""
         seeds = [self.runner.seed]
         broadcast_object_list(seeds)
         sampler, loader = self.dataloader.sampler, self.dataloader
@@ -205,26 +157,18 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
         return seeds[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# checkpoints
-
-
 @HOOKS.register_module()
 class WholeCheckpointHook(CheckpointHook):
-    """MMEngine's checkpoint hook, in an order in which nothing can be lost.
+    """MMEngine's checkpoint hook, which removes old checkpoints only after writing the new one.
 
-    The new checkpoint is written whole first, then the note that it is the last, and only then are
-    old ones removed. Weights that are not finite are not written. With ``max_keep_ckpts``, a
-    resumed run also counts what an interrupted one had left. Where gradients are accumulated,
-    checkpoints must fall on the optimizer's steps, as gradients are not in them.
+    The new checkpoint is written first, then the ``last_checkpoint`` file, and only then are old
+    ones removed. Weights that are not finite are not written. With ``max_keep_ckpts``, a resumed
+    run also counts what an interrupted one had left. Where gradients are accumulated, checkpoints
+    must fall on the optimizer's steps, as gradients are not in them.
     """
 
     def before_train(self, runner: Any) -> None:
-        """Find the checkpoints of the run that is resumed.
-
-        Raises:
-            ValueError: Checkpoints would be written between two steps of the optimizer.
-        """
+        """Find the checkpoints of the resumed run."""
         self._check_accumulation(runner)
         super().before_train(runner)
         if self.max_keep_ckpts < 1 or runner.iter == 0 or not os.path.isdir(str(self.out_dir)):
@@ -234,10 +178,11 @@ class WholeCheckpointHook(CheckpointHook):
         now = runner.epoch if self.by_epoch else runner.iter
         steps = sorted(int(match[1]) for match in found if match and int(match[1]) <= now)
         for step in steps[: -self.max_keep_ckpts]:
-            self._remove(self.file_backend, self._path(step))
+            self._remove(self._path(step))
         self.keep_ckpt_ids = deque(steps[-self.max_keep_ckpts :], self.max_keep_ckpts)
 
     def _check_accumulation(self, runner: Any) -> None:
+        """Check that no checkpoint is written between two steps of the optimizer."""
         counts, loop = accumulated(runner), runner.train_loop
         epochs = isinstance(loop, EpochBasedTrainLoop)
         length = len(loop.dataloader) if epochs else 1
@@ -249,29 +194,24 @@ class WholeCheckpointHook(CheckpointHook):
             given += [("val_interval", value, length) for value in loop.dynamic_intervals]
         for key, value, unit in given:
             if value * unit % counts:
-                allowed = f"a multiple of {counts // math.gcd(counts, unit)}"
                 raise ValueError(
-                    f"with accumulative_counts={counts}, the {key} of checkpoints must be {allowed}"
-                    f"{f' epochs, each of {unit} iterations' if unit > 1 else ''}; got {value}. "
-                    "Gradients between two steps of the optimizer are not saved"
+                    f"with accumulative_counts={counts}, the {key} of checkpoints must be a "
+                    f"multiple of {counts // math.gcd(counts, unit)}, got {value}: gradients "
+                    "between two steps of the optimizer are not saved"
                 )
 
     def _path(self, step: int) -> str:
         return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
 
-    @staticmethod
-    def _remove(backend: Any, path: str) -> None:
-        if not is_main_process():
-            return
-        if backend.isfile(path):
-            backend.remove(path)
+    def _remove(self, path: str) -> None:
+        if is_main_process() and self.file_backend.isfile(path):
+            self.file_backend.remove(path)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        # of shards, one process sees what others don't, and would leave them waiting for it
+        # with FSDP each process sees its own shards; all must stop together
         found = all_gather_object(first_not_finite(runner.model.named_parameters()))
-        name = next((name for name in found if name is not None), None)
-        if name is not None:
-            name = name.replace("_fsdp_wrapped_module.", "")
+        if any(found):
+            name = next(filter(None, found)).replace("_fsdp_wrapped_module.", "")
             raise FloatingPointError(
                 lost_loss(f"after iteration {runner.iter + 1} the weights {name} are not finite")
             )
@@ -295,27 +235,26 @@ class WholeCheckpointHook(CheckpointHook):
             **self.args,
         )
         if is_main_process():
-            note = Path(runner.work_dir, "last_checkpoint")
-            write_whole(note, lambda partial: partial.write_text(self.last_ckpt))
+            write_text(Path(runner.work_dir, "last_checkpoint"), self.last_ckpt)
         if outdated is not None:
-            self._remove(self.file_backend, self._path(outdated))
+            self._remove(self._path(outdated))
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         backend = self.file_backend
-        self.file_backend = later = _RemovesLater(backend)
+        self.file_backend = recorder = _RemovalRecorder(backend)
         try:
             super()._save_best_checkpoint(runner, metrics)
         finally:
             self.file_backend = backend
-        several = getattr(self, "best_ckpt_path_dict", None) or {}
+        several = getattr(self, "best_ckpt_path_dict", {})
         written = {getattr(self, "best_ckpt_path", None), *several.values(), self.last_ckpt}
-        for path in later.removals:
+        for path in recorder.removals:
             if path not in written:  # a run resumed right there writes the same best again
-                self._remove(backend, path)
+                self._remove(path)
 
 
-class _RemovesLater:
-    """A storage backend that notes what to remove in place of removing it."""
+class _RemovalRecorder:
+    """A storage backend that records removals in place of removing."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -328,71 +267,3 @@ class _RemovesLater:
         self.removals.append(path)
 
     rmtree = remove
-
-
-# --------------------------------------------------------------------------------------------------
-# losses
-
-
-@HOOKS.register_module()
-class CheckLossHook(Hook):
-    """Stop a run whose loss is NaN or infinite, before anything is written.
-
-    On a GPU the losses stay there, and are looked at every ``interval`` iterations. Where a loss
-    scaler skips steps, as in float16, single ones are forgiven.
-
-    Args:
-        interval: Iterations between two looks at a GPU's losses, from 1.
-        patience: How many iterations in a row may have no loss where steps are skipped, from 0.
-
-    Raises:
-        ValueError: A number is out of range.
-    """
-
-    priority = "NORMAL"  # checkpoints are VERY_LOW, hence later
-
-    def __init__(self, interval: int = 10, patience: int = 20) -> None:
-        if interval < 1 or patience < 0:
-            raise ValueError(
-                "CheckLossHook needs an interval from 1 and a patience from 0, got "
-                f"{interval} and {patience}"
-            )
-        self.interval, self.patience = interval, patience
-        self._streak: torch.Tensor | None = None
-
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
-        """Look at the losses of an iteration.
-
-        Raises:
-            FloatingPointError: They have no value; says since when, and what to try.
-        """
-        losses = {
-            name: torch.as_tensor(value).detach()
-            for name, value in (outputs or {}).items()
-            if "loss" in name
-        }
-        if not losses:
-            return
-        finite = torch.stack([value.float().isfinite().all() for value in losses.values()]).all()
-        if self._streak is None:
-            self._streak = torch.zeros((), dtype=torch.long, device=finite.device)
-        self._streak = torch.where(finite, 0, self._streak + 1)
-        if finite.is_cuda and not self.every_n_train_iters(runner, self.interval):
-            return
-        longest = self._streak.clone()
-        all_reduce(longest, "max")  # all processes stop, or none
-        streak = int(longest)
-        scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
-        skips = scaler is not None and scaler.is_enabled()
-        if streak > (self.patience if skips else 0):
-            values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
-            if not int(self._streak):
-                values = "in another process"
-            raise FloatingPointError(
-                lost_loss(
-                    f"since iteration {runner.iter + 2 - streak} the loss is NaN or infinite "
-                    f"({values})"
-                )
-            )

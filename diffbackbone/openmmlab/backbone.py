@@ -1,0 +1,118 @@
+"""The backbone in configs of the OpenMMLab code bases, and layer-wise learning rates."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, PretrainedInit
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+from diffbackbone.backbone import RANDOM_WEIGHTS
+from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone
+from diffbackbone.optim import layer_scales
+
+FSDP_PART = "_fsdp_wrapped_module"
+"""Part that FSDP adds to the names of modules."""
+
+
+@MODELS.register_module()
+class DiffusionBackbone(_DiffusionBackbone, BaseModule):
+    """:class:`diffbackbone.DiffusionBackbone` for configs of the OpenMMLab code bases.
+
+    Args:
+        unet: A preset's name, or a dict of :class:`diffbackbone.UNetConfig` fields (``preset``
+            names the one to start from).
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with guided-diffusion weights, a path
+            or URL. They are loaded by ``init_weights()``, as everywhere in MMEngine; with
+            ``freeze`` and without ``save_frozen`` already here, since checkpoints lack them.
+        pretrained: The older way to write the same, which wins over ``init_cfg``: the checkpoint's
+            path or URL. Unlike ``init_cfg``, mmseg's ``init_model`` and mmdet's ``init_detector``
+            don't remove it from the config.
+        checkpoint: As ``pretrained``.
+        **kwargs: All other arguments of :class:`diffbackbone.DiffusionBackbone`.
+    """
+
+    def __init__(
+        self,
+        unet: str | Mapping[str, Any] = "gd256_uncond",
+        init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
+        checkpoint: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(unet, **kwargs)
+        weights = checkpoint if pretrained is None else pretrained
+        if weights is not None:
+            init_cfg = {"type": "Pretrained", "checkpoint": weights}
+        self.init_cfg = copy.deepcopy(init_cfg)
+        if self.frozen and not self.save_frozen:
+            for cfg in self._split_init()[0]:
+                self._load_initial(cfg["checkpoint"], cfg.get("prefix"))
+
+    def _split_init(self) -> tuple[list[dict], list[dict]]:
+        """Return the parts of ``init_cfg`` that load weights, and all others."""
+        init_cfg = self.init_cfg or []
+        cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
+        pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
+        return pretrained, [cfg for cfg in cfgs if cfg not in pretrained]
+
+    def _warn_random(self) -> None:
+        """Do nothing: weights come with ``init_weights()`` or with the whole model's."""
+
+    def init_weights(self) -> None:
+        """Initialize by ``init_cfg``; guided-diffusion weights come last, as in MMEngine."""
+        if self.is_init:
+            return
+        pretrained, others = self._split_init()
+        init_cfg, self.init_cfg = self.init_cfg, others
+        super().init_weights()
+        self.init_cfg = init_cfg
+        for cfg in pretrained:
+            print_log(str(self.load(cfg["checkpoint"], cfg.get("prefix"))), logger="current")
+        if not pretrained:
+            print_log(RANDOM_WEIGHTS, logger="current", level=logging.WARNING)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """MMEngine's ``paramwise_cfg``, with layer-wise learning-rate decay for the U-Net.
+
+    On top of MMEngine's rules (``norm_decay_mult``, ``bias_decay_mult``, ``custom_keys``, ...)
+    ``paramwise_cfg`` may hold
+
+    * ``layer_decay_rate``: the learning rate of U-Net block b is multiplied by
+      ``rate ** (last - b + 1)``, that of the time embedding by ``rate ** (last + 1)``, where
+      ``last`` is the last tapped block; feedback layers, projections and heads keep the base rate.
+
+    Frozen weights are not handed to the optimizer. Parameters of equal settings share one group,
+    which keeps the optimizer's fused and foreach kernels fast. Under FSDP modules have the names
+    that they have without it.
+    """
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
+        """Add the parameters of a module to the groups, by the rules of ``paramwise_cfg``."""
+        name = ".".join(part for part in prefix.split(".") if part != FSDP_PART)
+        super().add_params(params, module, prefix=name, **kwargs)
+        if prefix:
+            return
+        if self.paramwise_cfg.get("flat_decay_mult") is not None and hasattr(module, FSDP_PART):
+            raise ValueError(
+                "paramwise_cfg has flat_decay_mult, but all of FSDP's shards have one dimension: "
+                "use norm_decay_mult and bias_decay_mult"
+            )
+        scales = layer_scales(module, self.paramwise_cfg.get("layer_decay_rate", 1.0))
+        groups: dict[tuple, dict] = {}
+        for group in params:
+            settings = {key: value for key, value in group.items() if key != "params"}
+            (parameter,) = group["params"]
+            if id(parameter) in scales:
+                settings["lr"] = settings.get("lr", self.base_lr) * scales[id(parameter)]
+            key = tuple(sorted(settings.items()))
+            groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
+        params[:] = groups.values()

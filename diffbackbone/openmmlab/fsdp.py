@@ -1,0 +1,119 @@
+"""Fully sharded training (FSDP) with MMEngine's FlexibleRunner."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from mmengine._strategy import FSDPStrategy
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.registry import FUNCTIONS, STRATEGIES
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+from diffbackbone.backbone import DiffusionBackbone
+from diffbackbone.models.guided_diffusion import Block
+from diffbackbone.openmmlab.repairs import without_sync_batchnorm
+
+
+@FUNCTIONS.register_module()
+def wrap_blocks(
+    module: nn.Module, recurse: bool, nonwrapped_numel: int, min_params: int = 2_000_000
+) -> bool:
+    """FSDP's auto-wrap policy: wrap each block of the U-Net and each large layer of a head.
+
+    Heads themselves can't be wrapped: MMSegmentation calls their ``loss`` and ``predict``, and FSDP
+    gathers weights in ``forward`` only. Subclasses of layers are not wrapped, since torch's
+    attention reads the weights of its output projection without calling it.
+    """
+    if recurse:
+        return not isinstance(module, Block)
+    large = type(module) in (nn.Conv2d, nn.Linear) and nonwrapped_numel >= min_params
+    return isinstance(module, Block) or large
+
+
+@STRATEGIES.register_module()
+class WholeFSDPStrategy(FSDPStrategy):
+    """MMEngine's FSDP with exact resuming, clipping by the norm of all shards, and on CPUs too.
+
+    Checkpoints are single files with the whole model's weights. MMEngine 0.10 can't resume FSDP
+    with torch 2.1 and later, whose functions take their arguments in another order; it clips each
+    process's shards by their own norm; and it ignores weights that a checkpoint lacks.
+    """
+
+    def __init__(self, *, state_dict_cfg: str | dict[str, Any] = "full", **kwargs: Any) -> None:
+        super().__init__(state_dict_cfg=state_dict_cfg, **kwargs)
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        self.model_wrapper = wrapper = copy.deepcopy(self.model_wrapper or {})
+        check_evaluation(model, wrapper.get("sharding_strategy"))
+        for module in model.modules():
+            if isinstance(module, DiffusionBackbone):
+                module.save_frozen = True  # FSDP needs all weights in its state dicts
+        if get_device() == "cpu":
+            model = without_sync_batchnorm(model)
+            wrapper["device_id"] = torch.device("cpu")
+            # offloading frees the source tensors, which from CPU to CPU are not copied
+            self.state_dict_config.offload_to_cpu = False
+            self.optim_state_dict_config.offload_to_cpu = False
+        return super()._wrap_model(model)
+
+    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
+        """Build the optimizer's wrapper, which clips gradients by the norm over all processes."""
+        built = super().build_optim_wrapper(optim_wrapper, model)
+        if getattr(built, "clip_func", None) is torch.nn.utils.clip_grad_norm_:
+            built.clip_func = lambda params, *args, **kwargs: model.clip_grad_norm_(*args, **kwargs)
+        return built
+
+    def optim_state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state by parameter names on the first process, {} on others."""
+        whole = FullyShardedDataParallel.optim_state_dict(self.model, self.optim_wrapper.optimizer)
+        own = self.optim_wrapper.state_dict()  # with a loss scaler's, say
+        return {**{key: own[key] for key in own if key not in ("state", "param_groups")}, **whole}
+
+    def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this process's part of the optimizer's state."""
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                "the optimizer's state comes from a run without FSDP: continue with that run's "
+                "config, or use --cfg-options load_from=CHECKPOINT in place of --resume"
+            )
+        mine = FullyShardedDataParallel.optim_state_dict_to_load(
+            model=self.model,
+            optim=self.optim_wrapper.optimizer,
+            optim_state_dict={key: state_dict[key] for key in ("state", "param_groups")},
+        )
+        self.optim_wrapper.load_state_dict({**state_dict, **mine})
+
+    def load_checkpoint(self, filename: str, *, map_location: Any = "cpu", **kwargs: Any) -> dict:
+        """Read a checkpoint into the CPU's memory: it may be too large for a GPU."""
+        where = "cpu" if map_location == "default" else map_location
+        return super().load_checkpoint(filename, map_location=where, **kwargs)
+
+    def load_model_state_dict(
+        self, state_dict: dict[str, Any], *, strict: bool = False, **kwargs: Any
+    ) -> None:
+        """Load this process's part of the weights; warns of missing and unexpected ones."""
+        found = self.model.load_state_dict(state_dict, strict=strict)
+        for what, names in (("lacks", found.missing_keys), ("also has", found.unexpected_keys)):
+            if names:
+                print_log(
+                    f"the checkpoint {what} {len(names)} weights, such as {', '.join(names[:3])}",
+                    logger="current",
+                    level=logging.WARNING,
+                )
+
+
+def check_evaluation(model: nn.Module, sharding: str | ShardingStrategy | None) -> None:
+    """Reject shardings with which processes wait for each other's sliding windows forever."""
+    name = getattr(sharding, "name", sharding) or "FULL_SHARD"
+    mode = (getattr(model, "test_cfg", None) or {}).get("mode")
+    if mode == "slide" and name in ("FULL_SHARD", "HYBRID_SHARD"):
+        raise ValueError(
+            f"sharding_strategy {name} gathers weights for each window of an image, and processes "
+            "evaluate different numbers of windows: use SHARD_GRAD_OP, or model.test_cfg.mode=whole"
+        )
