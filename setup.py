@@ -1,4 +1,4 @@
-"""Packaging of diffbackbone; the tested versions are listed in README.md."""
+"""Packaging of diffbackbone; docs/install.md lists the tested versions."""
 
 from pathlib import Path
 
@@ -6,44 +6,40 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-MMSEG = [
-    "torch>=2.6",  # older ones can't read MMEngine's checkpoints as weights only
+OPENMMLAB = [
     "mmengine>=0.10.7,<0.11",
-    "mmcv-lite>=2.1.0,<2.2",  # a compiled mmcv 2.1 serves as well, and wins where it is installed
-    "mmsegmentation>=1.2.2,<1.3",
-    "ftfy",  # mmsegmentation imports ftfy and regex without declaring them
-    "regex",
+    "mmcv-lite>=2.1.0,<2.2",  # replaceable by mmcv 2.1 with compiled operators
     "setuptools<82",  # mmengine and mmcv import pkg_resources
     "torchvision",
 ]
-MMPRETRAIN = [
-    "torch>=2.6",
-    "mmengine>=0.10.7,<0.11",
-    "mmcv-lite>=2.1.0,<2.2",
-    "mmpretrain>=1.2.0,<1.3",
-    "setuptools<82",
-    "torchvision",
+MMSEG = [
+    *OPENMMLAB,
+    "mmsegmentation>=1.2.2,<1.3",
+    "ftfy",  # mmsegmentation imports ftfy and regex without declaring them
+    "regex",
 ]
+MMPRETRAIN = [*OPENMMLAB, "mmpretrain>=1.2.0,<1.3"]
 DETECTRON2 = [  # Detectron2 itself is not on PyPI: see its install guide
-    "torch>=2.6",  # shown with 2.11, which the wheel at hand was compiled for
     "fvcore>=0.1.5",
     "pycocotools",
-    "shapely",  # Detectron2 crops polygons by it, but doesn't declare it
+    "shapely",  # Detectron2 crops polygons with it, but doesn't declare it
     "timm",  # Detectron2's ViT, for the comparison with MAE
     "setuptools<82",  # detectron2.model_zoo imports pkg_resources
     "torchvision",
 ]
-SAMPLE = ["scikit-learn", "pillow", "opencv-python", "tqdm"]
-TOOLS = [  # command lines, pictures, classification, pretraining, benchmarks
-    *SAMPLE,
-    "tyro>=0.9",
-    "matplotlib>=3.7",
-    "torchvision",
-    "torchmetrics>=1.4",
+TOOLS = [  # sample data, evaluation, pretraining, benchmarks, plots
     "accelerate>=1.0",
+    "matplotlib>=3.7",
+    "opencv-python",
+    "pillow",
+    "scikit-learn",
+    "torchmetrics>=1.4",
+    "torchvision",
+    "tqdm",
+    "tyro>=0.9",
 ]
-DEEPSPEED = [*MMSEG, "deepspeed>=0.14.5,<0.19"]  # 0.19 lacks a module that MMEngine imports
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py --format onnx
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
 setup(
     name="diffbackbone",
@@ -52,30 +48,32 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.9,<3.14",
+    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["diffbackbone", "diffbackbone.*"]),
     package_data={"diffbackbone": ["py.typed", "weights/*"]},
-    install_requires=[
-        'torch>=2.1; python_version < "3.13"',
-        'torch>=2.6; python_version >= "3.13"',  # 2.5 can't save there: its pickler is read-only
-        "numpy>=1.24",
-        "safetensors>=0.4",
-        "filelock",
-    ],
+    install_requires=["torch>=2.6", "numpy>=1.24", "safetensors>=0.4", "filelock"],
     extras_require={
         "mmseg": MMSEG,
         "mmpretrain": MMPRETRAIN,
-        "deepspeed": DEEPSPEED,
         "detectron2": DETECTRON2,
-        "sample": SAMPLE,
         "tools": TOOLS,
         "export": EXPORT,
-        "dev": [*TOOLS, *EXPORT, "pytest", "pytest-xdist", "ruff==0.17.5"],
+        "docs": DOCS,
+        "dev": [
+            *TOOLS,
+            *EXPORT,
+            *DOCS,
+            "import-linter>=2.1",
+            "nox",
+            "pytest",
+            "pytest-xdist",
+            "ruff==0.17.5",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 14)),
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
 )

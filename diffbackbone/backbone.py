@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
-import hashlib
 import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from reprlib import repr as shorten
 from typing import Any
 
 import torch
@@ -19,13 +16,24 @@ from torch import Tensor, nn
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import Feedback
-from diffbackbone.models.base import as_tuple, check_budget, integer, is_number, resize
-from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.base import (
+    DiffusionModel,
+    as_tuple,
+    check_budget,
+    integer,
+    is_number,
+    resize,
+)
+from diffbackbone.models.gd_config import UNetConfig, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.models.ops import as_type, is_readable
+from diffbackbone.padding import crop_map, pad_to_multiple
+from diffbackbone.utils import weights_digest
 
 MIN_SIZE = 32
 """Smallest height and width of an image, in pixels."""
+MAX_CHANNELS = 8192
+"""Largest number of channels of a map: rejects typos before they allocate huge tensors."""
 RANDOM_WEIGHTS = (
     "DiffusionBackbone: no checkpoint was given, so the U-Net's weights are RANDOM and its "
     "features mean nothing yet. Give a path or URL of guided-diffusion weights, unless you "
@@ -42,7 +50,7 @@ class DiffusionBackbone(nn.Module):
     are padded inside by reflection, and the maps are cropped back.
 
     Args:
-        unet: A preset's name, a configuration (or a dict of its fields), or a built U-Net.
+        unet: A preset's name, a configuration (or a dict of its fields), or a built network.
         checkpoint: Path or URL of guided-diffusion weights; None leaves the U-Net as it is and
             warns that its weights are random.
         timestep: t, 0-based index into the schedule.
@@ -68,9 +76,9 @@ class DiffusionBackbone(nn.Module):
             ``"float16"``, which take half the memory. Norms are computed in float32; maps have the
             images' type.
         schedule: Noise schedule; None takes the one the weights were trained with.
-        save_frozen: Whether ``state_dict()`` holds the weights of a frozen U-Net that came from
-            ``checkpoint``. Without them a training checkpoint is gigabytes smaller; it then holds
-            a digest, and loading it into a backbone with another U-Net is an error.
+        save_frozen: Whether ``state_dict()`` holds the weights of a frozen U-Net that are still
+            those of ``checkpoint``. Without them a training checkpoint is gigabytes smaller; it
+            then holds a digest, and loading it into a backbone with another U-Net is an error.
 
     Attributes:
         channels: Channels of each map.
@@ -86,7 +94,7 @@ class DiffusionBackbone(nn.Module):
 
     def __init__(
         self,
-        unet: str | UNetConfig | Mapping[str, Any] | UNet = "gd256_uncond",
+        unet: str | UNetConfig | Mapping[str, Any] | DiffusionModel = "gd256_uncond",
         checkpoint: str | os.PathLike[str] | None = None,
         timestep: int = 90,
         blocks: Sequence[int] | int = (33, 30, 27, 24),
@@ -116,27 +124,28 @@ class DiffusionBackbone(nn.Module):
             seed,
             schedule,
         )
-        config = _resolve_config(unet)
+        built = isinstance(unet, DiffusionModel)
+        config = unet if built else resolve_config(unet)
         if class_label is None and config.num_classes is not None:
-            if isinstance(unet, UNet):
+            if built:
                 raise ValueError(
                     f"the U-Net has a label embedding ({config.num_classes} classes): give "
                     "class_label, or build it from config.replace(num_classes=None)"
                 )
             config = config.replace(num_classes=None)
-        self.class_label = _check_label(class_label, config)
+        self.class_label = _check_label(class_label, config.num_classes)
         self.blocks = config.blocks.check(as_tuple("blocks", blocks))
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
         self.timestep = self.schedule.check_timestep(timestep)
         if noise not in NOISE_POLICIES:
             raise ValueError(
-                f"noise must be one of {', '.join(NOISE_POLICIES)}, got {shorten(noise)}"
+                f"noise must be one of {', '.join(NOISE_POLICIES)}, got {noise!r:.200}"
             )
         self.noise = noise
         self.seed = seed
         self.frozen = freeze
         self.save_frozen = save_frozen
-        self._digest: Tensor | None = None  # of the weights that a file brought
+        self._left_out: tuple[Tensor, Tensor] | None = None  # digests of checkpoint's weights
         self._dtype = _check_dtype(dtype, freeze)
         self._field: tuple[Any, Tensor] | None = None  # fixed noise, kept for the next call
         self._largest = 0  # pixels of the largest image seen
@@ -144,7 +153,11 @@ class DiffusionBackbone(nn.Module):
         taps = [config.blocks[b] for b in self.blocks]
         self.strides = _check_strides(out_strides, taps)
         self.resizes = out_strides is not None
-        check_channels("out_channels", out_channels)
+        if out_channels is not None and integer(out_channels) not in range(1, MAX_CHANNELS + 1):
+            raise ValueError(
+                f"out_channels must be an integer from 1 to {MAX_CHANNELS} or None, got "
+                f"{out_channels!r:.200}"
+            )
         self.channels = tuple(out_channels or tap.channels for tap in taps)
 
         self.feedback = None
@@ -153,7 +166,7 @@ class DiffusionBackbone(nn.Module):
             self.feedback = Feedback(config, feedback, first_pass_grad)
             self.feedback.check_taps(self.blocks)
             last = max(last, self.feedback.last_source)
-        if isinstance(unet, UNet):
+        if built:
             if unet.last_block < last:
                 raise ValueError(f"block {last} is needed, but the U-Net ends at {unet.last_block}")
             self.unet = unet
@@ -165,19 +178,18 @@ class DiffusionBackbone(nn.Module):
         self.proj = None
         if out_channels is not None:
             self.proj = nn.ModuleList(nn.Conv2d(tap.channels, out_channels, 1) for tap in taps)
-        deepest = max(config.blocks[b].stride for b in range(1, last + 1))
-        self.size_divisibility = math.lcm(deepest, *self.strides)
+        self.size_divisibility = math.lcm(config.blocks.deepest_stride(last), *self.strides)
         self._freeze_unused()
 
         if checkpoint is not None:
-            self.load(checkpoint)
-        elif not isinstance(unet, UNet):
+            self._load_initial(checkpoint)
+        elif not built:
             self._warn_random()
         if self._dtype is not None:
             self.unet.to(self._dtype)
 
     def _freeze_unused(self) -> None:
-        """Turn gradients off for the U-Net where it is frozen, else for what none reaches."""
+        """Turn gradients off for a frozen U-Net, or for the blocks that no gradient reaches."""
         self.unet.requires_grad_(not self.frozen)
         if self.frozen:
             self.unet.eval()
@@ -191,7 +203,7 @@ class DiffusionBackbone(nn.Module):
             self.unet.out.requires_grad_(False)
 
     def _warn_random(self) -> None:
-        """Say that nothing was loaded."""
+        """Warn that no weights were loaded."""
         warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
@@ -199,19 +211,35 @@ class DiffusionBackbone(nn.Module):
         if self._dtype is not None:
             self.unet.float()
         report = load_checkpoint(self.unet, checkpoint, prefix)
-        if self.frozen and not self.save_frozen:
-            self._digest = _weights_digest(self.unet)  # of float32, whatever type is computed in
         if self._dtype is not None:
             self.unet.to(self._dtype)
         return report
 
+    def _load_initial(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> None:
+        """Load the weights of every backbone built alike, which state dicts may leave out."""
+        load_checkpoint(self.unet, checkpoint, prefix)
+        if self.frozen and not self.save_frozen:
+            saved = _digest_of(self.unet)  # of float32, whatever type is computed in
+            if self._dtype is not None:
+                self.unet.to(self._dtype)
+            self._left_out = _digest_of(self.unet), saved
+
+    def _unet_digest(self) -> tuple[Tensor, bool]:
+        """Digest of the U-Net's present weights, and whether they are those of ``checkpoint``."""
+        digest = _digest_of(self.unet)
+        if self._left_out is not None and torch.equal(digest, self._left_out[0]):
+            return self._left_out[1], True
+        return digest, False
+
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """The weights; those of a frozen U-Net only as a digest if ``save_frozen`` is off."""
+        """Return the weights; a digest stands for those of ``checkpoint`` if ``save_frozen`` is off."""
         state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
-        if self._digest is not None:
-            for key in self.unet.state_dict(prefix=f"{prefix}unet."):
-                del state_dict[key]
-            state_dict[prefix + _DIGEST] = self._digest
+        if self._left_out is not None and not self.save_frozen:
+            digest, left_out = self._unet_digest()
+            if left_out:
+                for key in self.unet.state_dict(prefix=f"{prefix}unet."):
+                    del state_dict[key]
+                state_dict[prefix + _DIGEST] = digest
         return state_dict
 
     def _load_from_state_dict(
@@ -220,8 +248,7 @@ class DiffusionBackbone(nn.Module):
         """Let a frozen U-Net keep its weights where the state dict has only their digest."""
         digest = state_dict.pop(prefix + _DIGEST, None)
         if digest is not None:
-            mine = _weights_digest(self.unet) if self._digest is None else self._digest
-            if not torch.equal(digest.cpu(), mine):
+            if not torch.equal(digest.cpu(), self._unet_digest()[0]):
                 raise CheckpointError(
                     "these weights were trained on a frozen U-Net, whose own weights they don't "
                     "include, and this backbone's U-Net has others: build it with the checkpoint "
@@ -238,7 +265,7 @@ class DiffusionBackbone(nn.Module):
         return self
 
     def forward(self, images: Tensor, y: Tensor | None = None) -> list[Tensor]:
-        """Feature maps of a batch of images.
+        """Compute the feature maps of a batch of images.
 
         Args:
             images: (N, 3, H, W) RGB in [-1, 1]; H and W at least 32, any multiple.
@@ -267,7 +294,7 @@ class DiffusionBackbone(nn.Module):
                 x = self.proj[i](as_type(x, self.proj[i].weight.dtype))
             if size is not None:
                 x = resize(x, size)
-            maps.append(as_type(_crop(x, height, width, stride), images.dtype))
+            maps.append(as_type(crop_map(x, height, width, stride), images.dtype))
         return maps
 
     def forward_taps(
@@ -277,7 +304,7 @@ class DiffusionBackbone(nn.Module):
         blocks: Iterable[int] | None = None,
         y: Tensor | None = None,
     ) -> dict[tuple[int, int], Tensor]:
-        """Raw taps at several timesteps and blocks, neither projected nor resized.
+        """Compute raw taps at several timesteps and blocks, neither projected nor resized.
 
         Args:
             images: See :meth:`forward`.
@@ -294,7 +321,7 @@ class DiffusionBackbone(nn.Module):
                 given twice.
         """
         check_images(images)
-        chosen = self.blocks if blocks is None else self.unet.config.blocks.check(blocks)
+        chosen = self.blocks if blocks is None else self.unet.blocks.check(blocks)
         if max(chosen) > self.unet.last_block:
             raise ValueError(
                 f"blocks {list(chosen)}: this U-Net was built up to block {self.unet.last_block}"
@@ -302,7 +329,7 @@ class DiffusionBackbone(nn.Module):
         steps = self.schedule.check_timesteps(self.timestep if timesteps is None else timesteps)
         height, width = images.shape[-2:]
         return {
-            (t, b): as_type(_crop(x, height, width, self.unet.blocks[b].stride), images.dtype)
+            (t, b): as_type(crop_map(x, height, width, self.unet.blocks[b].stride), images.dtype)
             for t in steps
             for b, x in self._run(images, t, chosen, y).items()
         }
@@ -326,7 +353,7 @@ class DiffusionBackbone(nn.Module):
             return self.unet.forward_features(x_t, t, blocks, y)
 
     def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Noise (3, H, W) that a pixel's coordinates determine.
+        """Return noise (3, H, W) that a pixel's coordinates determine.
 
         A field that holds all sizes seen is kept, unless it would have more than twice the pixels
         of the largest image; then only the last size is kept.
@@ -366,86 +393,22 @@ class DiffusionBackbone(nn.Module):
         )
 
 
-MAX_CHANNELS = 8192
-"""The most channels that a map can be given."""
-
-
-def check_channels(name: str, channels: int | None) -> None:
-    """Check a number of channels; None keeps what there is.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    if channels is not None and not (is_number(channels, int) and 1 <= channels <= MAX_CHANNELS):
-        raise ValueError(
-            f"{name} must be a positive integer or None, got {shorten(channels)} (at most "
-            f"{MAX_CHANNELS})"
-        )
-
-
-def check_names(where: str, noun: str, given: Iterable[Any], allowed: Iterable[str]) -> None:
-    """Check names that a config gives.
-
-    Args:
-        where: What the names are of, for the message.
-        noun: What they are: "field", "argument" or "key".
-        given: The names.
-        allowed: Those that there are.
-
-    Raises:
-        ValueError: There is no such name; the message has the closest, and all.
-    """
-    allowed = list(allowed)
-    for name in given:
-        if name not in allowed:
-            close = difflib.get_close_matches(str(name).lower(), map(str.lower, allowed), 1)
-            hint = [name for name in allowed if name.lower() in close]
-            raise ValueError(
-                f"{where} has no {noun} {shorten(name)}"
-                f"{f' (did you mean {hint[0]!r}?)' if hint else ''}; the {noun}s are "
-                f"{', '.join(allowed)}"
-            )
-
-
 def _check_kinds(flags: Mapping[str, Any], seed: Any, schedule: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):  # the string "False" would count as true
-            raise ValueError(f"{name} must be True or False, got {shorten(value)}")
+            raise ValueError(f"{name} must be True or False, got {value!r:.200}")
     if not is_number(seed, int):
-        raise ValueError(f"seed must be an integer, got {shorten(seed)}")
+        raise ValueError(f"seed must be an integer, got {seed!r:.200}")
     if schedule is not None and not isinstance(schedule, NoiseSchedule):
-        raise ValueError(f"schedule must be a NoiseSchedule or None, got {shorten(schedule)}")
-
-
-def _resolve_config(unet: str | UNetConfig | Mapping[str, Any] | UNet) -> UNetConfig:
-    if isinstance(unet, UNet):
-        return unet.config
-    if isinstance(unet, UNetConfig):
-        return unet
-    if isinstance(unet, str):
-        return UNetConfig.from_preset(unet)
-    if isinstance(unet, Mapping):
-        fields = dict(unet)
-        preset = fields.pop("preset", None)
-        try:
-            base = UNetConfig() if preset is None else UNetConfig.from_preset(preset)
-            return base.replace(**fields)
-        except TypeError as error:
-            allowed = ["preset", *UNetConfig.__dataclass_fields__]
-            check_names("unet", "field", fields, allowed)
-            raise ValueError(f"unet: {error}; the fields are {', '.join(allowed)}") from error
-    raise ValueError(
-        "unet must be a preset's name, a UNetConfig, a dict of its fields or a UNet, got "
-        f"{type(unet).__name__}"
-    )
+        raise ValueError(f"schedule must be a NoiseSchedule or None, got {schedule!r:.200}")
 
 
 def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
-    """The type that a frozen U-Net is kept in; None for float32, which needs no conversion."""
+    """Return the type that a frozen U-Net is stored in; None for float32."""
     names = {str(t).removeprefix("torch."): t for t in _DTYPES}
     chosen = names.get(str(dtype).removeprefix("torch."))
     if chosen is None:
-        raise ValueError(f"dtype must be one of {', '.join(names)}, got {shorten(dtype)}")
+        raise ValueError(f"dtype must be one of {', '.join(names)}, got {dtype!r:.200}")
     if chosen == torch.float32:
         return None
     if not freeze:
@@ -459,15 +422,15 @@ def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_label(label: int | None, config: UNetConfig) -> int | None:
+def _check_label(label: int | None, num_classes: int | None) -> int | None:
     if label is None:
         return None
-    if config.num_classes is None:
+    if num_classes is None:
         raise ValueError(
-            f"class_label={shorten(label)} was given, but the U-Net is not class-conditional"
+            f"class_label={label!r:.200} was given, but the U-Net is not class-conditional"
         )
-    if integer(label) not in range(config.num_classes):
-        raise ValueError(f"class_label must be 0 to {config.num_classes - 1}, got {shorten(label)}")
+    if integer(label) not in range(num_classes):
+        raise ValueError(f"class_label must be 0 to {num_classes - 1}, got {label!r:.200}")
     return integer(label)
 
 
@@ -531,86 +494,10 @@ def _warn_unit_range() -> None:
     )
 
 
-def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Pad at the right and bottom by reflection to multiples of ``multiple``.
-
-    Args:
-        images: (N, C, H, W), of any size.
-        multiple: Positive.
-
-    Returns:
-        (N, C, H', W'); the same tensor where nothing is to be padded.
-    """
-    height, width = (math.ceil(size / multiple) * multiple for size in images.shape[-2:])
-    return pad_to_size(images, height, width)
-
-
-def pad_to_size(images: Tensor, height: int, width: int) -> Tensor:
-    """Pad at the right and bottom by reflection, as often as it takes.
-
-    Args:
-        images: (N, C, H, W), of any size.
-        height: At least H.
-        width: At least W.
-
-    Returns:
-        (N, C, height, width); the same tensor where nothing is to be padded.
-    """
-    for dim, padded in ((-2, height), (-1, width)):
-        size = images.shape[dim]
-        if padded != size:
-            period = max(2 * (size - 1), 1)
-            index = torch.arange(padded, device=images.device) % period
-            index = torch.where(index < size, index, period - index)
-            images = images.index_select(dim, index)
-    return images
-
-
-def _crop(x: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """Cut the map of a padded image back to ceil(H / stride) x ceil(W / stride)."""
-    return x[..., : math.ceil(height / stride), : math.ceil(width / stride)]
-
-
 _DIGEST = "frozen_unet_digest"
+"""Key that stands in a state dict for the weights of a frozen U-Net."""
 
 
-@torch.no_grad()
-def _weights_digest(unet: nn.Module, samples: int = 64) -> Tensor:
-    """SHA-256 over names, shapes and some values of every tensor: (32,) uint8, on the CPU."""
-    digest = hashlib.sha256()
-    picked = []
-    for name, value in unet.state_dict().items():
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        picked.append(value.reshape(-1)[:: max(1, value.numel() // samples)][:samples].float())
-    digest.update(torch.cat(picked).cpu().numpy().tobytes())
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
-
-
-def layer_scales(model: nn.Module, rate: float) -> dict[int, float]:
-    """Learning-rate factors of layer-wise decay for the U-Nets in a model.
-
-    Args:
-        model: Any module with one or more :class:`DiffusionBackbone` inside.
-        rate: In (0, 1]. The factor of U-Net block b is ``rate ** (last - b + 1)``, that of the
-            time embedding ``rate ** (last + 1)``, where ``last`` is the last tapped block.
-
-    Returns:
-        ``{id(parameter): factor}`` for the parameters of the U-Nets; all others keep their rate.
-
-    Raises:
-        ValueError: The rate is out of range, or there is no backbone in the model.
-    """
-    if not (is_number(rate) and 0 < rate <= 1):
-        raise ValueError(f"the layer decay rate must lie in (0, 1], got {shorten(rate)}")
-    backbones = [m for m in model.modules() if isinstance(m, DiffusionBackbone)]
-    if not backbones and rate < 1:
-        raise ValueError(f"layer decay rate {rate}: there is no DiffusionBackbone in the model")
-    scales = {}
-    for backbone in backbones:
-        unet, last = backbone.unet, max(backbone.blocks)
-        for parameter in unet.parameters():  # time and label embedding; blocks are set below
-            scales[id(parameter)] = rate ** (last + 1)
-        for index in range(1, unet.last_block + 1):
-            for parameter in unet.module(index).parameters():
-                scales[id(parameter)] = rate ** max(last - index + 1, 0)
-    return scales
+def _digest_of(unet: nn.Module) -> Tensor:
+    """Return the digest of a U-Net's weights as a tensor (32,) uint8, on the CPU."""
+    return torch.tensor(list(bytes.fromhex(weights_digest(unet))), dtype=torch.uint8)

@@ -12,8 +12,6 @@ infinite is seen. Checksums guard against accidents, not against somebody who re
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import http.client
 import json
 import logging
 import math
@@ -21,12 +19,9 @@ import mmap
 import os
 import pickle
 import re
-import stat
-import urllib.request
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as shorten
 from typing import Any
 
 import torch
@@ -35,29 +30,18 @@ from torch import Tensor
 from diffbackbone._unpickle import allow_globals, check_weights
 from diffbackbone.models.gd_config import NOT_IN_SHAPES, PRESETS, UNetConfig, read_architecture
 from diffbackbone.models.guided_diffusion import UNet
-from diffbackbone.runs import write_whole
-from diffbackbone.utils import UserError
+from diffbackbone.sources import (
+    CheckpointError,
+    find_file,
+    first_line,
+    some_keys,
+)
 
 logger = logging.getLogger(__name__)
 
-_OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
-RELEASED_CHECKPOINTS: dict[str, str] = {
-    "gd64": _OPENAI + "64x64_diffusion.pt",
-    "gd128": _OPENAI + "128x128_diffusion.pt",
-    "gd256": _OPENAI + "256x256_diffusion.pt",
-    "gd256_uncond": _OPENAI + "256x256_diffusion_uncond.pt",
-    "gd512": _OPENAI + "512x512_diffusion.pt",
-    "lsun_bedroom": _OPENAI + "lsun_bedroom.pt",
-    "lsun_cat": _OPENAI + "lsun_cat.pt",
-    "lsun_horse": _OPENAI + "lsun_horse.pt",
-}
-"""Where OpenAI serves the weights of each preset."""
-
-PACKAGED = "diffbackbone://"
-"""What the address of weights that come with this package begins with."""
 METADATA_KEY = "unet_config"
 """Metadata of a safetensors file that hold the fields of :class:`UNetConfig` as JSON."""
-_ANCHOR = "time_embed.0.weight"  # every guided-diffusion model has it, at its root
+ANCHOR = "time_embed.0.weight"  # every guided-diffusion model has it, at its root
 _WRAPPERS = (  # averaged weights first: they are what samples and features are made from
     "ema",
     "ema_state_dict",
@@ -71,25 +55,21 @@ _WRAPPERS = (  # averaged weights first: they are what samples and features are 
     "unet",
     "weights",
 )
-_MAX_WRAPPERS = 8  # a pickle can hold itself
+MAX_WRAPPERS = 8  # a pickle can hold itself
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ZIP = b"PK\x03\x04"
 _ZIP_HEADER = 30 + 2 * 65535  # at most, in front of a part
-# the one thing that torch's weights-only unpickler calls with a size it is told, and fills
+# torch's weights-only unpickler allocates a bytearray of any size that a file asks for
 _BYTEARRAY = re.compile(rb"\nbytearray\n")
 
 
 _CHECKS_WEIGHTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
-"""Whether torch refuses itself what :func:`check_weights` keeps out."""
-
-
-class CheckpointError(UserError):
-    """A checkpoint that can't be used; the message says why, and what would fit."""
+"""Whether torch itself rejects what :func:`check_weights` rejects."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyReport:
-    """What became of each key of a checkpoint.
+    """How each key of a checkpoint was used.
 
     Attributes:
         source: Path or URL of the file.
@@ -130,7 +110,7 @@ def load_checkpoint(
         prefix: Prefix to take where the file holds several U-Nets.
 
     Returns:
-        What became of each key.
+        How each key was used.
 
     Raises:
         FileNotFoundError: No such file; the message gives the address of OpenAI's.
@@ -139,7 +119,7 @@ def load_checkpoint(
             infinite. The U-Net is not changed then.
     """
     config = unet.config
-    state_dict, prefix, foreign = _find_unet(read_checkpoint(source, config), source, prefix)
+    state_dict, prefix, foreign = find_state_dict(read_checkpoint(source, config), source, prefix)
     try:
         found = read_architecture(state_dict)
         if config.num_classes is None:  # a conditional model used without labels
@@ -153,7 +133,7 @@ def load_checkpoint(
         for name, value in found.items()
         if value != getattr(config, name)
     ]
-    stored = _stored_config(_find_file(source))
+    stored = stored_config(find_file(source))
     if stored is not None and not differences:
         differences = _differences_beyond_shapes(stored, config)
     if differences:
@@ -196,7 +176,7 @@ def load_checkpoint(
 def read_unet_config(
     source: str | os.PathLike[str], prefix: str | None = None, **rest: Any
 ) -> UNetConfig:
-    """The architecture of the U-Net in a file.
+    """Read the architecture of the U-Net in a file.
 
     Args:
         source: See :func:`load_checkpoint`.
@@ -208,8 +188,8 @@ def read_unet_config(
         FileNotFoundError: No such file.
         CheckpointError: The file is damaged, holds code or no guided-diffusion U-Net.
     """
-    state_dict, _, _ = _find_unet(read_checkpoint(source), source, prefix)
-    stored = _stored_config(_find_file(source))
+    state_dict, _, _ = find_state_dict(read_checkpoint(source), source, prefix)
+    stored = stored_config(find_file(source))
     if stored is not None:
         told = {name: getattr(stored, name) for name in (*NOT_IN_SHAPES, "num_head_channels")}
         rest = {**told, **rest}
@@ -255,7 +235,7 @@ def read_checkpoint(
         FileNotFoundError: No such file.
         CheckpointError: The file is damaged or holds more than weights.
     """
-    path = _find_file(source, config)
+    path = find_file(source, config)
     name = os.fspath(source)
     try:
         if path.suffix == ".safetensors":
@@ -285,7 +265,7 @@ def read_checkpoint(
 
 
 def _check_torch_file(path: Path) -> bool:
-    """Check what ``torch.load`` doesn't: checksums, and sizes that the file only declares.
+    """Check checksums and declared sizes, which ``torch.load`` doesn't.
 
     Of a file of 2 GB, from memory, the checksums take 0.6 s and :func:`check_finite` 0.2 s on one
     core, where reading and copying the weights takes 1 s.
@@ -309,7 +289,7 @@ def _check_torch_file(path: Path) -> bool:
                     if part.filename.endswith("data.pkl")
                 ]
         if any(_BYTEARRAY.search(content, *span) for span in pickles):
-            raise pickle.UnpicklingError("it asks for a bytearray, which is no weight")
+            raise pickle.UnpicklingError("it asks for a bytearray, which weights never need")
     return packed
 
 
@@ -318,42 +298,16 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
     packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
     if packed or sum(part.file_size for part in parts) > size:
         raise pickle.UnpicklingError(
-            "its parts are compressed, or larger than the file, which torch never writes"
+            "its parts are compressed or larger than the file; torch never writes such files"
         )
     if any(part.CRC for part in parts):  # torch.save can be told to leave them out
         damaged = archive.testzip()
         if damaged:
-            raise pickle.UnpicklingError(f"{damaged} doesn't have its checksum")
+            raise pickle.UnpicklingError(f"the checksum of {damaged} is wrong")
 
 
-def _find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) -> Path:
-    """The local file of a path or URL."""
-    if not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
-        raise CheckpointError(f"a checkpoint is a path or URL, got {shorten(source)}")
-    name = os.fspath(source)
-    if name.startswith(("http://", "https://")):
-        return _download(name)
-    if name.startswith(PACKAGED):
-        return _find_packaged(name)
-    try:
-        path = Path(name).expanduser()
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(
-            f"checkpoint {name} does not exist.\n{_where_to_get(config)}"
-        ) from error
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown ~user, "\0"
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"checkpoint {shorten(name)} can't be reached: {reason}") from error
-    if stat.S_ISDIR(mode):
-        raise CheckpointError(f"checkpoint {name} is a folder, expected a file")
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"checkpoint {name} is a pipe or device, expected a file")
-    return path
-
-
-def _stored_config(path: Path) -> UNetConfig | None:
-    """The architecture in a safetensors file's metadata, if it is there."""
+def stored_config(path: Path) -> UNetConfig | None:
+    """Read the architecture from a safetensors file's metadata; None if it holds none."""
     if path.suffix != ".safetensors":
         return None
     from safetensors import safe_open
@@ -371,7 +325,7 @@ def _stored_config(path: Path) -> UNetConfig | None:
 
 
 def _differences_beyond_shapes(stored: UNetConfig, config: UNetConfig) -> list[str]:
-    """In what U-Nets of the same shapes differ, so that the weights would mean something else."""
+    """List settings that shapes don't show but that change the meaning of the weights."""
     differences = [
         f"{name}: the file has {getattr(stored, name)!r}, this U-Net {getattr(config, name)!r}"
         for name in ("use_new_attention_order", "noise_schedule")
@@ -389,20 +343,20 @@ def _differences_beyond_shapes(stored: UNetConfig, config: UNetConfig) -> list[s
     return differences
 
 
-def _find_unet(
+def find_state_dict(
     content: Any, source: object, prefix: str | None
 ) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
     """Unwrap a checkpoint: the U-Net's state dict, its prefix, and the keys that don't belong."""
     candidates: set[str] = set()
-    for _ in range(_MAX_WRAPPERS):
+    for _ in range(MAX_WRAPPERS):
         if not isinstance(content, Mapping):
             raise CheckpointError(
                 f"{source} holds a {type(content).__name__}, expected a state dict"
             )
         candidates = {
-            key[: -len(_ANCHOR)]
+            key[: -len(ANCHOR)]
             for key, value in content.items()
-            if isinstance(key, str) and key.endswith(_ANCHOR) and isinstance(value, Tensor)
+            if isinstance(key, str) and key.endswith(ANCHOR) and isinstance(value, Tensor)
         }
         wrapper = find_wrapper(content)
         if candidates or wrapper is None:
@@ -411,7 +365,7 @@ def _find_unet(
         content = content[wrapper]
     if not candidates:
         raise CheckpointError(
-            f"{source} holds no guided-diffusion U-Net: no key ends in {_ANCHOR!r} (first keys: "
+            f"{source} holds no guided-diffusion U-Net: no key ends in {ANCHOR!r} (first keys: "
             f"{some_keys(content) or 'none'})"
         )
     if prefix is None and "" in candidates:
@@ -427,22 +381,20 @@ def _find_unet(
     inside = {str(k)[len(prefix) :]: v for k, v in content.items() if str(k).startswith(prefix)}
     wrong = [key for key, value in inside.items() if not _is_plain(value)]
     if wrong:
-        raise CheckpointError(
-            f"{source}: {some_keys(wrong)} are no tensors with values of their own"
-        )
+        raise CheckpointError(f"{source}: {some_keys(wrong)} are not dense tensors")
     foreign = tuple(str(key) for key in content if not str(key).startswith(prefix))
     return inside, prefix, foreign
 
 
 def find_wrapper(content: Mapping[Any, Any]) -> str | None:
-    """The key of the state dict in a checkpoint, None if it has none."""
+    """Return the key of the state dict in a checkpoint; None if it has none."""
     # MMEngine's EMAHook saves the averaged weights as state_dict, the others as ema_state_dict
     names = ("state_dict",) if "message_hub" in content else _WRAPPERS
     return next((name for name in names if isinstance(content.get(name), Mapping)), None)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor that simply has its values: not sparse, nested, quantized or meta."""
+    """Whether a value is a dense CPU tensor: not sparse, nested, quantized or meta."""
     return (
         type(value) in (Tensor, torch.nn.Parameter)
         and not value.is_nested
@@ -452,12 +404,6 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def some_keys(keys: Iterable[Any], count: int = 4) -> str:
-    """The first of some keys, none of them long."""
-    names = [key if isinstance(key, str) else shorten(key) for _, key in zip(range(count), keys)]
-    return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in names)
-
-
 def _fitting_presets(found: Mapping[str, Any]) -> str:
     names = [
         name
@@ -465,94 +411,3 @@ def _fitting_presets(found: Mapping[str, Any]) -> str:
         if all(getattr(preset, field) == value for field, value in found.items())
     ]
     return f"It looks like {' or '.join(names)}; " if names else ""
-
-
-def _find_packaged(name: str) -> Path:
-    """The file of an address such as ``diffbackbone://tiny.safetensors``."""
-    folder = Path(__file__).parent / "weights"
-    files = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
-    wanted = name[len(PACKAGED) :]
-    if wanted not in files:
-        raise FileNotFoundError(
-            f"checkpoint {name} does not exist; this package comes with "
-            f"{', '.join(PACKAGED + file for file in files) or 'none'}"
-        )
-    return files[wanted]
-
-
-def _where_to_get(config: UNetConfig | None) -> str:
-    urls = [
-        url
-        for name, url in RELEASED_CHECKPOINTS.items()
-        if config in (PRESETS[name], PRESETS[name].replace(num_classes=None))
-    ]
-    if urls:
-        return f"OpenAI's file is at {' or '.join(urls)}"
-    return f"OpenAI's files are at {', '.join(RELEASED_CHECKPOINTS.values())}"
-
-
-def _cache_path(url: str) -> Path:
-    """Where the file of an address is kept: in torch.hub's cache, each address for itself."""
-    name = Path(url.split("?")[0]).name
-    if url not in RELEASED_CHECKPOINTS.values():  # which may be there already
-        suffix = Path(name).suffix[:20]
-        digest = hashlib.sha256(url.encode()).hexdigest()
-        name = f"{name.removesuffix(suffix)[:100]}.{digest[:16]}{suffix}"
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
-
-
-def _download(url: str) -> Path:
-    """Fetch a file into torch.hub's cache, with a progress bar; it arrives whole or not at all.
-
-    Of the processes that share a cache the first one downloads, the others wait.
-    """
-    from filelock import FileLock
-
-    path = _cache_path(url)
-    if path.is_file():  # also in a cache that is read-only
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):  # ends with the process that holds it
-            if not path.is_file():
-                logger.info("downloading %s to %s", url, path)
-                write_whole(path, lambda partial: _fetch(url, partial))
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise CheckpointError(
-            f"{url} could not be downloaded ({first_line(error)}); fetch it by other means and "
-            "give the local path"
-        ) from error
-    return path
-
-
-def _fetch(url: str, path: Path) -> None:
-    """Download a file, and check its length and the checksum in its name if it has one.
-
-    Raises:
-        OSError: It was not to be had, or not whole.
-        http.client.HTTPException: The server doesn't keep to the protocol.
-        ValueError: It is no address, or the file doesn't have its checksum.
-    """
-    digest, received = hashlib.sha256(), 0
-    request = urllib.request.Request(url, headers={"User-Agent": "diffbackbone"})
-    with urllib.request.urlopen(request, timeout=60) as response, open(path, "wb") as file:
-        length = response.headers["Content-Length"]
-        size = None if length is None else int(length)
-        with torch.hub.tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024) as bar:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                digest.update(chunk)
-                received += len(chunk)
-                bar.update(len(chunk))
-    if size is not None and received != size:
-        raise OSError(f"the connection ended after {received} of {size} bytes")
-    # torch.hub's and MMEngine's convention; digits alone are rather a date
-    expected = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", Path(url.split("?")[0]).name)
-    if expected and not digest.hexdigest().startswith(expected[1]):
-        raise ValueError(f"its SHA-256 is {digest.hexdigest()}, its name says {expected[1]}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line that is not long."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 300 else f"{line[:297]}..."

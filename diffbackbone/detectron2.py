@@ -40,16 +40,13 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid  # noqa: E402
 from detectron2.solver.build import get_default_optimizer_params  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from diffbackbone.backbone import MAX_CHANNELS  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
-from diffbackbone.backbone import (  # noqa: E402
-    check_channels,
-    check_names,
-    layer_scales,
-    pad_to_multiple,
-    pad_to_size,
-)
 from diffbackbone.models.base import is_number  # noqa: E402
 from diffbackbone.models.gd_config import UNetConfig  # noqa: E402
+from diffbackbone.optim import layer_scales  # noqa: E402
+from diffbackbone.padding import pad_to_multiple, pad_to_size  # noqa: E402
+from diffbackbone.utils import check_names  # noqa: E402
 
 PADDINGS = ("separate", "reflect", "keep")
 """What is done about the padding that brings images of unequal size into one batch."""
@@ -231,7 +228,7 @@ class DiffusionBackbone(_DiffusionBackbone, _WholeBatches):
         save_frozen: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_names("DiffusionBackbone", "argument", kwargs, _ARGUMENTS)
+        check_names("DiffusionBackbone", kwargs, _ARGUMENTS)
         super().__init__(
             _plain(unet),
             checkpoint,
@@ -305,7 +302,10 @@ def _check_pyramid(out_channels: Any, norm: Any) -> None:
         )
     if out_channels is None:
         raise ValueError("out_channels must be a positive integer, got None")
-    check_channels("out_channels", out_channels)
+    if not is_number(out_channels, int) or not 1 <= out_channels <= MAX_CHANNELS:
+        raise ValueError(
+            f"out_channels must be an integer from 1 to {MAX_CHANNELS}, got {out_channels!r:.200}"
+        )
     if norm == "GN" and out_channels % 32:
         raise ValueError(f"norm 'GN' needs out_channels in multiples of 32, got {out_channels}")
 
@@ -514,7 +514,7 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     =========================  =====================================================================
     SOLVER.OPTIMIZER           "SGD" (Detectron2's) or "ADAMW"
     SOLVER.BETAS               AdamW's
-    SOLVER.LAYER_DECAY_RATE    See ``diffbackbone.backbone.layer_scales``; 1.0 for none
+    SOLVER.LAYER_DECAY_RATE    See ``diffbackbone.optim.layer_scales``; 1.0 for none
     SOLVER.AMP.DTYPE           "auto" (bfloat16 where the GPU has it), "bfloat16" or "float16"
     SOLVER.CHECKPOINT_KEEP     How many of the latest checkpoints stay; 0 for all
     SOLVER.CLIP_GRADIENTS      CLIP_TYPE "full_model" too: the norm of all gradients together
@@ -678,7 +678,7 @@ def _check_node(node: CfgNode) -> None:
     names = {bool: "True or False", int: "an integer", float: "a number", str: "a string",
              tuple: "a list", CfgNode: "keys and values"}  # fmt: skip
     known = defaults.MODEL.DIFFUSION
-    check_names("MODEL.DIFFUSION", "key", node, known)
+    check_names("MODEL.DIFFUSION", node, known)
     for key, default in known.items():
         value, kind = node.get(key), type(default)
         if kind in (int, float):
@@ -691,7 +691,7 @@ def _check_node(node: CfgNode) -> None:
                 f"{default!r}, got {shorten(value)}"
             )
     fields = UNetConfig.__dataclass_fields__
-    check_names("MODEL.DIFFUSION.UNET_OPTIONS", "field", node.UNET_OPTIONS, fields)
+    check_names("MODEL.DIFFUSION.UNET_OPTIONS", node.UNET_OPTIONS, fields)
 
 
 def _check_pixels(cfg: CfgNode, input_shape: ShapeSpec) -> None:
@@ -752,11 +752,11 @@ def get_optimizer_params(
 
     Args:
         model: The model.
-        layer_decay_rate: See :func:`diffbackbone.backbone.layer_scales`; needs ``base_lr``.
+        layer_decay_rate: See :func:`diffbackbone.optim.layer_scales`; needs ``base_lr``.
         **kwargs: Arguments of ``get_default_optimizer_params``, ``lr_factor_func`` excepted.
 
     Raises:
-        ValueError: See :func:`diffbackbone.backbone.layer_scales`.
+        ValueError: See :func:`diffbackbone.optim.layer_scales`.
     """
     if layer_decay_rate != 1.0:
         scales = layer_scales(model, layer_decay_rate)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from reprlib import repr as shorten
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffbackbone.models.base import as_tuple, integer
+from diffbackbone.utils import hash_integers
 
 NOISE_POLICIES = ("random", "fixed", "none")
 _WITHOUT_FLOAT64 = ("mps",)
@@ -62,7 +62,7 @@ class NoiseSchedule:
         if number is None or not 0 <= number < self.num_timesteps:
             raise ValueError(
                 f"timestep must be an integer from 0 to {self.num_timesteps - 1} (0-based index "
-                f"into the schedule), got {shorten(t)}"
+                f"into the schedule), got {t!r:.200}"
             )
         return number
 
@@ -76,7 +76,7 @@ class NoiseSchedule:
         numbers = tuple(map(self.check_timestep, given))
         if not numbers or len(set(numbers)) < len(numbers):
             raise ValueError(
-                f"timesteps must name at least one timestep, each once, got {shorten(given)}"
+                f"timesteps must name at least one timestep, each once, got {given!r:.200}"
             )
         return numbers
 
@@ -139,15 +139,7 @@ def coordinate_noise(
         torch.arange(width, device=device),
         indexing="ij",
     )
-    key = _hash(_hash(_hash(c + 0x9E3779B9 + (seed & 0xFFFFFFFF)) ^ y) ^ x)
+    key = hash_integers(hash_integers(hash_integers(c + 0x9E3779B9 + (seed & 0xFFFFFFFF)) ^ y) ^ x)
     uniform = (key.double() + 0.5) / 2**32  # in (0, 1), never 0
-    angle = (_hash(key ^ 0x5851F42D).double() + 0.5) * (2 * math.pi / 2**32)
+    angle = (hash_integers(key ^ 0x5851F42D).double() + 0.5) * (2 * math.pi / 2**32)
     return (torch.sqrt(-2 * torch.log(uniform)) * torch.cos(angle)).float()
-
-
-def _hash(x: Tensor) -> Tensor:
-    """Mix 32-bit integers held in int64: no product reaches 2^63, so it is the same everywhere."""
-    x = x & 0xFFFFFFFF
-    for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    return x ^ (x >> 16)

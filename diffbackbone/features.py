@@ -36,11 +36,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.runs import write_whole
+from diffbackbone.utils import atomic_write as write_whole
+from diffbackbone.utils import weights_digest
 
 try:
     import fcntl
@@ -188,15 +189,6 @@ def tap_shapes(
             side = side if pool is None else min(side, pool)
             shapes[t, b] = (config.blocks[b].channels, side, side)
     return shapes
-
-
-def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and all values of a module's weights."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def feature_settings(

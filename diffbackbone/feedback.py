@@ -44,7 +44,9 @@ def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[
     decoder = [b for b, info in blocks.items() if info.part == "decoder"]
     if isinstance(strategy, Mapping):
         sources = blocks.check(map(_integer, strategy), "feedback sources")
-        mapping = dict(zip(sources, blocks.check(map(_integer, strategy.values()), "targets")))
+        mapping = dict(
+            zip(sources, blocks.check(map(_integer, strategy.values()), "feedback targets"))
+        )
     elif strategy == "all":
         mapping = {source: blocks.mirror(source) for source in decoder}
     elif strategy == "bottleneck":

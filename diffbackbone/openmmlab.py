@@ -27,9 +27,11 @@ from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa:
 from torch import nn  # noqa: E402
 
 from diffbackbone import openmmlab_engine, openmmlab_sharding  # noqa: E402, F401  register
-from diffbackbone.backbone import RANDOM_WEIGHTS, check_names, layer_scales  # noqa: E402
+from diffbackbone.backbone import RANDOM_WEIGHTS  # noqa: E402
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone  # noqa: E402
 from diffbackbone.models.base import is_number  # noqa: E402
+from diffbackbone.optim import layer_scales  # noqa: E402
+from diffbackbone.utils import check_names  # noqa: E402
 
 
 @MODELS.register_module()
@@ -40,9 +42,11 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         unet: A preset's name, or a dict of :class:`diffbackbone.UNetConfig` fields (``preset``
             names the one to start from).
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with guided-diffusion weights, a path
-            or URL. They are loaded by ``init_weights()``, as everywhere in MMEngine.
+            or URL. They are loaded by ``init_weights()``, as everywhere in MMEngine; with
+            ``freeze`` and without ``save_frozen`` already here, since checkpoints lack them.
         pretrained: The older way to write the same, which wins over ``init_cfg``: the
-            checkpoint's path or URL.
+            checkpoint's path or URL. Unlike ``init_cfg``, mmseg's ``init_model`` and mmdet's
+            ``init_detector`` don't remove it from the config.
         **kwargs: All other arguments of :class:`diffbackbone.DiffusionBackbone`.
 
     Raises:
@@ -56,7 +60,7 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         pretrained: str | None = None,
         **kwargs: Any,
     ) -> None:
-        check_names("DiffusionBackbone", "argument", kwargs, _ARGUMENTS)
+        check_names("DiffusionBackbone", kwargs, _ARGUMENTS)
         checkpoint = kwargs.pop("checkpoint", None)
         checkpoint = checkpoint if pretrained is None else pretrained
         _check_init(init_cfg, checkpoint)
@@ -64,6 +68,16 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         if checkpoint is not None:
             init_cfg = {"type": "Pretrained", "checkpoint": checkpoint}
         self.init_cfg = copy.deepcopy(init_cfg)
+        if self.frozen and not self.save_frozen:
+            for cfg in self._split_init()[0]:
+                self._load_initial(cfg["checkpoint"], cfg.get("prefix"))
+
+    def _split_init(self) -> tuple[list[dict], list[dict]]:
+        """The parts of ``init_cfg`` that load weights, and all others."""
+        init_cfg = self.init_cfg or []
+        cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
+        pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
+        return pretrained, [cfg for cfg in cfgs if cfg not in pretrained]
 
     def _warn_random(self) -> None:
         """Nothing yet: weights come with ``init_weights()`` or with the whole model's."""
@@ -77,12 +91,10 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         """
         if self.is_init:
             return
-        init_cfg = self.init_cfg or []
-        init_cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
-        pretrained = [cfg for cfg in init_cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
-        self.init_cfg = [cfg for cfg in init_cfgs if cfg not in pretrained]
+        init_cfg = self.init_cfg
+        pretrained, self.init_cfg = self._split_init()
         super().init_weights()
-        self.init_cfg = init_cfg or None
+        self.init_cfg = init_cfg
         self.is_init = False  # not before the weights are there
         for cfg in pretrained:
             report = self.load(cfg["checkpoint"], cfg.get("prefix"))
@@ -115,7 +127,7 @@ def _check_init(init_cfg: Any, checkpoint: Any) -> None:
                 f"initializers, got {shorten(cfg)}"
             )
         if cfg["type"] in ("Pretrained", PretrainedInit):
-            check_names("init_cfg", "key", cfg, ("type", "checkpoint", "prefix", "map_location"))
+            check_names("init_cfg", cfg, ("type", "checkpoint", "prefix", "map_location"))
             if not isinstance(cfg.get("checkpoint"), (str, os.PathLike)):
                 raise ValueError(
                     "init_cfg needs a checkpoint, a path or URL, got "
@@ -237,7 +249,7 @@ class CheckInputsHook(Hook):
         for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
             if any(kind.__name__ == "IoUMetric" for kind in type(metric).__mro__):
                 given = [metric.metrics] if isinstance(metric.metrics, str) else metric.metrics
-                check_names("iou_metrics", "metric", given, IOU_METRICS)
+                check_names("iou_metrics", given, IOU_METRICS)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Check the labels of a batch.

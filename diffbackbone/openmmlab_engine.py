@@ -265,8 +265,6 @@ class WholeCheckpointHook(CheckpointHook):
             return
         if backend.isfile(path):
             backend.remove(path)
-        elif backend.isdir(path):  # DeepSpeed's
-            backend.rmtree(path)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         # of shards, one process sees what others don't, and would leave them waiting for it

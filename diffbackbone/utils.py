@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-
-from diffbackbone.runs import write_whole as atomic_write
 
 __all__ = [
     "RandomStream",
@@ -54,6 +58,53 @@ class RandomStream(enum.IntEnum):
         return np.random.default_rng([seed, *keys, self])
 
 
+def seed_everything(*keys: int) -> None:
+    """Seed Python's, numpy's and torch's generators from integer keys (at least 0)."""
+    state = np.random.SeedSequence(keys).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]))
+
+
+# torch.save's own words where the disk is full
+_TORCH_WRITER = "PytorchStreamWriter|inline_container|iostream error"
+_ABANDONED = 3600  # seconds since a temporary file was written to
+
+
+def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Write to a temporary file in the same folder, then rename it.
+
+    A process that is killed meanwhile leaves what was there, and a ``.partial-….writing``, which a
+    later call for the same folder removes once nobody has written to it for an hour.
+
+    Args:
+        path: Where to; folders are made. A link stays, its target is written.
+        write: Writes the path that it is given.
+
+    Raises:
+        OSError: It could not be written, for instance on a full disk; what was there stays.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".partial-*.writing"):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
+    # not tempfile's, which only their owner may read; several ranks may write one file
+    partial = path.with_name(f".partial-{uuid.uuid4().hex}.writing")
+    try:
+        write(partial)
+        with open(partial, "r+b") as file:  # Windows syncs no file that is open for reading
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and re.search(_TORCH_WRITER, str(error)):
+            raise OSError(f"{path} could not be written; is the disk full?") from error
+        raise
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file atomically."""
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
@@ -78,12 +129,49 @@ def _finite(value: Any) -> Any:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return the SHA-256 of the names, types, shapes and values of a module's weights."""
+    """Return a digest of the names, shapes and values (in float32) of a module's weights.
+
+    The values enter as sums of their bits times hashed positions, which are computed where the
+    weights are; SHA-256 is taken over these.
+    """
     digest = hashlib.sha256()
+    sums = []
     for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        bits = (value.detach().float().reshape(-1) + 0).view(torch.int32)  # -0 counts as 0
+        positions = torch.arange(1, min(len(bits), _CHUNK) + 1, device=bits.device)
+        factors = hash_integers(positions)
+        sums += [(part * factors[: len(part)]).sum() for part in bits.split(_CHUNK)]
+    digest.update(torch.stack(sums).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+_CHUNK = 1 << 18
+
+
+def hash_integers(x: torch.Tensor) -> torch.Tensor:
+    """Mix 32-bit integers held in int64; no product reaches 2^63, so all devices agree."""
+    x = x & 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def check_names(where: str, given: Iterable[Any], allowed: Iterable[str]) -> None:
+    """Check the names of a config's keys.
+
+    Args:
+        where: The config's part, for the message.
+        given: Names.
+        allowed: Names that exist.
+
+    Raises:
+        ValueError: There is no such name; the message lists all.
+    """
+    allowed = list(allowed)
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"{where} has no {name!r:.200}; choose from {', '.join(allowed)}")
 
 
 def changed_settings(
@@ -128,3 +216,25 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
     heads = [column.rstrip(":") for column in columns]
     rule = "|".join("--:" if column.endswith(":") else "---" for column in columns)
     return "\n".join([line(heads), f"|{rule}|", *map(line, rows)]) + "\n"
+
+
+def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; None if none does."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+def lost_loss(what: str) -> str:
+    """Return the error text for a run whose loss or weights became NaN or infinite.
+
+    Args:
+        what: Observation and iteration, for example "the loss is nan in iteration 12".
+    """
+    return (
+        f"{what}. Nothing was written since: --resume goes on from the last checkpoint. What to "
+        "try: a lower learning rate or a longer warm-up, clipping the norm of all gradients (at 1, "
+        "say), bfloat16 or float32 in place of float16, and a look at that iteration's images and "
+        "labels"
+    )

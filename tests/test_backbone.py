@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import subprocess
 import sys
 import warnings
@@ -13,9 +15,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffbackbone import DiffusionBackbone, UNet, UNetConfig, compat
-from diffbackbone.backbone import _warn_unit_range, pad_to_multiple
+from diffbackbone import CheckpointError, DiffusionBackbone, UNet, UNetConfig, compat
+from diffbackbone.backbone import _warn_unit_range
 from diffbackbone.diffusion import coordinate_noise
+from diffbackbone.padding import pad_to_multiple
 
 SMALL = golden.CONFIGS["narrow256"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*weights are RANDOM")
@@ -322,6 +325,71 @@ def test_half_precision_keeps_the_weights_of_a_file(tmp_path):
     half.load_state_dict(full.state_dict())
 
 
+def add_to(backbone, index):
+    backbone.unet.input_blocks[0][0].weight.data.view(-1)[index] += 1
+
+
+CHANGES = {
+    "state dict": lambda backbone, other: backbone.load_state_dict(other.state_dict()),
+    "parent": lambda backbone, other: torch.nn.Sequential(backbone).load_state_dict(
+        torch.nn.Sequential(other).state_dict()
+    ),
+    "U-Net": lambda backbone, other: backbone.unet.load_state_dict(other.unet.state_dict()),
+    "first value": lambda backbone, other: add_to(backbone, 0),
+    "second value": lambda backbone, other: add_to(backbone, 1),
+    "scale": lambda backbone, other: [p.data.mul_(2) for p in backbone.unet.parameters()],
+    "half": lambda backbone, other: backbone.half(),
+    "unfreeze": lambda backbone, other: add_to(backbone.requires_grad_(), 2),
+}
+
+
+ONE_BLOCK = {
+    "unet": UNetConfig(32, (1, 1), 1, (2,), num_head_channels=16), "blocks": (6,),
+    "out_channels": 8, "out_strides": (2,), "freeze": True, "save_frozen": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unet_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "unet.pt"
+    torch.save(golden.fill(UNet(ONE_BLOCK["unet"])).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_frozen_weights_are_saved(unet_file, change, dtype):
+    settings = {**ONE_BLOCK, "checkpoint": unet_file, "dtype": dtype}
+    backbone, fresh, untouched = (DiffusionBackbone(**settings) for _ in range(3))
+    unchanged = copy.deepcopy(backbone).state_dict()
+    assert not any("unet." in key for key in unchanged)
+    CHANGES[change](backbone, build(**ONE_BLOCK))
+    state = copy.deepcopy(backbone).state_dict()
+    assert set(backbone.unet.state_dict(prefix="unet.")) < set(state)
+    fresh.load_state_dict(state)
+    for name, value in fresh.unet.state_dict().items():
+        assert torch.equal(value, state[f"unet.{name}"].to(value.dtype)), name
+    with pytest.raises(CheckpointError, match="frozen U-Net"):
+        backbone.load_state_dict(unchanged)
+    untouched.load_state_dict(unchanged)
+
+
+def test_unchanged_frozen_weights_are_left_out(unet_file, tmp_path):
+    backbone = DiffusionBackbone(checkpoint=unet_file, **ONE_BLOCK)
+    state = backbone.state_dict()
+    backbone.load(unet_file)
+    other = tmp_path / "other.pt"
+    torch.save(UNet(ONE_BLOCK["unet"]).state_dict(), other)
+    kept = copy.deepcopy(backbone.unet.state_dict())
+    backbone.load(other)
+    assert any("unet." in key for key in backbone.state_dict())  # `checkpoint` is another one
+    backbone.unet.load_state_dict(kept)  # as averaged weights are swapped in and out
+    for same in (backbone, pickle.loads(pickle.dumps(backbone)), backbone.double()):
+        assert same.state_dict().keys() == state.keys()
+    backbone.save_frozen = True
+    assert any("unet." in key for key in backbone.state_dict())
+
+
 def test_fixed_noise_is_computed_once_for_the_largest_size(monkeypatch):
     made = []
 
@@ -344,14 +412,13 @@ def test_fixed_noise_is_computed_once_for_the_largest_size(monkeypatch):
     assert not any("field" in key for key in backbone.state_dict())
 
 
-@pytest.mark.parametrize("turns", [1, 4])
-def test_fixed_noise_keeps_at_most_twice_the_largest_image(turns):
+def test_fixed_noise_keeps_at_most_twice_the_largest_image():
     backbone = build(blocks=(1,), out_strides=None)
-    for turn in range(turns):  # long images, then narrower and longer ones, then high ones
-        for height, width in ((1024 >> turn, 32 << turn), (32 << turn, 1024 >> turn)):
-            field = backbone._fixed_noise(height, width, torch.device("cpu"))
-            assert torch.equal(field, coordinate_noise(3, height, width))
-            assert field.untyped_storage().nbytes() <= 2 * 3 * 4 * 1024 * 32
+    for turn in range(6):  # from high to wide images
+        height, width = 1024 >> turn, 32 << turn
+        field = backbone._fixed_noise(height, width, torch.device("cpu"))
+        assert torch.equal(field, coordinate_noise(3, height, width))
+        assert field.untyped_storage().nbytes() <= 2 * 3 * 4 * 1024 * 32
 
 
 def test_activation_budget_reaches_the_u_net():
@@ -401,12 +468,12 @@ def test_random_weights_are_announced():
         ({"timestep": -1}, "0 to 999"),
         ({"out_strides": (4, 8)}, r"has 2 entries for 4 blocks \(33, 30, 27, 24\)"),
         ({"out_strides": (4, 8, 16, 30)}, "powers of two from"),
-        ({"out_channels": 0}, "positive integer or None, got 0"),
+        ({"out_channels": 0}, "integer from 1 to 8192 or None, got 0"),
         ({"noise": "frozen"}, "random, fixed, none, got 'frozen'"),
         ({"feedback": "both"}, "choose from all, bottleneck"),
         ({"feedback": "windowed", "blocks": (3,), "out_strides": (4,)}, "can't reach the taps"),
         ({"unet": "gd255"}, "unknown preset 'gd255'"),
-        ({"unet": {"preset": "tiny", "width": 3}}, "the fields are preset, model_channels"),
+        ({"unet": {"preset": "tiny", "width": 3}}, "choose from preset, model_channels"),
         ({"unet": 3}, "unet must be a preset's name"),
         ({"dtype": "int8", "freeze": True}, "float32, bfloat16, float16, got 'int8'"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16' needs freeze=True"),

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from diffbackbone import CheckpointError, UNet, UNetConfig, load_checkpoint
-from diffbackbone.checkpoint import RELEASED_CHECKPOINTS, read_checkpoint
+from diffbackbone.checkpoint import read_checkpoint
 from diffbackbone.models.gd_config import PRESETS
+from diffbackbone.sources import RELEASED_CHECKPOINTS
 
 SMALL = UNetConfig(
     model_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, attention_strides=(4,)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+import forked
 import pytest
 import torch
 
+from diffbackbone import UNet, UNetConfig, inspect_unet
 from diffbackbone.checkpoint import CheckpointError, read_unet_config
 from diffbackbone.costs import LiveTensors, block_costs, counting_flops
-from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.guided_diffusion import UNet
+from diffbackbone.inspect_unet import InspectConfig
+from diffbackbone.utils import UserError
 
 REAL = UNetConfig.from_preset("gd256_uncond")
 TINY = UNetConfig.from_preset("tiny")
@@ -39,13 +41,6 @@ def test_parameters_and_shapes(costs):
 def meta(last):
     with torch.device("meta"):
         return UNet(REAL, last_block=last)
-
-
-def test_costs_grow_on_the_way(costs):
-    for before, after in zip(costs.values(), list(costs.values())[1:]):
-        assert after.flops > before.flops
-        assert after.total_parameters > before.total_parameters
-        assert after.activation_bytes >= before.activation_bytes
 
 
 def test_the_type_changes_bytes_only():
@@ -123,37 +118,36 @@ def test_config_of_a_file(tmp_path):
         read_unet_config(tmp_path / "none.pt")
 
 
-def test_tool_takes_what_the_checkpoint_says(capsys, monkeypatch):
-    monkeypatch.syspath_prepend("tools")
-    import inspect_unet
-
-    inspect_unet.entry(["--unet", "tiny", "--size", "64"])
-    expected = capsys.readouterr().out
-    inspect_unet.entry(["--checkpoint", "diffbackbone://tiny.safetensors", "--size", "64"])
-    assert capsys.readouterr().out == expected
-
-
-def test_tool(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend("tools")
-    import inspect_unet
-
-    out = tmp_path / "costs.json"
-    inspect_unet.entry(
-        ["--unet", "tiny", "--size", "60", "100", "--memory", "0.02", "--json", str(out)]
+def test_checkpoints_tell_their_architecture():
+    preset, bundled = (
+        inspect_unet.architecture(InspectConfig(**source))
+        for source in ({"unet": "tiny"}, {"checkpoint": "diffbackbone://tiny.safetensors"})
     )
-    text = capsys.readouterr().out
+    assert bundled.blocks == preset.blocks
+    assert bundled.num_head_channels == preset.num_head_channels != 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unet": "gd255"}, "gd256_uncond"),
+        ({"checkpoint": "none.pt"}, "does not exist"),
+        ({}, "either --unet or --checkpoint"),
+        ({"unet": "tiny", "size": (8,)}, "--size takes"),
+    ],
+)
+def test_options_that_are_wrong(options, message):
+    with pytest.raises((UserError, FileNotFoundError), match=message):
+        inspect_unet.run(InspectConfig(**options))
+
+
+def test_script(tmp_path):
+    out = tmp_path / "costs.json"
+    options = ["--unet", "tiny", "--size", 60, 100, "--memory", 0.02, "--json", out]
+    text = forked.run("tools/inspect_unet.py", *options, log=tmp_path / "log")
     assert "64x128 px, float32, one image" in text
     assert "| 24 | output_blocks.4 | 64 | 16 | 4x8 |" in text
     rows = json.loads(out.read_text())
     assert [row["index"] for row in rows] == list(range(1, 38))
     fitting = [r["index"] for r in rows if 4 * r["total_parameters"] + r["activation_bytes"] <= 2e7]
     assert f"blocks up to {fitting[-1]} fit into 0.02 GB" in text
-    for argv, words in (
-        (["--unet", "gd255"], "gd256_uncond"),
-        (["--checkpoint", str(tmp_path / "none.pt")], "does not exist"),
-    ):
-        with pytest.raises(SystemExit, match=words):
-            inspect_unet.entry(argv)
-    with pytest.raises(SystemExit):
-        inspect_unet.entry(["--unet", "tiny", "--size", "8"])
-    assert "--size is one or two numbers from 32" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_taps_are_the_core_backbones():
     maps = backbone(images)
     assert list(maps) == ["b30", "b24"]
     assert [shape.stride for shape in backbone.output_shape().values()] == [4, 8]
-    core_images = diffbackbone.backbone.pad_to_multiple(images[..., :70, :90], 32)
+    core_images = diffbackbone.padding.pad_to_multiple(images[..., :70, :90], 32)
     for x, y in zip(maps.values(), core(core_images)):
         torch.testing.assert_close(x, y)
 
@@ -184,7 +184,7 @@ def test_padding_policies():
     images = pictures((70, 90), (128, 128))
     batch = normalize(images)
     mirrored = batch.clone()
-    mirrored[0] = diffbackbone.backbone.pad_to_size(batch[:1, :, :70, :90], 128, 128)[0]
+    mirrored[0] = diffbackbone.padding.pad_to_size(batch[:1, :, :70, :90], 128, 128)[0]
     maps = {}
     for padding in ("separate", "reflect", "keep"):
         backbone = make_backbone(TAPS, PADDING=padding).eval()

@@ -25,7 +25,10 @@ from detectron2.utils import comm
 from diffbackbone import detectron2_engine as engine
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import CheckpointError
+from diffbackbone.detectron2 import DiffusionBackbone as Backbone
 from diffbackbone.detectron2 import add_diffusion_config
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 
@@ -373,6 +376,31 @@ def test_checkpoints_are_written_whole(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first.pth", "last_checkpoint"]
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
     torch.testing.assert_close(model.weight.detach(), weight)
+
+
+def test_frozen_weights_of_an_earlier_stage_are_saved(tmp_path):
+    """FREEZE True on MODEL.WEIGHTS whose U-Net was trained, with CHECKPOINT as it was."""
+    path = str(tmp_path / "unet.pt")
+    torch.save(UNet(UNetConfig.from_preset("tiny")).state_dict(), path)
+    tuned, frozen, again = (
+        torch.nn.Sequential(
+            Backbone({"preset": "tiny"}, path, blocks=(3,), out_channels=4, freeze=freeze)
+        ).eval()
+        for freeze in (False, True, True)
+    )
+    for parameter in tuned.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    engine.Checkpointer(tuned, str(tmp_path)).save("stage1")
+    checkpointer = engine.Checkpointer(frozen, str(tmp_path))
+    checkpointer.save("stage0")
+    checkpointer.resume_or_load(str(tmp_path / "stage1.pth"), resume=False)
+    checkpointer.save("stage2")
+    checkpointer = engine.Checkpointer(again, str(tmp_path), strict=True)  # as --eval-only
+    checkpointer.resume_or_load(str(tmp_path / "stage2.pth"), resume=False)
+    for name, value in tuned.state_dict().items():
+        assert torch.equal(again.get_parameter(name), value), name
+    with pytest.raises(CheckpointError, match="frozen U-Net"):
+        checkpointer.load(str(tmp_path / "stage0.pth"))
 
 
 def test_checkpoints_of_another_model(tmp_path):

@@ -146,7 +146,9 @@ def test_official_scripts(folder, tmp_path):
 _base_ = [{str(CONFIG)!r}]
 model = dict(
     data_preprocessor=dict(num_classes=2),
-    backbone=dict(unet="tiny", init_cfg=None),
+    backbone=dict(
+        unet="tiny", init_cfg=dict(checkpoint="diffbackbone://tiny.safetensors"), save_frozen=False
+    ),
     head=dict(in_channels={channels}, num_classes=2, size=4, width=64, topk=(1,)),
 )
 pipeline = [
@@ -178,6 +180,8 @@ train_cfg = dict(max_epochs=2)
         )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
         outputs.append(result.stdout + result.stderr)
+    state = torch.load(tmp_path / "run" / "epoch_2.pth", weights_only=False)["state_dict"]
+    assert not any("unet." in key for key in state)  # the test found them all the same
     scores = [re.findall(r"accuracy/top1: (\d+\.\d+)", output)[-1] for output in outputs]
     assert scores == ["100.0000", "100.0000"]
 

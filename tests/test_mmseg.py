@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from pathlib import Path
 
@@ -350,7 +351,7 @@ def test_metrics_that_do_not_exist_stop_the_run_before_it_starts(metrics):
         getattr(runner, loop).evaluator = Evaluator([IoUMetric(iou_metrics=["mIoU", "mFscore"])])
         check(runner)
         getattr(runner, loop).evaluator = Evaluator([IoUMetric(), IoUMetric(iou_metrics=metrics)])
-        with pytest.raises(ValueError, match=r"no metric 'mIou' \(did you mean 'mIoU'\?\).*mDice"):
+        with pytest.raises(ValueError, match="'mIou'.*mDice"):
             check(runner)
 
 
@@ -428,3 +429,34 @@ def test_official_scripts_train_resume_after_sigkill_and_test(data, tmp_path):
     with Image.open(picture) as image:
         assert image.width > 1000
         assert len(set(image.convert("RGB").getdata())) > 500  # photographs, not a blank page
+
+
+@pytest.mark.parametrize("hooks", [[], [dict(type="EMAHook", begin_iter=2, update_buffers=True)]])
+def test_checkpoints_without_frozen_weights(data, tmp_path, hooks):
+    """They resume and are evaluated as those with them."""
+    found = []
+    for save in (True, False):
+        config, work = tmp_path / f"{save}.py", tmp_path / str(save)
+        config.write_text(
+            f"_base_ = {str(CONFIGS / 'upernet_gd_sample.py')!r}\n"
+            f"model = dict(backbone=dict(freeze=True, save_frozen={save}))\n"
+            f"custom_hooks = {hooks}\n"
+        )
+        log = tmp_path / "log"
+        for iterations, resume in ((4, []),) if save else ((2, []), (4, ["--resume"])):
+            command = ["tools/mmseg_train.py", config, *arguments(data, work, iterations)]
+            forked.run(*command, *resume, log=log)
+        weights = work / "iter_4.pth"
+        command = ["tools/mmseg_test.py", config, weights]
+        output = forked.run(*command, *arguments(data, work / "test", 4), log=log)
+        scores = re.findall(r"mIoU: (\S+)", output)
+        picture = work / "picture.png"
+        command = ["tools/mmseg_visualize.py", config, weights, "--out", picture, "--images", "1"]
+        forked.run(*command, "--cfg-options", f"test_dataloader.dataset.data_root={data}", log=log)
+        state = torch.load(weights, weights_only=False)
+        assert save == any("backbone.unet." in key for key in state["state_dict"])
+        head = state["state_dict"]["decode_head.conv_seg.weight"]
+        found.append((scores, picture.read_bytes(), head))
+    assert found[0][:2] == found[1][:2]
+    assert scores
+    assert torch.equal(found[0][2], found[1][2])

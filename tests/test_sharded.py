@@ -1,11 +1,9 @@
-"""MMEngine's FlexibleRunner with FSDP and DeepSpeed, by MMSegmentation's own scripts (gloo)."""
+"""MMEngine's FlexibleRunner with FSDP, by MMSegmentation's own scripts (gloo)."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import pickle
 import runpy
 import subprocess
 import sys
@@ -25,10 +23,8 @@ import diffbackbone.mmseg  # noqa: F401  registers
 from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.openmmlab_sharding import (
-    WholeDeepSpeedStrategy,
     WholeFSDPStrategy,
     _check_evaluation,
-    _only_weights,
     wrap_blocks,
 )
 
@@ -82,20 +78,14 @@ for arguments in json.loads({jobs!r}):
 """
 
 
-STRATEGY = {
-    "": "",
-    "fsdp": "strategy = dict(model_wrapper=dict(auto_wrap_policy=dict(min_params=500)))\n",
-    "deepspeed": """
-optim_wrapper["type"] = "DeepSpeedOptimWrapper"
-strategy = dict(gradient_clipping=optim_wrapper.pop("clip_grad")["max_norm"])
-""",
-}
+STRATEGY = "strategy = dict(model_wrapper=dict(auto_wrap_policy=dict(min_params=500)))\n"
 
 
-def write_config(path, sharding="", **values):
-    bases = ["upernet_gd_sample.py", *([f"_base_/{sharding}.py"] if sharding else [])]
+def write_config(path, sharded=False, **values):
+    bases = ["upernet_gd_sample.py", *(["_base_/fsdp.py"] if sharded else [])]
     names = [str(CONFIGS / base) for base in bases]
-    path.write_text(f"_base_ = {names}\n{SMALL.format(steps=STEPS, **values)}{STRATEGY[sharding]}")
+    text = f"_base_ = {names}\n{SMALL.format(steps=STEPS, **values)}"
+    path.write_text(text + (STRATEGY if sharded else ""))
     return path
 
 
@@ -148,30 +138,23 @@ def compare_states(states, model):
             assert torch.allclose(states[1][name][key], state[key], rtol=0, atol=1e-6), name
 
 
-needs_deepspeed = pytest.mark.skipif(
-    not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed"
-)
-
-
 @pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),
     reason="torch.distributed has no gloo backend",
 )
-@pytest.mark.parametrize("sharding", ["fsdp", pytest.param("deepspeed", marks=needs_deepspeed)])
-def test_two_sharded_processes_train_as_one(tmp_path, monkeypatch, small_model, capfd, sharding):
+def test_two_sharded_processes_train_as_one(tmp_path, monkeypatch, small_model, capfd):
     tools = ROOT / "tools"
     data = tmp_path / "data"
     make = [tools / "make_sample_data.py", "--out", data, "--train", 6, "--val", 2]
     in_this_process(monkeypatch, tmp_path, *make, "--unlabelled", 1)
     values = dict(data=data / "ADEChallengeData2016", init=tmp_path / "init.pth")
-    sharded = write_config(tmp_path / "sharded.py", sharding, batch=2, **values)
+    sharded = write_config(tmp_path / "sharded.py", sharded=True, batch=2, **values)
     plain = write_config(tmp_path / "plain.py", batch=4, **values)
     model = small_model(plain)
     torch.save({"state_dict": model.state_dict(), "meta": {}}, tmp_path / "init.pth")
 
     def checkpoint(run):
-        path = tmp_path / run / f"iter_{STEPS}.pth"
-        return path / "weights.pth" if path.is_dir() else path
+        return tmp_path / run / f"iter_{STEPS}.pth"
 
     # a run, and another that goes on from its last checkpoint but one
     train = [str(tools / "mmseg_train.py"), str(sharded), "--launcher", "pytorch", "--work-dir"]
@@ -179,22 +162,18 @@ def test_two_sharded_processes_train_as_one(tmp_path, monkeypatch, small_model, 
     jobs = [[*train, str(tmp_path / "whole")], [*train, str(tmp_path / "resumed"), *resumed]]
     jobs[1] += ["experiment_name=resumed"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    on_a_cpu = {"DS_ACCELERATOR": "cpu"}  # DeepSpeed's; else it asks the compiler
-    # one process takes DeepSpeed's optimizers only once
-    for started in [jobs] if sharding == "fsdp" else [[job] for job in jobs]:
-        worker = WORKER.format(tools=str(tools), jobs=json.dumps(started))
-        (tmp_path / "worker.py").write_text(worker)
-        result = subprocess.run(
-            [*torchrun, "--nproc_per_node=2", str(tmp_path / "worker.py")],
-            cwd=tmp_path,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "1", **on_a_cpu},
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "the checkpoint lacks" not in result.stdout + result.stderr
+    (tmp_path / "worker.py").write_text(WORKER.format(tools=str(tools), jobs=json.dumps(jobs)))
+    result = subprocess.run(
+        [*torchrun, "--nproc_per_node=2", str(tmp_path / "worker.py")],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the checkpoint lacks" not in result.stdout + result.stderr
 
     in_this_process(
         monkeypatch, tmp_path, tools / "mmseg_train.py", plain, "--work-dir", tmp_path / "plain"
@@ -210,9 +189,7 @@ def test_two_sharded_processes_train_as_one(tmp_path, monkeypatch, small_model, 
         moved = max(moved, float((value - model.state_dict()[name]).abs().max()))
     assert moved > 1e-3
     assert not list((tmp_path / "resumed").glob("iter_1.pth"))  # only the last step was done
-    states = [run["optimizer"]["state"] for run in (whole, again) if sharding == "fsdp"]
-    if states:
-        compare_states(states, model)
+    compare_states([run["optimizer"]["state"] for run in (whole, again)], model)
 
     capfd.readouterr()
     test = [tools / "mmseg_test.py", sharded, checkpoint("whole"), "--work-dir", tmp_path / "test"]
@@ -227,18 +204,13 @@ def test_two_sharded_processes_train_as_one(tmp_path, monkeypatch, small_model, 
 # configs and units
 
 
-@pytest.mark.parametrize(
-    ("suffix", "kind"), [("fsdp", "WholeFSDPStrategy"), ("deepspeed", "WholeDeepSpeedStrategy")]
-)
-def test_configs_change_nothing_but_the_strategy(suffix, kind):
+def test_config_changes_nothing_but_the_strategy():
     plain = Config.fromfile(CONFIGS / f"{NAME}.py", import_custom_modules=False).to_dict()
-    sharded = Config.fromfile(CONFIGS / f"{NAME}_{suffix}.py", import_custom_modules=False)
-    assert sharded.runner_type == "FlexibleRunner"
-    assert sharded.strategy.type == kind
-    sharded = sharded.to_dict()
+    sharded = Config.fromfile(CONFIGS / f"{NAME}_fsdp.py", import_custom_modules=False).to_dict()
+    assert sharded["runner_type"] == "FlexibleRunner"
+    assert sharded["strategy"]["type"] == "WholeFSDPStrategy"
     changed = {key for key in sharded if sharded[key] != plain.get(key)} | plain.keys() - sharded
-    assert changed - {"optim_wrapper"} == {"runner_type", "strategy"}
-    assert {**sharded["optim_wrapper"], "type": "OptimWrapper"} == plain["optim_wrapper"]
+    assert changed == {"runner_type", "strategy"}
 
 
 def test_units_are_blocks_and_large_layers():
@@ -261,51 +233,10 @@ def test_units_are_blocks_and_large_layers():
 # errors
 
 
-@pytest.mark.parametrize("strategy", [WholeFSDPStrategy, WholeDeepSpeedStrategy])
 @pytest.mark.parametrize("launcher", [None, "none"])
-def test_a_launcher_is_needed(strategy, launcher, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(ValueError, match=r"needs a launcher.*torchrun .* without one, take"):
-        strategy(env_kwargs=dict(launcher=launcher))
-
-
-def test_deepspeed_is_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'deepspeed<0\.19'"):
-        WholeDeepSpeedStrategy(env_kwargs=dict(launcher="pytorch"))
-
-
-def test_a_deepspeed_too_new_for_mmengine_is_named(monkeypatch):
-    missing = "deepspeed.runtime.fp16.onebit"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != missing or None)
-    with pytest.raises(ImportError, match=rf"{missing}, .*install an older one"):
-        WholeDeepSpeedStrategy(env_kwargs=dict(launcher="pytorch"))
-
-
-@needs_deepspeed
-def test_deepspeed_s_files_run_nothing(tmp_path):
-    class Harmful:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "ran",))
-
-    torch.save({"module": Harmful()}, tmp_path / "mp_rank_00_model_states.pt")
-    with _only_weights(), pytest.raises(pickle.UnpicklingError, match="Unsupported global"):
-        torch.load(tmp_path / "mp_rank_00_model_states.pt", weights_only=False)  # as DeepSpeed asks
-    assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "mp_rank_00_model_states.pt", weights_only=False)
-    assert (tmp_path / "ran").exists()  # so the file is what it seems
-
-
-def test_a_folder_without_weights_is_named(tmp_path):
-    (tmp_path / "iter_7.pth").mkdir()
-    with pytest.raises(ValueError, match=r"iter_7\.pth has no weights\.pth"):
-        WholeDeepSpeedStrategy.load_checkpoint(None, str(tmp_path / "iter_7.pth"))
-
-
-def test_stage_3_is_refused(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(ValueError, match=r"0, 1 or 2, got 3"):
-        WholeDeepSpeedStrategy(zero_optimization=dict(stage=3))
+def test_a_launcher_is_needed(launcher):
+    with pytest.raises(ValueError, match="needs a launcher"):
+        WholeFSDPStrategy(env_kwargs=dict(launcher=launcher))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ sys.path.append(str(TOOLS))
 import _classification as common
 import compare_heads
 import knn
-import make_sample_digits
 import pretrain
 import train_classifier
 from _classification import ToolError
@@ -618,6 +617,18 @@ def test_resumed_run_equals_an_unbroken_one(data, tmp_path, weights, options):
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
+def test_resumed_run_keeps_its_own_frozen_weights(data, tmp_path, weights):
+    train(data, tmp_path / "whole")
+    train(data, tmp_path / "parts", "--epochs", 1)
+    other = ["--checkpoint", weights, "--cache", tmp_path / "cache"]
+    train(data, tmp_path / "parts", "--resume", *other)
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    best = ["--evaluate", tmp_path / "parts/best.pt"]
+    evaluated = [train(data, tmp_path / "eval", *best, *options) for options in ([], other)]
+    _, results = numbers(tmp_path / "whole")
+    assert evaluated[0]["val"] == evaluated[1]["val"] == results["val"]
+
+
 def test_sigkill_costs_an_epoch_at_most(data, tmp_path, weights):
     out = tmp_path / "killed"
     options = ["--head", "attention", "--epochs", "5", "--step", "2", "--lr", "0.003"]
@@ -814,25 +825,6 @@ def test_mirrored_copies_are_no_neighbours(data, tmp_path):
 
 
 # ------------------------------------------------------------------------------- sample, pictures
-
-
-def test_digits_are_real_and_divided(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("cv2")
-    out = tmp_path / "digits"
-    made = make_sample_digits.make_digits(out, size=32, limit=4)
-    assert "40 training and 40 validation images" in made
-    names = [{p.name for p in out.glob(f"{split}/*/*.png")} for split in ("train", "val")]
-    assert len(names[0]) == len(names[1]) == 40
-    assert not names[0] & names[1]
-    assert sorted(p.name for p in (out / "val").iterdir())[3] == "3_three"
-    assert Image.open(next(out.glob("train/*/*.png"))).size == (32, 32)
-    assert "nothing to do" in make_sample_digits.make_digits(out, size=32, limit=4)
-    with pytest.raises(make_sample_digits.SampleDigitsError, match="holds something else"):
-        make_sample_digits.make_digits(out, size=48)
-    with pytest.raises(SystemExit, match="size must be at least 32"):
-        make_sample_digits.main(["--out", str(tmp_path / "x"), "--size", "8"])
-    assert not (tmp_path / "x").exists()
 
 
 def test_heads_are_compared_in_one_table(data, tmp_path, weights, monkeypatch):

@@ -30,7 +30,7 @@ from _classification import ToolError, list_images
 
 from diffbackbone import DiffusionBackbone, UNet, UNetConfig, load_checkpoint
 from diffbackbone.checkpoint import read_unet_config
-from diffbackbone.pretraining import sample_ddim
+from diffbackbone.pretrain.objective import sample_ddim
 
 COUNT = 7
 FIELDS = {

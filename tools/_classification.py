@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"error: {error}; the tools for classification need Pillow and tqdm: "
-        "pip install diffbackbone[sample]"
+        "pip install diffbackbone[tools]"
     ) from error
 
 from diffbackbone import CheckpointError, DiffusionBackbone, NoiseSchedule, runs

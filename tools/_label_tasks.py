@@ -25,7 +25,6 @@ from typing import Any
 import _classification as common
 import _common
 import _detectron2
-import make_sample_data
 import numpy as np
 import sweep
 import torch
@@ -34,9 +33,9 @@ from _classification import FeatureOptions, ImageFolder, Processes, ToolError
 from PIL import Image
 from torch import Tensor, nn
 
-from diffbackbone import UNet, UNetConfig, load_checkpoint
+from diffbackbone import UNet, UNetConfig, load_checkpoint, sample_data
 from diffbackbone.features import FeatureCache, Tap, weights_digest
-from diffbackbone.pretraining import save_safetensors
+from diffbackbone.saving import save_safetensors
 
 TOOLS = Path(__file__).resolve().parent
 WEIGHTS = {
@@ -149,26 +148,23 @@ def make_digit_scenes(out: Path, train: int, val: int, size: int, seed: int = 0)
         val: Validation scenes.
         size: Height and width.
         seed: Of everything drawn.
-
-    Raises:
-        SampleDataError: A package is missing.
     """
     if out.is_dir():
         return
-    config = make_sample_data.SceneConfig(
+    config = sample_data.SceneConfig(
         min_size=size, max_size=size, min_digits=1, max_digits=1, digit_size=DIGIT_SIZE
     )
-    pools = make_sample_data.load_pools(seed)
+    pools = sample_data.load_pools(seed)
     partial = out.with_name(f".{out.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
     for split, count in (("train", train), ("val", val)):
         for index in range(count):
             # other scenes than those of many digits, which count from 0
-            scene = make_sample_data.make_scene(
+            scene = sample_data.make_scene(
                 pools[split], config, seed, split, _FIRST_DIGIT_SCENE + index
             )
             digit = scene.digits[0].digit
-            folder = partial / split / f"{digit}_{make_sample_data.DIGIT_NAMES[digit]}"
+            folder = partial / split / f"{digit}_{sample_data.DIGIT_NAMES[digit]}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(scene.image).save(folder / f"{index:06d}.png")
     partial.replace(out)
@@ -336,7 +332,7 @@ class Lab:
     def scenes(self) -> Path:
         """Folder of the scenes of many digits."""
         root = self.out / "scenes"
-        make_sample_data.make_sample_data(
+        sample_data.make_sample_data(
             root, train=self.recipe.scenes, val=self.recipe.val_scenes, unlabelled=0
         )
         return root

@@ -60,10 +60,10 @@ from _label_tasks import (
     checkpoint_digest,
     config_digests,
 )
-from make_sample_data import SampleDataError
 from PIL import Image, ImageDraw, ImageFont
 
 from diffbackbone.features import CacheError, setting_differences
+from diffbackbone.utils import UserError
 
 FORMAT = "diffbackbone label efficiency 2"  # 2: folds choose the probe where labels are few
 LABELS = (1.0, 0.1, 0.01)
@@ -631,7 +631,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def guarded(args: argparse.Namespace, processes: Processes) -> None:
         try:
             run(args, processes)
-        except SampleDataError as error:
+        except UserError as error:
             raise ToolError(str(error)) from error
 
     common.run_tool(lambda: parse(argv), guarded)

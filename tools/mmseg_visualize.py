@@ -93,8 +93,9 @@ def predict(config: str, checkpoint: str, count: int, options: dict | None = Non
     import torch
     from mmengine.config import Config
     from mmengine.dataset import pseudo_collate
-    from mmseg.apis import init_model
-    from mmseg.registry import DATASETS
+    from mmengine.registry import init_default_scope
+    from mmengine.runner import load_checkpoint
+    from mmseg.registry import DATASETS, MODELS
     from tqdm import tqdm
 
     from diffbackbone.images import read_image, to_uint8
@@ -102,7 +103,10 @@ def predict(config: str, checkpoint: str, count: int, options: dict | None = Non
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(options or {})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = init_model(cfg, checkpoint, device)
+    init_default_scope(cfg.get("default_scope", "mmseg"))
+    model = MODELS.build(cfg.model)  # mmseg's init_model drops init_cfg, hence frozen weights
+    load_checkpoint(model, checkpoint, map_location="cpu")
+    model.to(device).eval()
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))
     rows = []

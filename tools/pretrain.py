@@ -51,20 +51,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from diffbackbone.backbone import _resolve_config
 from diffbackbone.checkpoint import load_checkpoint, read_checkpoint
 from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.images import normalize, resize, to_tensor
-from diffbackbone.models.gd_config import PRESETS, UNetConfig
+from diffbackbone.models.gd_config import PRESETS, UNetConfig, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
-from diffbackbone.pretraining import (
+from diffbackbone.pretrain.objective import (
     DiffusionObjective,
     Ema,
-    guided_diffusion_flags,
     learning_rate,
     sample_ddim,
-    save_safetensors,
 )
+from diffbackbone.saving import guided_diffusion_flags, save_safetensors
 
 FORMAT = "diffbackbone pretraining 1"
 EXPORT_DTYPES = {
@@ -205,7 +203,7 @@ def read_unet(text: str, size: int | None, learn_variance: bool) -> UNetConfig:
         except ValueError as error:
             raise ToolError(f"--unet {text}: not JSON: {error}") from error
     try:
-        config = _resolve_config(given)
+        config = resolve_config(given)
         config = config.replace(
             num_classes=None,
             out_channels=(2 if learn_variance else 1) * config.in_channels,

@@ -560,6 +560,14 @@ def run(
     model = build_model(args, len(train.listing.classes), compute, len(args.lr))
     model.options.batch = math.ceil(args.batch_size / processes.world_size)
     common.warn_random(args, processes)
+    settings = _settings(args, train, val)
+    saved = None
+    last = out / "last.pt"
+    if args.evaluate or last.is_file():
+        saved = read_checkpoint(Path(args.evaluate or last))
+        if not args.evaluate:
+            _check_settings(out, saved["settings"], settings)
+        load_weights(model.backbone, saved["backbone"])  # before features are taken from it
     cached = args.cache and all((Path(args.cache, p) / "manifest.json").is_file() for p in SPLITS)
     if processes.first and not cached and caches is None:
         common.check_images(train)
@@ -571,10 +579,9 @@ def run(
     sources = Source(train, args, processes), Source(val, args, processes)
     if caches is not None:
         sources[0].cache, sources[1].cache = caches
-    settings = _settings(args, train, val)
     if args.evaluate:
-        return _evaluate_only(args, model, sources[1], settings, processes)
-    return _Run(args, model, sources, learn_from, held_out, settings, processes).finish()
+        return _evaluate_only(args, model, saved, sources[1], settings, processes)
+    return _Run(args, model, saved, sources, learn_from, held_out, settings, processes).finish()
 
 
 SPLITS = ("train", "val")
@@ -636,15 +643,22 @@ def _settings(args: argparse.Namespace, train: ImageFolder, val: ImageFolder) ->
     return settings
 
 
+def _check_settings(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    names = [n for n in {**before, **now} if n not in _FREE and before.get(n) != now.get(n)]
+    if names:
+        lines = [f"{n}: {before.get(n)!r} before, {now.get(n)!r} now" for n in names]
+        raise ToolError(f"{out} is a run of other settings:\n  " + "\n  ".join(lines))
+
+
 def _evaluate_only(
     args: argparse.Namespace,
     model: Classifier,
+    saved: Mapping[str, Any],
     source: Source,
     settings: Mapping[str, Any],
     processes: Processes,
 ) -> dict[str, Any]:
     """Evaluate a saved head on the validation images."""
-    saved = read_checkpoint(Path(args.evaluate))
     if saved["settings"]["classes"] != settings["classes"]:
         raise ToolError(f"{args.evaluate} was trained on other classes than those of the data")
     best = saved["best"] or {"index": 0, "lr": saved["settings"]["lr"][0]}  # none chosen yet
@@ -666,6 +680,7 @@ class _Run:
         self,
         args: argparse.Namespace,
         model: Classifier,
+        saved: Mapping[str, Any] | None,
         sources: tuple[Source, Source],
         learn_from: np.ndarray,
         held_out: np.ndarray | None,
@@ -683,23 +698,16 @@ class _Run:
         self.optimizer = build_optimizer(args, model)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
-        if args.resume and (self.out / "last.pt").is_file():
-            self._resume()
+        if saved is not None:
+            self._resume(saved)
         self.wrapped: nn.Module = model
         if processes.world_size > 1:
             devices = [processes.device] if processes.device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
-    def _resume(self) -> None:
-        saved = read_checkpoint(self.out / "last.pt")
-        before, now = saved["settings"], self.settings
-        names = [n for n in {**before, **now} if n not in _FREE and before.get(n) != now.get(n)]
-        if names:
-            lines = [f"{n}: {before.get(n)!r} before, {now.get(n)!r} now" for n in names]
-            raise ToolError(f"{self.out} is a run of other settings:\n  " + "\n  ".join(lines))
+    def _resume(self, saved: Mapping[str, Any]) -> None:
         for index, head in enumerate(self.model.heads):
             head.load_state_dict(saved["heads"][index])
-        self.model.backbone.load_state_dict(saved["backbone"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.history, self.best = saved["history"], saved["best"]
         self.processes.say(f"resumed after epoch {len(self.history)}")

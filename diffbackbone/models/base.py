@@ -160,7 +160,8 @@ def check_budget(budget: float | None) -> float | None:
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (number and budget >= 0):
         raise ValueError(
-            f"activation_budget must be a number of GB from 0, or None for no limit, got {budget!r}"
+            "activation_budget must be a number of GB from 0, or None for no limit, got "
+            f"{budget!r:.200}"
         )
     return budget
 
@@ -170,6 +171,12 @@ class DiffusionModel(nn.Module):
 
     A family builds its modules, sets up the table, and implements :meth:`embed` and
     :meth:`module`.
+
+    Attributes:
+        blocks: The table of all blocks of the architecture.
+        last_block: The last block that is built (1-based).
+        num_classes: Classes of a class-conditional network; None for an unconditional one.
+        noise_schedule: Schedule that the weights were trained with, ``"linear"`` or ``"cosine"``.
 
     Args:
         blocks: The table of all blocks of the architecture.
@@ -183,6 +190,9 @@ class DiffusionModel(nn.Module):
     Raises:
         ValueError: ``last_block`` is not a block number, or the budget is negative.
     """
+
+    num_classes: int | None = None
+    noise_schedule: str = "linear"
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffbackbone.models.base import BlockInfo, BlockTable, is_number
 from diffbackbone.models.ops import GROUPS
+from diffbackbone.utils import check_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,3 +419,29 @@ def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "conv_resample": levels == 1 or not gaps,
         "num_classes": shape(label)[0] if label in state_dict else None,
     }
+
+
+def resolve_config(unet: str | UNetConfig | Mapping[str, Any]) -> UNetConfig:
+    """Return the architecture that a config file or a caller names.
+
+    Args:
+        unet: A preset's name, a configuration, a dict of its fields (``preset`` names the one to
+            start from), or anything that has a configuration as ``config``.
+
+    Raises:
+        ValueError: It is something else, or a field is unknown or out of range.
+    """
+    config = getattr(unet, "config", unet)
+    if isinstance(config, UNetConfig):
+        return config
+    if isinstance(unet, str):
+        return UNetConfig.from_preset(unet)
+    if not isinstance(unet, Mapping):
+        raise ValueError(
+            "unet must be a preset's name, a UNetConfig, a dict of its fields or a UNet, got "
+            f"{type(unet).__name__}"
+        )
+    fields = dict(unet)
+    base = UNetConfig.from_preset(fields.pop("preset")) if "preset" in fields else UNetConfig()
+    check_names("unet", fields, ["preset", *UNetConfig.__dataclass_fields__])
+    return base.replace(**fields)

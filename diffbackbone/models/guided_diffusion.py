@@ -201,6 +201,8 @@ class UNet(DiffusionModel):
     ) -> None:
         super().__init__(config.blocks, last_block, activation_checkpointing, activation_budget)
         self.config = config
+        self.num_classes = config.num_classes
+        self.noise_schedule = config.noise_schedule
         emb_channels = 4 * config.model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, emb_channels),
@@ -275,7 +277,7 @@ class UNet(DiffusionModel):
         Raises:
             ValueError: They are missing, not wanted, out of range or not one for each image.
         """
-        classes = self.config.num_classes
+        classes = self.num_classes
         if (y is None) != (classes is None):
             raise ValueError(
                 f"this U-Net is class-conditional ({classes} classes): labels y are needed, or "

@@ -3,13 +3,13 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-from diffbackbone.checkpoint import RELEASED_CHECKPOINTS
 from diffbackbone.detectron2 import (
     PIXEL_MEAN,
     PIXEL_STD,
     DiffusionBackbone,
     DiffusionSimpleFeaturePyramid,
 )
+from diffbackbone.sources import RELEASED_CHECKPOINTS
 
 model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model  # for its heads
 model.pixel_mean = list(PIXEL_MEAN)

@@ -19,15 +19,14 @@ from diffbackbone import (
     load_checkpoint,
 )
 from diffbackbone.checkpoint import METADATA_KEY, read_unet_config
-from diffbackbone.pretraining import (
+from diffbackbone.pretrain.objective import (
     DiffusionObjective,
     Ema,
     ddim_timesteps,
-    guided_diffusion_flags,
     learning_rate,
     sample_ddim,
-    save_safetensors,
 )
+from diffbackbone.saving import guided_diffusion_flags, save_safetensors
 
 CONFIG = UNetConfig(
     model_channels=32,

@@ -7,20 +7,13 @@ et al., "Denoising Diffusion Implicit Models", 2021.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from diffbackbone.checkpoint import METADATA_KEY
 from diffbackbone.diffusion import NoiseSchedule
-from diffbackbone.models.gd_config import UNetConfig
 
 VLB_WEIGHT = 0.001
 """Weight of the variational bound beside the simple loss (Nichol and Dhariwal, Section 3.1)."""
@@ -222,69 +215,3 @@ def learning_rate(
     if decay and iterations is not None:
         factor = min(factor, max(0.0, (iterations - index) / decay))
     return base * factor
-
-
-def guided_diffusion_flags(config: UNetConfig) -> dict[str, Any]:
-    """The command-line flags that make guided-diffusion's own scripts build this U-Net.
-
-    Raises:
-        ValueError: It has no flags for this architecture.
-    """
-    strides = sorted(config.attention_strides)
-    attention = ",".join(str(config.image_size // stride) for stride in strides)
-    mult = ",".join(str(m) for m in config.channel_mult)
-    if config.image_size == 512 and config.channel_mult == (0.5, 1, 1, 2, 2, 4, 4):
-        mult = ""  # its default for this size; it reads whole numbers only
-    elif any(m != int(m) for m in config.channel_mult):
-        raise ValueError(f"guided-diffusion has no flag for channel_mult {config.channel_mult}")
-    if config.in_channels != 3 or config.out_channels not in (3, 6):
-        raise ValueError(
-            "guided-diffusion's image models have 3 input and 3 or 6 output channels, not "
-            f"{config.in_channels} and {config.out_channels}"
-        )
-    if not (config.resblock_updown or config.conv_resample):
-        raise ValueError("guided-diffusion has no flag for conv_resample=False")
-    return {
-        "image_size": config.image_size,
-        "num_channels": config.model_channels,
-        "channel_mult": mult,
-        "num_res_blocks": config.num_res_blocks,
-        "attention_resolutions": attention,
-        "num_head_channels": config.num_head_channels or -1,
-        "num_heads": config.num_heads,
-        "num_heads_upsample": config.num_heads_upsample or -1,
-        "use_scale_shift_norm": config.use_scale_shift_norm,
-        "resblock_updown": config.resblock_updown,
-        "use_new_attention_order": config.use_new_attention_order,
-        "learn_sigma": config.out_channels == 6,
-        "class_cond": config.num_classes is not None,
-        "dropout": config.dropout,
-        "noise_schedule": config.noise_schedule,
-        "diffusion_steps": 1000,
-    }
-
-
-def save_safetensors(
-    path: str | os.PathLike[str],
-    weights: Mapping[str, Tensor],
-    config: UNetConfig,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write weights as safetensors, with the architecture that shapes can't tell beside them.
-
-    Args:
-        path: The file.
-        weights: A U-Net's state dict.
-        config: Its architecture; ``read_unet_config`` finds it in the file.
-        dtype: What the weights are rounded to.
-
-    Raises:
-        ValueError: A weight does not fit into the type.
-    """
-    from safetensors.torch import save
-
-    rounded = {name: x.detach().to("cpu", dtype).contiguous() for name, x in weights.items()}
-    if lost := [name for name, x in rounded.items() if not torch.isfinite(x).all()]:
-        raise ValueError(f"{lost[0]} and {len(lost) - 1} more tensors are not finite in {dtype}")
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(dataclasses.asdict(config))}
-    Path(path).write_bytes(save(rounded, metadata))

@@ -1,0 +1,1 @@
+"""Train a diffusion U-Net on images without labels."""

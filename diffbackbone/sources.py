@@ -1,0 +1,173 @@
+"""Where weights come from: local files, files of this package, and downloads."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import re
+import stat
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffbackbone.models.gd_config import PRESETS, UNetConfig
+from diffbackbone.utils import UserError, atomic_write
+
+logger = logging.getLogger(__name__)
+
+_OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
+RELEASED_CHECKPOINTS: dict[str, str] = {
+    "gd64": _OPENAI + "64x64_diffusion.pt",
+    "gd128": _OPENAI + "128x128_diffusion.pt",
+    "gd256": _OPENAI + "256x256_diffusion.pt",
+    "gd256_uncond": _OPENAI + "256x256_diffusion_uncond.pt",
+    "gd512": _OPENAI + "512x512_diffusion.pt",
+    "lsun_bedroom": _OPENAI + "lsun_bedroom.pt",
+    "lsun_cat": _OPENAI + "lsun_cat.pt",
+    "lsun_horse": _OPENAI + "lsun_horse.pt",
+}
+"""Where OpenAI serves the weights of each preset."""
+
+PACKAGED = "diffbackbone://"
+"""Prefix of the addresses of weights that ship with this package."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint can't be used; the message says why and what would fit."""
+
+
+def find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) -> Path:
+    """Return the local file of a path or URL, downloaded if need be.
+
+    Args:
+        source: Path, ``http(s)://`` URL, or ``diffbackbone://`` and a file of this package.
+        config: The architecture wanted, to name OpenAI's address if the file is absent.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CheckpointError: It is no regular file, or could not be downloaded.
+    """
+    if not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
+        raise CheckpointError(f"a checkpoint is a path or URL, got {source!r:.200}")
+    name = os.fspath(source)
+    if name.startswith(("http://", "https://")):
+        return _download(name)
+    if name.startswith(PACKAGED):
+        return _find_packaged(name)
+    try:
+        path = Path(name).expanduser()
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"checkpoint {name} does not exist.\n{_where_to_get(config)}"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown ~user, "\0"
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"checkpoint {name!r:.200} can't be reached: {reason}") from error
+    if stat.S_ISDIR(mode):
+        raise CheckpointError(f"checkpoint {name} is a folder, expected a file")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"checkpoint {name} is a pipe or device, expected a file")
+    return path
+
+
+def _find_packaged(name: str) -> Path:
+    """Return the file of an address such as ``diffbackbone://tiny.safetensors``."""
+    folder = Path(__file__).parent / "weights"
+    files = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
+    wanted = name[len(PACKAGED) :]
+    if wanted not in files:
+        raise FileNotFoundError(
+            f"checkpoint {name} does not exist; this package comes with "
+            f"{', '.join(PACKAGED + file for file in files) or 'none'}"
+        )
+    return files[wanted]
+
+
+def _where_to_get(config: UNetConfig | None) -> str:
+    urls = [
+        url
+        for name, url in RELEASED_CHECKPOINTS.items()
+        if config in (PRESETS[name], PRESETS[name].replace(num_classes=None))
+    ]
+    if urls:
+        return f"OpenAI's file is at {' or '.join(urls)}"
+    return f"OpenAI's files are at {', '.join(RELEASED_CHECKPOINTS.values())}"
+
+
+def _cache_path(url: str) -> Path:
+    """Return the cached path of a URL in torch.hub's folder; distinct URLs never share one."""
+    name = Path(url.split("?")[0]).name
+    if url not in RELEASED_CHECKPOINTS.values():  # which may be there already
+        suffix = Path(name).suffix[:20]
+        digest = hashlib.sha256(url.encode()).hexdigest()
+        name = f"{name.removesuffix(suffix)[:100]}.{digest[:16]}{suffix}"
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _download(url: str) -> Path:
+    """Fetch a file into torch.hub's cache, with a progress bar; it arrives whole or not at all.
+
+    Of the processes that share a cache the first one downloads, the others wait.
+    """
+    from filelock import FileLock
+
+    path = _cache_path(url)
+    if path.is_file():  # also in a cache that is read-only
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):  # ends with the process that holds it
+            if not path.is_file():
+                logger.info("downloading %s to %s", url, path)
+                atomic_write(path, lambda partial: _fetch(url, partial))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise CheckpointError(
+            f"{url} could not be downloaded ({first_line(error)}); fetch it by other means and "
+            "give the local path"
+        ) from error
+    return path
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Download a file, and check its length and the checksum in its name if it has one.
+
+    Raises:
+        OSError: It was not to be had, or not whole.
+        http.client.HTTPException: The server doesn't keep to the protocol.
+        ValueError: It is no address, or the file doesn't have its checksum.
+    """
+    digest, received = hashlib.sha256(), 0
+    request = urllib.request.Request(url, headers={"User-Agent": "diffbackbone"})
+    with urllib.request.urlopen(request, timeout=60) as response, open(path, "wb") as file:
+        length = response.headers["Content-Length"]
+        size = None if length is None else int(length)
+        with torch.hub.tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                digest.update(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+    if size is not None and received != size:
+        raise OSError(f"the connection ended after {received} of {size} bytes")
+    # torch.hub's and MMEngine's convention; digits alone are rather a date
+    expected = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", Path(url.split("?")[0]).name)
+    if expected and not digest.hexdigest().startswith(expected[1]):
+        raise ValueError(f"its SHA-256 is {digest.hexdigest()}, its name says {expected[1]}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 300 characters."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:297]}..."
+
+
+def some_keys(keys: Iterable[Any], count: int = 4) -> str:
+    """Join the first few keys for a message, long ones shortened."""
+    names = [key if isinstance(key, str) else repr(key) for _, key in zip(range(count), keys)]
+    return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in names)
