@@ -26,9 +26,8 @@ OLDEST += ["opencv-python==4.10.0.84", "matplotlib<3.10", "scipy<1.14"]  # they 
 
 # names of test files begin with test_ and one of these
 CORE_TESTS = ["backbone", "checkpoint", "costs", "diffusion", "feedback", "heads", "hostile_files"]
-CORE_TESTS += ["models", "ops", "unet"]
-MMSEG_TESTS = ["checkpoint", "mmseg", "openmmlab"]
-OPENMMLAB_TESTS = [*MMSEG_TESTS, "mmpretrain"]
+CORE_TESTS += ["models", "ops", "unet", "unpickle"]
+OPENMMLAB_TESTS = ["checkpoint", "unpickle", "openmmlab"]
 DETECTRON2_TESTS = ["checkpoint", "detectron2"]
 
 
