@@ -58,12 +58,12 @@ FULL = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
 class PretrainConfig:
     """Train a guided-diffusion U-Net on a folder of images without labels.
 
-    Start several processes by torchrun or accelerate launch (FSDP: accelerate launch --use_fsdp).
-    The same command with --resume continues an interrupted run; on a CPU the weights are those of
-    an uninterrupted one to the bit. --out gets the averaged weights, for a backbone at any time of
-    the run: unet.pt under guided-diffusion's names, with its flags in unet.json, and
-    unet.safetensors with the architecture; samples/, loss.png and metrics.jsonl; and last.pt, the
-    state of the run.
+    Start several processes by torchrun or accelerate launch; --use_fsdp --fsdp_version 2
+    --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP of the latter shards the model. The same command
+    with --resume continues an interrupted run; on a CPU the weights are those of an uninterrupted
+    one to the bit. --out gets the averaged weights, for a backbone at any time of the run: unet.pt
+    under guided-diffusion's names, with its flags in unet.json, and unet.safetensors with the
+    architecture; samples/, loss.png and metrics.jsonl; and last.pt, the state of the run.
     """
 
     data: Path
@@ -213,6 +213,7 @@ class Pretraining:
         unet = UNet(self.unet_config, activation_checkpointing=config.activation_checkpointing)
         if config.checkpoint and saved is None:
             load_checkpoint(unet, config.checkpoint)
+        unet._no_split_modules = ["Block"]  # FSDP's units
         self.average = average_weights(unet, config.ema_decay).to(accelerator.device)
         optimizer = torch.optim.AdamW(
             [{"params": list(unet.parameters()), "initial_lr": config.lr}],
