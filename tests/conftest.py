@@ -9,7 +9,7 @@ SLOW = [
     "test_tools_benchmark.py",
     "test_evaluation.py",
     "test_mmseg.py",
-    "test_tools_sweep.py",
+    "test_eval_sweep.py",
     "test_tools_label_efficiency.py",
     "test_export.py",
     "test_sharded.py",
@@ -19,7 +19,7 @@ SLOW = [
     "test_distributed.py",
     "test_hostile_files.py",
     "test_mmpretrain.py",
-    "test_tools_visualize.py",
+    "test_eval_visualize.py",
     "test_detectron2.py",
 ]
 
