@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,8 @@ def draw_heatmap(
         marks: Color and legend of a frame around a cell (row, column).
     """
     count = values.shape
-    figure = Figure((3.4 + 0.62 * count[1], 2.2 + 0.46 * count[0]), layout="constrained")
+    width = 3.4 + 0.62 * count[1]
+    figure = Figure((width, 2.2 + 0.46 * count[0]), layout="constrained")
     axes = figure.subplots()
     low, high = limits or (np.nanmin(values), np.nanmax(values))
     colors = colormaps["YlGnBu"].with_extremes(bad=MISSING_COLOR)
@@ -51,7 +54,8 @@ def draw_heatmap(
     axes.set_xticks(range(count[1]), columns)
     axes.set_yticks(range(count[0]), rows)
     axes.set(xlabel=column_name, ylabel=row_name)
-    axes.set_title(title, fontsize=10)
+    lines = [textwrap.fill(line, int(9 * width)) for line in title.splitlines()]
+    axes.set_title("\n".join(lines), fontsize=10)
     if values.size <= _CELLS_WITH_NUMBERS:
         for i, j in np.argwhere(~np.isnan(values)):
             color = "white" if values[i, j] > (low + 1.4 * high) / 2.4 else "black"
@@ -90,9 +94,9 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
 
 
 def draw_taps(
-    panels: Iterable[tuple[str, np.ndarray, Mapping[tuple[int, int], tuple[np.ndarray, str]]]],
-    extents: Mapping[int, int],
-    size: float = 1.6,
+    panels: Sequence[tuple[str, np.ndarray, Mapping[tuple[int, int], tuple[np.ndarray, str]]]],
+    strides: Mapping[int, int],
+    size: float = 1.1,
     smooth: bool = False,
 ) -> Figure:
     """Draw images with their taps beside them: blocks downward, timesteps to the right.
@@ -100,35 +104,42 @@ def draw_taps(
     Args:
         panels: For each image its name, its pixels (H, W, 3), and for each tap (t, b) the map's
             pixels (h, w, 3) and a caption.
-        extents: Pixels of the image per pixel of the map, of each block.
+        strides: Stride of each block.
         size: Longer side of a map in inches.
         smooth: Interpolate between the map's pixels.
     """
-    panels = list(panels)
     timesteps = list(dict.fromkeys(t for t, _ in panels[0][2]))
     blocks = list(dict.fromkeys(b for _, b in panels[0][2]))
-    heights = [max(0.4, image.shape[0] / max(image.shape[:2])) for _, image, _ in panels]
-    total = (size + 0.25) * len(blocks) * sum(heights) + 0.5 * len(panels)
-    figure = Figure(((size + 0.15) * (len(timesteps) + 1.5) + 0.6, total), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(panels), 1, height_ratios=heights))
+    shapes = [size * np.array(image.shape[:2]) / max(image.shape[:2]) for _, image, _ in panels]
+    height = max((y + 0.3) * len(blocks) + 0.6 for y, _ in shapes)
+    width = max((max(x, 0.8) + 0.1) * (len(timesteps) + 1.5) + 0.5 for _, x in shapes)
+    # about as wide as high
+    columns = min(
+        range(1, len(panels) + 1),
+        key=lambda n: max(n * width, math.ceil(len(panels) / n) * height),
+    )
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure((columns * width, rows * height), layout="constrained")
+    parts = figure.subfigures(rows, columns, squeeze=False).flat
     for part, (name, image, taps) in zip(parts, panels):
-        part.suptitle(name, fontsize=10)
-        widths = [1.5, *[1] * len(timesteps)]
-        grid = part.add_gridspec(len(blocks), len(widths), width_ratios=widths)
+        part.suptitle(name, fontsize=9)
+        grid = part.add_gridspec(
+            len(blocks), len(timesteps) + 1, width_ratios=[1.5, *[1] * len(timesteps)]
+        )
         axes = part.add_subplot(grid[:, 0])
         axes.imshow(image)
         axes.set_axis_off()
         axes.set_title(f"{image.shape[1]} x {image.shape[0]} px", fontsize=7)
         for (t, b), (pixels, caption) in taps.items():
             axes = part.add_subplot(grid[blocks.index(b), timesteps.index(t) + 1])
-            height, width = (side * extents[b] for side in pixels.shape[:2])
+            below, right = (side * strides[b] for side in pixels.shape[:2])
             filter_ = "bicubic" if smooth else "nearest"
-            axes.imshow(pixels, interpolation=filter_, extent=(0, width, height, 0))
+            axes.imshow(pixels, interpolation=filter_, extent=(0, right, below, 0))
             # a map covers the image rounded up to its stride
             axes.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), xticks=[], yticks=[])
-            axes.set_xlabel(caption, fontsize=7)
+            axes.set_xlabel(caption, fontsize=6, labelpad=1)
             if b == blocks[0]:
-                axes.set_title(f"t = {t}", fontsize=9)
+                axes.set_title(f"t = {t}", fontsize=8)
             if t == timesteps[0]:
-                axes.set_ylabel(f"b = {b}", fontsize=9)
+                axes.set_ylabel(f"b = {b}", fontsize=8)
     return figure
