@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SLOW = [
-    "test_detectron2_tools.py",
+    "test_detectron2_training.py",
     "test_faults.py",
     "test_benchmark_steps.py",
     "test_benchmark_timing.py",

@@ -65,7 +65,13 @@ def test_layer_decay(name):
     options = ("SOLVER.OPTIMIZER", name, "SOLVER.LAYER_DECAY_RATE", 0.5, "SOLVER.BASE_LR", 1.0)
     optimizer = build_optimizer(make_config(*options), model)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    assert {rates[id(p)] for p in model.unet.module(22).parameters()} == {0.125}
+    unet = model.unet
+    for module, rate in (
+        (unet.module(24), 0.5),
+        (unet.module(1), 0.5**24),
+        (unet.time_embed, 0.5**25),
+    ):
+        assert {rates[id(p)] for p in module.parameters()} == {rate}
     with pytest.raises(ValueError, match="no DiffusionBackbone"):
         build_optimizer(make_config(*options), torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"\(0, 1\], got 2"):
