@@ -229,7 +229,7 @@ class MaskRCNN(Framework):
     @staticmethod
     def prepare() -> None:
         """Import Detectron2."""
-        import diffbackbone.detectron2_engine  # noqa: F401
+        import diffbackbone.detectron2.engine  # noqa: F401
 
     def config(self) -> Any:
         """Return the config with the case's options."""
@@ -255,7 +255,7 @@ class MaskRCNN(Framework):
         return cfg
 
     def _build(self) -> None:
-        from diffbackbone.detectron2_engine import Trainer, make_step_trainer
+        from diffbackbone.detectron2.engine import Trainer, make_step_trainer
 
         cfg = self.config()
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

@@ -50,18 +50,11 @@ def _run_batch(
     divisibility: int,
     padding: str,
 ) -> dict[str, Tensor]:
-    """Compute the maps of a batch of zero-padded images.
+    """Compute the maps of a batch of zero-padded images (N, 3, H, W).
 
-    Args:
-        images: (N, 3, H, W), normalized and zero-padded.
-        run: The network, for images whose sides are multiples of ``divisibility``.
-        strides: Stride of each map.
-        divisibility: See ``run``.
-        padding: One of :data:`PADDINGS`.
-
-    Returns:
-        Maps (N, C, ceil(H / stride), ceil(W / stride)). With ``"separate"`` they are zero beyond
-        an image's own size, rounded up to ``divisibility``.
+    ``run`` is the network, for images whose sides are multiples of ``divisibility``. The maps are
+    (N, C, ceil(H / stride), ceil(W / stride)); with ``"separate"`` they are zero beyond an image's
+    own size, rounded up to ``divisibility``.
     """
     height, width = images.shape[-2:]
     whole = [(height, width)] * len(images)
@@ -163,7 +156,7 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
         **kwargs: Any,
     ) -> None:
         if padding not in PADDINGS:
-            raise UserError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+            raise UserError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r:.200}")
         super().__init__(
             _plain(unet),
             checkpoint,
@@ -267,14 +260,7 @@ class DiffusionSimpleFeaturePyramid(_Pyramid, SimpleFeaturePyramid):
         self._take_over_padding(net)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the maps of a batch.
-
-        Args:
-            images: (N, 3, H, W) RGB in [-1, 1], zero-padded.
-
-        Returns:
-            ``{"p<l>": (N, C, ceil(H / 2^l), ceil(W / 2^l))}``, from fine to coarse.
-        """
+        """Compute ``{"p<l>": (N, C, ceil(H / 2^l), ceil(W / 2^l))}``, from fine to coarse."""
         return self._forward_batch(images, super().forward)
 
 

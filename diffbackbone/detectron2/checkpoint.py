@@ -50,7 +50,7 @@ class Checkpointer(DetectionCheckpointer):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint, and the state of the run in it."""
         try:
-            return super().load(os.path.expanduser(path), checkpointables)
+            return super().load(os.path.expanduser(path or ""), checkpointables)
         except (CheckpointError, OSError):
             raise
         except Exception as error:  # a damaged or foreign file can fail in any way

@@ -166,12 +166,7 @@ def _check_heads(cfg: CfgNode, pyramid: Backbone) -> None:
 
 
 def check_levels(backbone: Backbone, wanted: Mapping[str, Sequence[str]]) -> None:
-    """Check that a pyramid has the levels that a config's heads read.
-
-    Args:
-        backbone: The pyramid.
-        wanted: Names of levels by the config's key.
-    """
+    """Check that a pyramid has the levels that heads read, given by the config's key."""
     levels = {name: shape.stride for name, shape in backbone.output_shape().items()}
     for key, names in wanted.items():
         missing = [name for name in names if name not in levels]
@@ -183,14 +178,9 @@ def check_levels(backbone: Backbone, wanted: Mapping[str, Sequence[str]]) -> Non
 
 
 def load_yaml(config_file: str, options: Sequence[str] = ()) -> CfgNode:
-    """Load a YAML config on top of Detectron2's defaults; only plain YAML, no code.
+    """Load a YAML config (plain YAML, no code) on top of Detectron2's defaults, frozen.
 
-    Args:
-        config_file: Path of the config.
-        options: Alternating keys and values, which override the file's.
-
-    Returns:
-        Detectron2's ``CfgNode``, frozen.
+    ``options`` are alternating keys and values, which override the file's.
     """
     cfg = get_cfg()
     add_diffusion_config(cfg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +30,6 @@ from torch.utils.data import Dataset, Sampler
 from diffbackbone.sources import first_line
 from diffbackbone.utils import UserError, seed_everything
 
-logger = logging.getLogger(__name__)
-
 SAMPLE_ROOT = "DIFFBACKBONE_SAMPLE_DATA"
 """Environment variable: folder of ``tools/make_sample_data.py``; ``data/sample`` if unset."""
 SAMPLE_CLASSES = (
@@ -48,12 +45,7 @@ SAMPLE_DATASETS = (
 
 
 def register_sample_data(root: str | os.PathLike[str] | None = None) -> None:
-    """Register the sample data, replacing an earlier registration.
-
-    Args:
-        root: Folder that ``tools/make_sample_data.py`` wrote; None takes the environment variable
-            ``DIFFBACKBONE_SAMPLE_DATA``, else ``data/sample``.
-    """
+    """Register the sample data in ``root`` (by default :data:`SAMPLE_ROOT`), replacing older."""
     coco = Path(root or os.environ.get(SAMPLE_ROOT, "data/sample")) / "coco"
     for name in SAMPLE_DATASETS:
         if name in DatasetCatalog:
@@ -204,10 +196,7 @@ def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
 class SeededStream(Dataset):
     """A training set whose random augmentation depends on the seed and the position alone.
 
-    Args:
-        records: Detectron2's dataset dicts.
-        mapper: Makes the model's input from a record; None stands for another image instead.
-        seed: Any integer from 0.
+    ``mapper`` makes the model's input from a record, or returns None to pick another image.
     """
 
     def __init__(
@@ -240,11 +229,9 @@ class SeededStream(Dataset):
 
 
 class PositionedSampler(Sampler):
-    """Pairs of the position in the training run and one of Detectron2's samplers' indices.
+    """Pairs of position in the training run and index, from one of Detectron2's endless samplers.
 
-    Args:
-        sampler: An endless sampler, already split by process.
-        start: Number of this process's indices that were used before.
+    ``start`` is the number of this process's indices that were used before.
     """
 
     def __init__(self, sampler: Sampler, start: int = 0) -> None:

@@ -80,11 +80,7 @@ def check_head_classes(cfg: CfgNode, names: Sequence[str]) -> None:
 
 
 class SeedIterations(HookBase):
-    """Seed all generators before each iteration by the seed, the iteration and the rank.
-
-    Args:
-        seed: From 0.
-    """
+    """Seed all generators before each iteration by the seed, the iteration and the rank."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

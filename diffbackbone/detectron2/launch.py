@@ -36,12 +36,7 @@ def run_training(
 ) -> None:
     """Run a training command with Detectron2's own options.
 
-    Args:
-        argv: Arguments; None takes the process's.
-        suffixes: Suffixes of the configs that the command reads.
-        description: Text of ``--help``.
-        check: Checks the run before processes start.
-        run: Called in each process; must be picklable.
+    ``check`` is called before processes start, ``run`` (picklable) in each process.
     """
     parser = default_argument_parser(epilog=description)
     parser.add_argument("--config", dest="config_file", metavar="FILE", help="same as above")

@@ -46,12 +46,7 @@ CLASSES = ("model.roi_heads.num_classes", "model.num_classes")
 
 
 def load_lazy(config_file: str, options: Sequence[str] = ()) -> Any:
-    """Load a Python config; this runs it.
-
-    Args:
-        config_file: Path of the config.
-        options: Overrides, ``key=value``.
-    """
+    """Load a Python config, which runs it, and apply overrides ``key=value``."""
     cfg = LazyConfig.load(config_file)
     options = [option for option in options if option != "--"]
     for option in options:
@@ -97,12 +92,7 @@ def evaluate(cfg: Any, model: nn.Module) -> Any:
 
 
 def train(cfg: Any, resume: bool = False) -> None:
-    """Train.
-
-    Args:
-        cfg: See :func:`load_lazy`.
-        resume: Whether to continue from the last checkpoint in the output folder.
-    """
+    """Train, with ``resume`` from the last checkpoint in the output folder."""
     seeding = SeedIterations(cfg.dataloader.train.get("seed", 0))
     seed_everything(seeding.seed)
     model = build_model(cfg)

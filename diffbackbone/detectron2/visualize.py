@@ -94,17 +94,7 @@ def choose_weights(detector: Detector, options: Sequence[str]) -> str:
 def predict(
     detector: Detector, weights: str, count: int = 8, score: float = 0.5
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Run a trained detector on images of its test set.
-
-    Args:
-        detector: See :func:`read_config`.
-        weights: Checkpoint.
-        count: Number of images, spread evenly over the test set.
-        score: Smallest score to draw, 0 to 1.
-
-    Returns:
-        Truth and prediction of each image, (H, W, 3) uint8 RGB.
-    """
+    """Draw truth and predictions of ``count`` images of the test set, (H, W, 3) uint8 RGB."""
     model = detector.build().eval()
     Checkpointer(model, strict=True).load(weights)
     records = load_dicts(detector.dataset)
@@ -126,14 +116,9 @@ def predict(
 
 
 def read_curves(folder: str) -> dict[str, list[tuple[int, float]]]:
-    """Read the loss and the average precisions that training logged.
+    """Read (iteration, value) of the loss and AP50 in ``metrics.json``, empty without a log.
 
-    Args:
-        folder: Folder of ``metrics.json``.
-
-    Returns:
-        Iterations and values by name, empty without a log. A resumed run's values replace those
-        logged before for the same iteration.
+    A resumed run's values replace those logged before for the same iteration.
     """
     path = Path(folder, "metrics.json")
     curves: dict[str, dict[int, float]] = {}
@@ -152,12 +137,7 @@ def draw(
     rows: Sequence[tuple[np.ndarray, np.ndarray]],
     curves: Mapping[str, Sequence[tuple[int, float]]],
 ) -> Figure:
-    """Draw truth and prediction of images, and the curves of training below if there are any.
-
-    Args:
-        rows: See :func:`predict`.
-        curves: See :func:`read_curves`.
-    """
+    """Draw truth and prediction of images, and the curves of training below if there are any."""
     columns, lines = 2 * min(COLUMNS, len(rows)), math.ceil(len(rows) / COLUMNS)
     heights = [PANEL / 100] * lines + [2.6] * bool(curves)
     figure = Figure((columns * PANEL / 100, sum(heights)), layout="constrained")
