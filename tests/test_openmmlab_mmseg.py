@@ -232,7 +232,15 @@ def test_layer_decay_and_no_decay_rules():
             optimizer_settings(wrong, layer_decay_rate=rate)
 
 
-def test_frozen_weights_are_no_business_of_the_optimizer():
+def test_flat_decay_is_refused_under_fsdp():
+    model = Segmentor()
+    optimizer_settings(model, flat_decay_mult=0.0)
+    model._fsdp_wrapped_module = torch.nn.Identity()
+    with pytest.raises(ValueError, match="flat_decay_mult"):
+        optimizer_settings(model, flat_decay_mult=0.0)
+
+
+def test_frozen_weights_are_not_given_to_the_optimizer():
     settings, _ = optimizer_settings(Segmentor(freeze=True), norm_decay_mult=0.0)
     assert not any("unet" in name for name in settings)
     assert any("proj" in name for name in settings)
