@@ -287,9 +287,7 @@ def test_size_of_the_whole_system():
     assert round((count + feedback) / 1e6, 1) == 555.6
 
 
-@pytest.mark.parametrize(
-    "dtype", ["bfloat16", "float16", torch.bfloat16]
-)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", torch.bfloat16])
 @pytest.mark.parametrize("feedback", [None, "windowed"])
 @pytest.mark.parametrize("out_channels", [None, 48])
 def test_a_frozen_u_net_in_half_precision(dtype, feedback, out_channels):

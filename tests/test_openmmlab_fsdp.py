@@ -252,3 +252,9 @@ def test_state_without_names_is_refused():
         WholeFSDPStrategy.load_optim_state_dict(
             None, {"state": {}, "param_groups": [{"params": [0, 1]}]}
         )
+
+
+@pytest.mark.parametrize("env", [None, {"launcher": "none"}])
+def test_a_launcher_is_needed(env):
+    with pytest.raises(ValueError, match="needs a launcher"):
+        WholeFSDPStrategy(env_kwargs=env)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import golden
@@ -16,18 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "mmdet" / "mask_rcnn_gd_t75_b24_coco.py"
 
 
-def why_not() -> str | None:
-    """What is missing to run MMDetection."""
-    for module in ("mmengine", "mmcv", "mmdet"):
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed"
-    if not has_compiled_ops():
-        return "mmdet needs mmcv with compiled operators, and this one (mmcv-lite) has none"
-    return None
-
-
-MISSING = why_not()
-needs_mmdet = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+for module in ("mmengine", "mmcv", "mmdet"):
+    pytest.importorskip(module, reason=f"{module} is not installed")
+if not has_compiled_ops():
+    pytest.skip("mmdet needs mmcv with compiled operators", allow_module_level=True)
 
 
 @pytest.fixture
@@ -83,7 +74,6 @@ def batch(sizes=((64, 96), (90, 70))) -> dict:
     return dict(inputs=inputs, data_samples=samples)
 
 
-@needs_mmdet
 @pytest.mark.parametrize("feedback", [None, "bottleneck"])
 def test_mask_rcnn_trains_and_predicts(cfg, feedback):
     from mmengine.optim import build_optim_wrapper
@@ -121,7 +111,6 @@ def test_mask_rcnn_trains_and_predicts(cfg, feedback):
         assert set(found.labels.tolist()) <= {0, 1, 2}
 
 
-@needs_mmdet
 def test_images_arrive_as_rgb_from_minus_one_to_one(cfg):
     from mmdet.registry import MODELS
 
@@ -135,7 +124,6 @@ def test_images_arrive_as_rgb_from_minus_one_to_one(cfg):
     assert images[0, :, 0, 0].tolist() == pytest.approx([1, -1 / 255, -1], abs=1e-6)
 
 
-@needs_mmdet
 def test_weights_come_by_init_cfg(cfg, tmp_path):
     path = tmp_path / "tiny.pt"
     torch.save(golden.fill(UNet(UNetConfig.from_preset("tiny"))).state_dict(), path)
@@ -148,7 +136,6 @@ def test_weights_come_by_init_cfg(cfg, tmp_path):
     assert torch.equal(model.backbone.unet.input_blocks[0][0].weight, expected)
 
 
-@needs_mmdet
 def test_the_config_is_the_detectron2_twin():
     from mmengine.config import Config
 

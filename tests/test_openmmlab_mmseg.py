@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import forked
@@ -233,7 +232,15 @@ def test_layer_decay_and_no_decay_rules():
             optimizer_settings(wrong, layer_decay_rate=rate)
 
 
-def test_frozen_weights_are_no_business_of_the_optimizer():
+def test_flat_decay_is_refused_under_fsdp():
+    model = Segmentor()
+    optimizer_settings(model, flat_decay_mult=0.0)
+    model._fsdp_wrapped_module = torch.nn.Identity()
+    with pytest.raises(ValueError, match="flat_decay_mult"):
+        optimizer_settings(model, flat_decay_mult=0.0)
+
+
+def test_frozen_weights_are_not_given_to_the_optimizer():
     settings, _ = optimizer_settings(Segmentor(freeze=True), norm_decay_mult=0.0)
     assert not any("unet" in name for name in settings)
     assert any("proj" in name for name in settings)
@@ -366,76 +373,34 @@ def arguments(data: Path, work_dir: Path, iterations: int) -> list[str]:
     return ["--work-dir", str(work_dir), "--cfg-options", *listed]
 
 
-CONFIG = str(CONFIGS / "upernet_difffeed_sample.py")
-
-
 def script(name: str) -> str:
     import mmseg
 
     return str(Path(mmseg.__file__).parent / ".mim" / "tools" / name)
 
 
-def test_official_scripts_train_resume_after_sigkill_and_test(data, tmp_path):
-    log = tmp_path / "log"
-    command = [script("train.py"), CONFIG]
-    endless = forked.Script([*command, *arguments(data, tmp_path, 10_000)], log, {})
-    try:
-        deadline = time.monotonic() + 180
-        while not (tmp_path / "last_checkpoint").exists() and time.monotonic() < deadline:
-            assert endless.poll() is None
-            time.sleep(0.2)
-    finally:
-        endless.kill()
-    reached = int((tmp_path / "last_checkpoint").read_text().rsplit("_", 1)[1].split(".")[0])
-    output = forked.run(*command, *arguments(data, tmp_path, reached + 2), "--resume", log=log)
-    assert f"resumed epoch: 0, iter: {reached}" in output
-    assert f"Iter(train) [{reached + 1}/{reached + 2}]" in output
-    assert f"Iter(train) [{reached}/" not in output
-    assert "mIoU" in output
-
-    weights = str(tmp_path / f"iter_{reached + 2}.pth")
-    ours = ["tools/mmseg_test.py", "upernet_difffeed_sample", weights]
-    scores = [
-        [
-            line
-            for line in forked.run(*cmd, *arguments(data, tmp_path / "t", 2), log=log).splitlines()
-            if "mIoU:" in line
-        ][-1]
-        for cmd in ([script("test.py"), CONFIG, weights], ours)
-    ]
-    score = [line.split("mIoU:")[1].split()[0] for line in scores]
-    assert score[0] == score[1]  # "fixed" noise: evaluation does not move from run to run
-
-    picture = tmp_path / "picture.png"
-    visualize = ["tools/mmseg_visualize.py", CONFIG, weights, "--out", picture]
-    roots = [f"{p}_dataloader.dataset.data_root={data}" for p in ("train", "val", "test")]
-    forked.run(*visualize, "--images", "3", "--cfg-options", *roots, log=log)
-    with Image.open(picture) as image:
-        assert image.width > 1000
-        assert len(set(image.convert("RGB").getdata())) > 500  # photographs, not a blank page
-
-
 @pytest.mark.parametrize("hooks", [[], [dict(type="EMAHook", begin_iter=2, update_buffers=True)]])
 def test_checkpoints_without_frozen_weights(data, tmp_path, hooks):
-    """They resume and are evaluated as those with them."""
-    found = []
-    for save in (True, False):
+    """They resume and are evaluated as those with them, which the official scripts train here."""
+    found, log = [], tmp_path / "log"
+    for save, train, test in (
+        (True, script("train.py"), script("test.py")),
+        (False, "tools/mmseg_train.py", "tools/mmseg_test.py"),
+    ):
         config, work = tmp_path / f"{save}.py", tmp_path / str(save)
         config.write_text(
             f"_base_ = {str(CONFIGS / 'upernet_gd_sample.py')!r}\n"
             f"model = dict(backbone=dict(freeze=True, save_frozen={save}))\n"
             f"custom_hooks = {hooks}\n"
         )
-        log = tmp_path / "log"
         for iterations, resume in ((4, []),) if save else ((2, []), (4, ["--resume"])):
-            command = ["tools/mmseg_train.py", config, *arguments(data, work, iterations)]
-            forked.run(*command, *resume, log=log)
-        weights = work / "iter_4.pth"
-        command = ["tools/mmseg_test.py", config, weights]
-        output = forked.run(*command, *arguments(data, work / "test", 4), log=log)
-        scores = re.findall(r"mIoU: (\S+)", output)
-        picture = work / "picture.png"
-        command = ["tools/mmseg_visualize.py", config, weights, "--out", picture, "--images", "1"]
+            command = [train, config, *arguments(data, work, iterations), *resume]
+            output = forked.run(*command, log=log)
+        assert ("Iter(train) [1/4]" in output) == save
+        weights, picture = work / "iter_4.pth", work / "picture.png"
+        command = [test, config, weights, *arguments(data, work / "test", 4)]
+        scores = re.findall(r"mIoU: (\S+)", forked.run(*command, log=log))
+        command = ["tools/mmseg_visualize.py", config, weights, "--out", picture, "--images", "2"]
         forked.run(*command, "--cfg-options", f"test_dataloader.dataset.data_root={data}", log=log)
         state = torch.load(weights, weights_only=False)
         assert save == any("backbone.unet." in key for key in state["state_dict"])
@@ -444,3 +409,6 @@ def test_checkpoints_without_frozen_weights(data, tmp_path, hooks):
     assert found[0][:2] == found[1][:2]
     assert scores
     assert torch.equal(found[0][2], found[1][2])
+    with Image.open(picture) as image:
+        assert image.width > 1000
+        assert len(set(image.convert("RGB").getdata())) > 500  # photographs, not a blank page

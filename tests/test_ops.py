@@ -253,9 +253,7 @@ def test_the_batch_has_no_say_in_the_kernel(size, upsample):
     assert ways[0] == ways[1] == ways[2]
 
 
-@pytest.mark.parametrize(
-    "what", ["float16", "autocast", "strided weight"]
-)
+@pytest.mark.parametrize("what", ["float16", "autocast", "strided weight"])
 def test_other_types_take_the_library_s_convolution(what):
     conv, x = Conv3x3(8, 8), seeded(1, 8, 8, 8)
     if what == "float16":

@@ -368,9 +368,7 @@ def test_bad_activation_budgets(budget):
         UNet(SMALL, activation_budget=budget)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16]
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_runs_in_half_precision(small, dtype):
     x = golden.image("narrow256")
     with torch.no_grad():

@@ -7,6 +7,7 @@ place, after it has removed old ones.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -240,30 +241,15 @@ class WholeCheckpointHook(CheckpointHook):
             self._remove(self._path(outdated))
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
-        backend = self.file_backend
-        self.file_backend = recorder = _RemovalRecorder(backend)
+        backend, removals = self.file_backend, []
+        self.file_backend = copy.copy(backend)  # records what to remove, after writing
+        self.file_backend.remove = self.file_backend.rmtree = removals.append
         try:
             super()._save_best_checkpoint(runner, metrics)
         finally:
             self.file_backend = backend
         several = getattr(self, "best_ckpt_path_dict", {})
         written = {getattr(self, "best_ckpt_path", None), *several.values(), self.last_ckpt}
-        for path in recorder.removals:
+        for path in removals:
             if path not in written:  # a run resumed right there writes the same best again
                 self._remove(path)
-
-
-class _RemovalRecorder:
-    """A storage backend that records removals in place of removing."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self.removals: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def remove(self, path: str) -> None:
-        self.removals.append(path)
-
-    rmtree = remove

@@ -45,6 +45,11 @@ class WholeFSDPStrategy(FSDPStrategy):
     """
 
     def __init__(self, *, state_dict_cfg: str | dict[str, Any] = "full", **kwargs: Any) -> None:
+        if (kwargs.get("env_kwargs") or {}).get("launcher") in (None, "none"):
+            raise ValueError(
+                "FSDP needs a launcher, even on one GPU: torchrun --nproc_per_node=N "
+                "tools/mmseg_train.py CONFIG --launcher pytorch, or --launcher slurm under srun"
+            )
         super().__init__(state_dict_cfg=state_dict_cfg, **kwargs)
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
