@@ -7,25 +7,26 @@ SLOW = [
     "test_faults.py",
     "test_benchmark_steps.py",
     "test_benchmark_timing.py",
-    "test_benchmark_gpu.py",
-    "test_evaluation.py",
+    "test_eval_sweep.py",
     "test_openmmlab_mmseg.py",
-    "test_tools_sweep.py",
-    "test_tools_label_efficiency.py",
+    "test_evaluation.py",
+    "test_eval_label_efficiency.py",
+    "test_eval_classify.py",
     "test_export.py",
     "test_openmmlab_fsdp.py",
-    "test_tools_classification.py",
     "test_openmmlab_commands.py",
-    "test_tools_pretrain.py",
+    "test_pretrain_training.py",
+    "test_benchmark_gpu.py",
     "test_distributed.py",
     "test_hostile_files.py",
     "test_openmmlab_mmpretrain.py",
-    "test_tools_visualize.py",
+    "test_detectron2_visualize.py",
+    "test_detectron2_configs.py",
     "test_detectron2_backbone.py",
 ]
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long come first: begun last, one leaves the other process with nothing."""
+    """Run slow files first, so that no process waits for one that was begun last."""
     order = {name: place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.name, len(SLOW)))
