@@ -285,6 +285,18 @@ def test_accumulated_parts_equal_a_whole_batch(data, tmp_path, weights):
         assert parts["val"][0] == pytest.approx(whole["val"][0], rel=1e-4)
 
 
+def test_resumed_run_keeps_its_own_frozen_weights(data, tmp_path, weights):
+    whole = train(data, tmp_path / "whole")
+    train(data, tmp_path / "parts", epochs=1)
+    other = {"checkpoint": weights, "cache": tmp_path / "cache"}
+    parts = train(data, tmp_path / "parts", resume=True, **other)
+    assert parts["val"] == whole["val"]
+    best = tmp_path / "parts/best.pt"
+    for out, options in (("a", {}), ("b", other)):
+        evaluated = train(data, tmp_path / out, evaluate=best, **options)
+        assert evaluated["val"] == whole["val"]
+
+
 def test_one_diverging_rate_leaves_the_others_alone(data, tmp_path, cache):
     options = {"head": "mlp", "hidden": (8,), "pool": 2, "optimizer": "sgd", "cache": cache}
     results = train(data, tmp_path / "both", lr=(0.1, 1e25), **options)

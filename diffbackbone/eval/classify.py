@@ -76,6 +76,11 @@ def run(
         compute, math.ceil(config.batch_size / accelerator.num_processes / config.accumulate),
     )  # fmt: skip
     model = build_model(config, len(train.classes), spec)
+    settings = _settings(config, train, val)
+    resumed = _read_resumed(config, settings)
+    for content in filter(None, (saved, resumed)):
+        if "backbone" in content:  # before features are computed with it
+            load_weights(model.backbone, content["backbone"])
     if caches is None and config.cache is not None:
         caches = _open_caches(config, model, train, val, accelerator)
     elif caches is None and accelerator.is_main_process:
@@ -85,18 +90,29 @@ def run(
     train_cache, val_cache = caches or (None, None)
     sources = Source(train, train_cache), Source(val, val_cache)
     trainer = Trainer(config, accelerator, model, *sources)
-    settings = _settings(config, train, val)
     if saved is not None:
         return _evaluate(trainer, saved, settings)
-    return _train(trainer, settings)
+    return _train(trainer, resumed, settings)
 
 
-def _train(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
-    config, last = trainer.config, trainer.config.out / "last.pt"
-    saved = read_checkpoint(last) if config.resume and last.is_file() else None
+def _read_resumed(
+    config: ClassifierConfig, settings: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """Read the run to continue, if there is one, and check that its settings are the same."""
+    last = config.out / "last.pt"
+    if config.evaluate is not None or not config.resume or not last.is_file():
+        return None
+    saved = read_checkpoint(last)
+    if changes := changed_settings(saved["settings"], settings, _MAY_CHANGE):
+        raise UserError(f"{config.out} is a run of other settings:\n  " + "\n  ".join(changes))
+    return saved
+
+
+def _train(
+    trainer: Trainer, saved: Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    config = trainer.config
     if saved is not None:
-        if changes := changed_settings(saved["settings"], settings, _MAY_CHANGE):
-            raise UserError(f"{config.out} is a run of other settings:\n  " + "\n  ".join(changes))
         trainer.accelerator.print(f"resumed after epoch {len(saved['history'])}")
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trained //= len(config.lr)
@@ -154,7 +170,6 @@ def _evaluate(
         if saved["settings"]["classes"] != settings["classes"]:
             raise UserError(f"{config.evaluate} was trained on other classes than the data has")
         head = saved["head"] if "head" in saved else saved["heads"][_selected(saved)]
-        load_weights(model.backbone, saved["backbone"])
     load_weights(model.heads[0], head)
     trainer.prepare()
     scores = trainer.evaluate()
