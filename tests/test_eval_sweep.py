@@ -294,7 +294,7 @@ def test_sweep_writes_numbers_figures_and_advice(whole):
 def test_cka_of_a_sweep_is_that_of_its_taps(whole):
     out, _ = whole
     cache = FeatureCache(out / "cache/val")
-    order = np.random.default_rng([0, 6]).permutation(CLASSES * VAL)
+    order = np.random.default_rng([0, 9]).permutation(CLASSES * VAL)
     found = MinibatchCKA(2)
     for part in np.array_split(order, 3):
         found.add([cache.read(part, [tap])[tap].float() for tap in ((90, 12), (90, 24))])
