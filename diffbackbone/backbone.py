@@ -232,7 +232,7 @@ class DiffusionBackbone(nn.Module):
         return digest, False
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """Return the weights; a digest stands for those of ``checkpoint`` if ``save_frozen`` is off."""
+        """Return the weights; with ``save_frozen`` off, a digest in place of unchanged ones."""
         state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
         if self._left_out is not None and not self.save_frozen:
             digest, left_out = self._unet_digest()

@@ -52,8 +52,11 @@ class RandomStream(enum.IntEnum):
     STEP = 3
     HOLDOUT = 4
     SUBSET = 5
-    ORDER = 6
-    SCENES = 7
+    TIMESTEP = 6
+    NOISE = 7
+    SAMPLES = 8
+    ORDER = 9
+    SCENES = 10
 
     def generator(self, seed: int, *keys: int) -> np.random.Generator:
         """Return numpy's generator for ``(seed, *keys)``, each at least 0."""
