@@ -10,7 +10,7 @@ SLOW = [
     "test_benchmark_gpu.py",
     "test_evaluation.py",
     "test_mmseg.py",
-    "test_tools_sweep.py",
+    "test_eval_sweep.py",
     "test_tools_label_efficiency.py",
     "test_export.py",
     "test_sharded.py",
@@ -20,7 +20,7 @@ SLOW = [
     "test_distributed.py",
     "test_hostile_files.py",
     "test_mmpretrain.py",
-    "test_tools_visualize.py",
+    "test_eval_visualize.py",
     "test_detectron2.py",
 ]
 

@@ -136,6 +136,9 @@ def test_subset_is_balanced_and_seeded():
     even = choose_subset(make_folder([50, 50, 50]), "11%", seed=0)
     assert sorted(np.bincount(even.labels)) == [5, 5, 6]  # 16.5 rounds to 16
     assert len(choose_subset(folder, "1", seed=0)) == 603
+    # draws are part of published results
+    drawn = choose_subset(make_folder([5, 5, 5]), "34%", seed=0).listing.paths
+    assert [int(p.split("/")[1].split(".")[0]) for p in drawn] == [0, 6, 9, 11, 12]
 
 
 def test_subset_from_a_list(tmp_path):
@@ -191,7 +194,12 @@ def test_crops_are_central_or_seeded():
     )
     assert (once == again).all()
     assert (once != other).any()
-    assert prepare_image(pixels, 64, np.random.default_rng(0)).shape == (64, 64, 3)
+    ramp = np.tile(np.arange(100, dtype=np.uint8)[:, None], (100, 1, 3))
+    spans = [
+        int(np.ptp(prepare_image(ramp, 80, np.random.default_rng(seed)))) for seed in range(50)
+    ]
+    assert min(spans) == 79  # 80 of 100 px, not resized
+    assert max(spans) > 97  # nearly all of the image, resized
 
 
 def test_rows_beyond_the_last_image_are_mirrored(data):

@@ -122,9 +122,7 @@ def test_shapes_are_those_of_the_features(images, pool):
     backbone = make_backbone(last=30)
     spec = FeatureSpec((1, 2), (19, 24, 30), SIZE, pool)
     found = spec.extract(backbone, images[:1])
-    assert {tap: tuple(x.shape[1:]) for tap, x in found.items()} == spec.shapes(
-        backbone.unet.config
-    )
+    assert {tap: tuple(x.shape[1:]) for tap, x in found.items()} == spec.shapes(backbone.unet)
 
 
 @pytest.mark.parametrize("bias", [1e6, float("nan")])

@@ -7,7 +7,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import find_classes, make_dataset
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from diffbackbone.images import check_header, normalize, read_image, resize, to_tensor
 from diffbackbone.utils import RandomStream, UserError
@@ -184,7 +183,7 @@ def _list(
     return ImageFolder(root, listing, value_range)
 
 
-def check_images(folder: ImageFolder, progress: bool = True) -> None:
+def check_images(folder: ImageFolder) -> None:
     """Read every image once, so that a broken one is found before the work starts.
 
     Raises:
@@ -195,16 +194,15 @@ def check_images(folder: ImageFolder, progress: bool = True) -> None:
     def check(index: int) -> None:
         folder.read(index) if decode else check_header(folder.path(index))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checks = pool.map(check, range(len(folder)))
-        disable = None if progress else True  # None: off where there is no terminal
-        name = f"checking {folder.root.name}"
-        try:
-            for _ in tqdm(checks, name, len(folder), unit="image", leave=False, disable=disable):
-                pass
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    thread_map(
+        check,
+        range(len(folder)),
+        max_workers=min(8, os.cpu_count() or 1),
+        desc=f"checking {folder.root.name}",
+        unit="image",
+        leave=False,
+        disable=None,  # off where there is no terminal
+    )
 
 
 # ------------------------------------------------------------------------------ subsets and splits

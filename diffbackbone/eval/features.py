@@ -37,7 +37,7 @@ from diffbackbone.eval.data import (
     check_images,
     image_batches,
 )
-from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.base import DiffusionModel
 from diffbackbone.utils import UserError, changed_settings, weights_digest, write_json
 
 FORMAT = "diffbackbone features 2"
@@ -79,12 +79,12 @@ class FeatureSpec:
         """All (t, b), timesteps first."""
         return [(t, b) for t in self.timesteps for b in self.blocks]
 
-    def shapes(self, config: UNetConfig) -> dict[Tap, tuple[int, int, int]]:
+    def shapes(self, unet: DiffusionModel) -> dict[Tap, tuple[int, int, int]]:
         """Return the shape (C, h, w) of each tap."""
         shapes = {}
         for t, b in self.taps:
-            side = min(math.ceil(self.image_size / config.blocks[b].stride), self.pool or math.inf)
-            shapes[t, b] = (config.blocks[b].channels, side, side)
+            side = min(math.ceil(self.image_size / unet.blocks[b].stride), self.pool or math.inf)
+            shapes[t, b] = (unet.blocks[b].channels, side, side)
         return shapes
 
     @torch.no_grad()
@@ -200,7 +200,7 @@ def open_features(
             yield spec.extract(backbone, pixels.to(state.device, non_blocking=True))
 
     settings = spec.settings(backbone, images, copies)
-    shapes = spec.shapes(backbone.unet.config)
+    shapes = spec.shapes(backbone.unet)
     return write_cache(
         Path(folder), settings, images.listing, shapes, compute, state, spec.batch, overwrite
     )
