@@ -184,6 +184,12 @@ def test_a_killed_run_continues_with_the_missing_cells(tmp_path):
     process.stdout.close()
     assert list(read_records(out / "results.jsonl")) == [Cell("knn", "random", 1.0, 0)]
     assert (out / "summary.md").is_file()
+    command = [sys.executable, ROOT / "tools/label_efficiency.py", *options, "--list"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert lines.splitlines()[1:] == [
+        "knn-random-1-1: missing", "knn-random-1-2: missing", "1 of 3 cells are finished"
+    ]  # fmt: skip
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path, checkpoint, measured):
