@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffbackbone.checkpoint import METADATA_KEY
 from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.utils import UserError
 
 
 def guided_diffusion_flags(config: UNetConfig) -> dict[str, Any]:
@@ -71,12 +72,15 @@ def save_safetensors(
         dtype: What the weights are rounded to.
 
     Raises:
-        ValueError: A weight does not fit into the type.
+        UserError: A weight does not fit into the type.
     """
     from safetensors.torch import save
 
     rounded = {name: x.detach().to("cpu", dtype).contiguous() for name, x in weights.items()}
     if lost := [name for name, x in rounded.items() if not torch.isfinite(x).all()]:
-        raise ValueError(f"{lost[0]} and {len(lost) - 1} more tensors are not finite in {dtype}")
+        raise UserError(
+            f"{lost[0]} and {len(lost) - 1} more tensors are not finite in {dtype}; choose another "
+            "type"
+        )
     metadata = {"format": "pt", METADATA_KEY: json.dumps(dataclasses.asdict(config))}
     Path(path).write_bytes(save(rounded, metadata))

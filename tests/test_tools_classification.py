@@ -30,13 +30,13 @@ sys.path.append(str(TOOLS))
 import _classification as common
 import compare_heads
 import knn
-import pretrain
 import train_classifier
 from _classification import ToolError
 from image_folders import CLASSES, write_folder, write_weights
 
 from diffbackbone import DiffusionBackbone
 from diffbackbone.features import CacheError, Listing
+from diffbackbone.pretrain.data import Examples, find_images
 
 TRAIN, VAL, SIZE = 6, 3, 32
 SMALL = [
@@ -187,9 +187,9 @@ def test_deep_and_turned_images_reach_both_tools_alike(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name, exif=exif)
     folder = common.list_images(tmp_path, (0, 4095))
     rows = common.RowImages(folder, 32)
-    crops = pretrain.Crops(folder, 32, seed=0, flip=False)
+    crops = Examples(find_images(tmp_path), 32, flip=False, value_range=(0, 4095))
     numbers = [0, 1]
-    batch = pretrain.normalize(pretrain.stack([crops[n] for n in numbers]))
+    batch = [crops.crop(n).numpy() for n in numbers]
     upright = np.rot90(values, -1)
     for pixels, index in zip(batch, map(crops.index, numbers)):
         levels = 256 if folder.listing.paths[index] == "plain.png" else 4096

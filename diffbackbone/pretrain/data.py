@@ -1,0 +1,123 @@
+"""Images, crops, timesteps and noise of a training run, all by the number of the example."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from diffbackbone.images import check_header, normalize, read_image, resize, to_tensor
+from diffbackbone.utils import RandomStream, UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+CHECK_WHOLE = 20_000
+"""Up to this number of images all are decoded before training; of more, only headers are read."""
+
+
+def find_images(root: Path) -> list[Path]:
+    """List the images of a folder and its subfolders.
+
+    Raises:
+        UserError: There is no such folder, or it has no images.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root} of images")
+    paths = [
+        Path(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    ]
+    if not paths:
+        raise UserError(f"{root} has no images ({', '.join(SUFFIXES)})")
+    return sorted(paths)
+
+
+def describe_images(root: Path, paths: Sequence[Path]) -> str:
+    """Return the number of the images and a digest of their names and sizes."""
+    lines = [f"{path.relative_to(root).as_posix()}\t{path.stat().st_size}" for path in paths]
+    digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{len(paths)} images, {digest[:16]}"
+
+
+def check_images(paths: Sequence[Path], value_range: Sequence[float] | None = None) -> None:
+    """Check that the images can be read.
+
+    Raises:
+        ImageError: One is broken, or its values have no known range.
+    """
+    whole = len(paths) <= CHECK_WHOLE
+    check = functools.partial(read_image, value_range=value_range) if whole else check_header
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = pool.map(check, paths)
+        for _ in tqdm(results, "checking images", len(paths), disable=None, leave=False):
+            pass
+
+
+@dataclasses.dataclass
+class Examples(Dataset):
+    """Training examples by their number in the run; each image comes once in an epoch.
+
+    Order, crops, flips, timesteps and noise depend on the seed and the number alone.
+    """
+
+    paths: Sequence[Path]
+    size: int
+    """Height and width of the crops."""
+    num_timesteps: int = 1000
+    seed: int = 0
+    flip: bool = True
+    """Mirror half of the crops."""
+    shrink: float | None = None
+    """Shrink images to a short side of at most ``shrink * size``."""
+    value_range: Sequence[float] | None = None
+    """See :func:`diffbackbone.images.read_image`."""
+    _order: tuple[int, np.ndarray] | None = None  # of an epoch
+
+    def index(self, number: int) -> int:
+        """Return the index of an example's image."""
+        epoch, position = divmod(number, len(self.paths))
+        if self._order is None or self._order[0] != epoch:
+            random = RandomStream.PERMUTATION.generator(self.seed, epoch)
+            self._order = (epoch, random.permutation(len(self.paths)))
+        return int(self._order[1][position])
+
+    def crop(self, number: int) -> Tensor:
+        """Return an example's crop (3, size, size) in [-1, 1]."""
+        pixels = read_image(self.paths[self.index(number)], self.value_range)
+        short = min(pixels.shape[:2])
+        wanted = max(short, self.size)
+        if self.shrink is not None:
+            wanted = min(wanted, round(self.shrink * self.size))
+        if wanted != short:
+            height, width = (max(wanted, round(side * wanted / short)) for side in pixels.shape[:2])
+            pixels = resize(pixels, (width, height))
+        random = RandomStream.CROP.generator(self.seed, number)
+        left, top = (int(random.integers(pixels.shape[i] - self.size + 1)) for i in (1, 0))
+        pixels = pixels[top : top + self.size, left : left + self.size]
+        if self.flip and RandomStream.FLIPS.generator(self.seed, number).random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return normalize(to_tensor(pixels))
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Return ``x_start`` and ``noise`` (3, size, size), and the 0-based timestep ``t``."""
+        t = RandomStream.TIMESTEP.generator(self.seed, number).integers(self.num_timesteps)
+        noise = draw_noise(RandomStream.NOISE, self.seed, number, self.size)
+        return {"x_start": self.crop(number), "t": int(t), "noise": noise}
+
+
+def draw_noise(stream: RandomStream, seed: int, number: int, size: int) -> Tensor:
+    """Return standard normal noise (3, size, size) by its number."""
+    random = stream.generator(seed, number)
+    return torch.from_numpy(random.standard_normal((3, size, size), dtype=np.float32))

@@ -1,0 +1,63 @@
+"""Generate images by DDIM (Song et al., "Denoising Diffusion Implicit Models", 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+from diffbackbone.diffusion import NoiseSchedule
+from diffbackbone.utils import atomic_write
+
+
+def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
+    """Return evenly spaced timesteps from 0, ascending.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"the number of steps must lie in 1..{num_timesteps}, got {steps}")
+    return [index * num_timesteps // steps for index in range(steps)]
+
+
+@torch.no_grad()
+def sample_ddim(
+    predict: Callable[[Tensor, int], Tensor],
+    schedule: NoiseSchedule,
+    noise: Tensor,
+    steps: int = 50,
+) -> Tensor:
+    """Generate images from noise by DDIM with eta = 0; x_0 is clipped in each step.
+
+    Args:
+        predict: A U-Net, or any function that returns its output for x_t and one timestep.
+        schedule: The schedule that it was trained with.
+        noise: Standard normal noise (N, C, H, W).
+        steps: Number of steps, evenly spaced over the timesteps.
+
+    Returns:
+        Images (N, C, H, W) in [-1, 1].
+    """
+    times = ddim_timesteps(schedule.num_timesteps, steps)
+    signals = [1.0, *(float(schedule.alphas_cumprod[t]) for t in times)]
+    x = noise.float()
+    for index in range(steps, 0, -1):
+        now, then = signals[index], signals[index - 1]
+        eps = predict(x, times[index - 1])[:, : noise.shape[1]].float()
+        x_start = ((x - math.sqrt(1 - now) * eps) / math.sqrt(now)).clamp(-1, 1)
+        eps = (x - math.sqrt(now) * x_start) / math.sqrt(1 - now)
+        x = math.sqrt(then) * x_start + math.sqrt(1 - then) * eps
+    return x
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Write images (N, 3, H, W) in [-1, 1] side by side as one PNG."""
+    columns = math.ceil(math.sqrt(len(images)))
+    pixels = (images.float() + 1) / 2
+    options = {"format": "png", "nrow": columns, "pad_value": 1}
+    atomic_write(path, lambda file: save_image(pixels, file, **options))

@@ -1,0 +1,448 @@
+"""The training run: options, loop, checkpoints, exports, samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict as distributed
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from diffbackbone.checkpoint import load_checkpoint, read_checkpoint
+from diffbackbone.cli import run_command
+from diffbackbone.diffusion import NoiseSchedule
+from diffbackbone.models.gd_config import UNetConfig, resolve_config
+from diffbackbone.models.guided_diffusion import UNet
+from diffbackbone.pretrain import data
+from diffbackbone.pretrain.objective import DiffusionObjective, average_weights, rate_factor
+from diffbackbone.pretrain.sampling import sample_ddim, save_grid
+from diffbackbone.saving import guided_diffusion_flags, save_safetensors
+from diffbackbone.utils import (
+    RandomStream,
+    UserError,
+    atomic_write,
+    changed_settings,
+    save_figure,
+    settings_of,
+    write_json,
+    write_text,
+)
+
+FORMAT = "diffbackbone pretraining 2"
+MAY_CHANGE = (
+    "data", "out", "resume", "iterations", "lr_decay", "workers", "device", "checkpoint",
+    "save_every", "sample_every", "samples", "sample_steps", "log_every", "log_with",
+    "export_dtype",
+)  # fmt: skip
+"""Options that may differ between a run and its continuation."""
+FULL = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclasses.dataclass
+class PretrainConfig:
+    """Train a guided-diffusion U-Net on a folder of images without labels.
+
+    Start several processes by torchrun or accelerate launch (FSDP: accelerate launch --use_fsdp).
+    The same command with --resume continues an interrupted run; on a CPU the weights are those of
+    an uninterrupted one to the bit. --out gets the averaged weights, for a backbone at any time of
+    the run: unet.pt under guided-diffusion's names, with its flags in unet.json, and
+    unet.safetensors with the architecture; samples/, loss.png and metrics.jsonl; and last.pt, the
+    state of the run.
+    """
+
+    data: Path
+    """Folder of images, searched recursively."""
+    out: Path
+    """Folder of the run."""
+    resume: bool = False
+    """Continue the run in --out."""
+    unet: str = "tiny"
+    """A preset's name (gd64, gd128, gd256_uncond, gd512, tiny, ...) or JSON of UNetConfig's fields,
+    which may start from a preset: '{"preset": "tiny", "dropout": 0.1}'."""
+    size: int | None = None
+    """Side of the crops; None takes the U-Net's."""
+    learn_variance: bool = False
+    """Learn the variance, as OpenAI's models do; doubles the output channels."""
+    checkpoint: str | None = None
+    """Weights to start from: a file or a URL."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass; needs less memory."""
+    flip: bool = True
+    """Mirror half of the crops; not for letters, digits, and where left is not right."""
+    shrink: float | None = None
+    """Shrink images whose short side is above this factor times the size (1.25 for photographs);
+    None crops them as large as they are."""
+    value_range: tuple[float, float] | None = None
+    """Black and white of images deeper than 8 bits; None takes 0 65535 (integers), 0 1 (floats)."""
+    workers: int = dataclasses.field(default_factory=lambda: min(4, (os.cpu_count() or 1) - 1))
+    """Processes that read images."""
+    iterations: int = 100_000
+    """Updates of the weights."""
+    batch_size: int = 32
+    """Images in an update, over all processes."""
+    accumulate: int = 1
+    """Parts in which each batch is computed, one after the other."""
+    lr: float = 1e-4
+    """Learning rate of AdamW."""
+    warmup: int = 500
+    """Iterations in which the learning rate rises."""
+    lr_decay: int = 0
+    """Last iterations, in which the learning rate falls to zero."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 doesn't clip."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto takes bfloat16 on a GPU that supports it, else float32."""
+    compile: bool = False
+    """Compile the U-Net: minutes at the start, faster afterwards."""
+    save_every: int = 1000
+    """Iterations between checkpoints."""
+    sample_every: int = 5000
+    """Iterations between samples; 0 samples at the end only."""
+    samples: int = 16
+    """Number of samples; 0 makes none."""
+    sample_steps: int = 50
+    """Steps of DDIM."""
+    log_every: int = 50
+    """Iterations between records of the loss."""
+    log_with: Literal["tensorboard", "wandb"] | None = None
+    """Experiment tracker that gets the records, too."""
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the weights in unet.safetensors."""
+
+    def __post_init__(self) -> None:
+        positive = ("iterations", "batch_size", "accumulate", "save_every", "log_every")
+        allowed = {**dict.fromkeys(positive, (1, math.inf)), "sample_steps": (1, 1000)}
+        allowed |= {"ema_decay": (0, 1), "shrink": (1, math.inf), "lr": (0, math.inf)}
+        for name, (low, high) in allowed.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} must lie in {low}..{high}, got {value}")
+
+
+def read_architecture(config: PretrainConfig) -> UNetConfig:
+    """Return the architecture that ``unet``, ``size`` and ``learn_variance`` describe."""
+    try:
+        is_json = config.unet.startswith("{")
+        unet = resolve_config(json.loads(config.unet) if is_json else config.unet)
+        unet = unet.replace(
+            num_classes=None,
+            out_channels=6 if config.learn_variance else 3,
+            image_size=config.size or unet.image_size,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--unet {config.unet}: {error}") from error
+    stride = 2 ** (len(unet.channel_mult) - 1)
+    if unet.in_channels != 3 or unet.image_size % stride:
+        raise UserError(
+            f"images are RGB of a size that is a multiple of {stride} for this U-Net, got "
+            f"in_channels={unet.in_channels} and --size {unet.image_size}"
+        )
+    return unet
+
+
+def start_accelerator(config: PretrainConfig) -> Accelerator:
+    """Join the other processes, if any."""
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    gpu = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and gpu)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="bf16" if bfloat16 else "no",
+        gradient_accumulation_steps=config.accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        dynamo_backend="inductor" if config.compile else None,
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(logging_dir=str(config.out / "logs")),
+    )
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"--batch-size {config.batch_size} is no multiple of {parts} "
+            f"({accelerator.num_processes} processes x --accumulate {config.accumulate})"
+        )
+    return accelerator
+
+
+class Pretraining:
+    """A run: model, average, optimizer, and the iteration that it has reached."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.accelerator = accelerator = start_accelerator(config)
+        self.unet_config = read_architecture(config)
+        self.schedule = NoiseSchedule(self.unet_config.noise_schedule)
+        self.objective = DiffusionObjective(self.schedule, config.learn_variance)
+        paths = data.find_images(config.data)
+        self.settings = {
+            **settings_of(config),
+            "unet": settings_of(self.unet_config),
+            "size": self.unet_config.image_size,
+            "images": data.describe_images(config.data, paths),
+        }
+        saved = self._find_run()
+        if accelerator.is_main_process:
+            data.check_images(paths, config.value_range)
+        accelerator.wait_for_everyone()
+
+        torch.manual_seed(config.seed)
+        unet = UNet(self.unet_config, activation_checkpointing=config.activation_checkpointing)
+        if config.checkpoint and saved is None:
+            load_checkpoint(unet, config.checkpoint)
+        self.average = average_weights(unet, config.ema_decay).to(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            [{"params": list(unet.parameters()), "initial_lr": config.lr}],
+            lr=config.lr, weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            unused = torch.optim.SGD(self.average.module.parameters(), lr=0.0)
+            self.average.module, _ = accelerator.prepare(self.average.module, unused)
+        self.iteration = 0
+        self.history: list[dict[str, float]] = []
+        self.sums: dict[str, float] = {}
+        if saved is not None:
+            self._load(saved)
+        schedule = (config.warmup, config.iterations, config.lr_decay)
+        self.factor = functools.partial(rate_factor, schedule=schedule)
+        self.scheduler = LambdaLR(self.optimizer.optimizer, self.factor, self.iteration - 1)
+        examples = data.Examples(
+            paths, self.unet_config.image_size, self.schedule.num_timesteps, config.seed,
+            config.flip, config.shrink, config.value_range,
+        )  # fmt: skip
+        loader = DataLoader(
+            examples,
+            batch_size=config.batch_size // config.accumulate,
+            sampler=range(*(i * config.batch_size for i in (self.iteration, config.iterations))),
+            num_workers=config.workers,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # its start must not draw from the global one
+        )
+        self.loader = accelerator.prepare(loader)
+        self.interrupted = self.stopping = False
+        self.saved_at, self.sampled_at = self.iteration, -1
+
+    def _find_run(self) -> dict[str, Any] | None:
+        out, path = self.config.out, self.config.out / "last.pt"
+        if not self.config.resume:
+            if path.exists() or (out / "unet.pt").exists():
+                raise UserError(f"{out} contains a run: --resume it, or choose another --out")
+            return None
+        saved = read_checkpoint(path, mapped=False)
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise UserError(f"{path} is not a pretraining run's checkpoint")
+        if changed := changed_settings(saved["settings"], self.settings, MAY_CHANGE):
+            raise UserError(f"{path} has other settings:\n  " + "\n  ".join(changed))
+        return saved
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        distributed.set_state_dict(
+            self.model, self.optimizer.optimizer, model_state_dict=saved["unet"],
+            optim_state_dict=saved["optimizer"], options=FULL,
+        )  # fmt: skip
+        distributed.set_model_state_dict(self.average.module, saved["average"], options=FULL)
+        self.iteration = saved["iteration"]
+        self.average.n_averaged.fill_(self.iteration + 1)
+        self.history = list(saved["history"])
+        self.sums = dict(saved["sums"])
+        self.accelerator.print(f"continuing at iteration {self.iteration}")
+
+    def save(self) -> None:
+        """Write the state of the run, then export the averaged weights and the loss."""
+        if self.saved_at == self.iteration:
+            return
+        model, optimizer = self.model, self.optimizer.optimizer
+        unet, state = distributed.get_state_dict(model, optimizer, options=FULL)
+        average = distributed.get_model_state_dict(self.average.module, options=FULL)
+        if self.accelerator.is_main_process:
+            content = {
+                "format": FORMAT, "settings": self.settings, "iteration": self.iteration,
+                "unet": unet, "average": average, "optimizer": state,
+                "history": self.history, "sums": self.sums,
+            }  # fmt: skip
+            atomic_write(self.config.out / "last.pt", lambda file: torch.save(content, file))
+            self._export(dict(average))
+        self.saved_at = self.iteration
+        self.accelerator.wait_for_everyone()
+
+    def _export(self, weights: dict[str, Tensor]) -> None:
+        out, dtype = self.config.out, getattr(torch, self.config.export_dtype)
+        atomic_write(out / "unet.pt", lambda file: torch.save(weights, file))
+        atomic_write(
+            out / "unet.safetensors",
+            lambda file: save_safetensors(file, weights, self.unet_config, dtype),
+        )
+        write_text(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+        if self.history:
+            plot_loss(self.history, out / "loss.png")
+
+    def step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+        """Update the weights once.
+
+        Returns:
+            Means of the losses over the batch, and the norm of the gradient before clipping.
+
+        Raises:
+            UserError: One of them is not finite; the weights stay as they are.
+        """
+        config, accelerator = self.config, self.accelerator
+        random = RandomStream.STEP.generator(config.seed, self.iteration, accelerator.process_index)
+        torch.manual_seed(int(random.integers(2**63)))  # for dropout
+        sums: dict[str, Tensor] = {}
+        for _ in range(config.accumulate):
+            batch = next(batches)
+            x_t = self.schedule.add_noise(batch["x_start"], batch["t"], batch["noise"])
+            with accelerator.accumulate(self.model):
+                output = self.model(x_t, batch["t"])
+                losses = self.objective(output, x_t=x_t, **batch)
+                accelerator.backward(losses["loss"].mean())
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach().mean() / config.accumulate
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        interrupted = torch.tensor(float(self.interrupted), device=accelerator.device)
+        means = accelerator.reduce(torch.stack([*sums.values(), interrupted]), "mean").tolist()
+        self.stopping = means.pop() > 0  # all processes stop at the same iteration
+        values = {**dict(zip(sums, means)), "grad_norm": float(norm)}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"iteration {self.iteration + 1}: {name} is {value}; {config.out} keeps the "
+                    f"state of iteration {self.saved_at}. Try a lower --lr or --clip, a longer "
+                    "--warmup or --precision float32, in another --out"
+                )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.average.update_parameters(self.model)
+        self.iteration += 1
+        return values
+
+    def train(self) -> dict[str, float]:
+        """Train to the end, or until SIGINT or SIGTERM; return the last record of the loss."""
+        config, accelerator = self.config, self.accelerator
+        if accelerator.is_main_process:
+            write_json(config.out / "unet.json", describe_unet(self.unet_config))
+        accelerator.init_trackers("pretrain", {k: str(v) for k, v in self.settings.items()})
+        self.model.train()
+        batches = iter(self.loader)
+        self.clock = time.perf_counter()
+        bar = tqdm(
+            total=config.iterations, initial=self.iteration, unit="iteration",
+            disable=None if accelerator.is_main_process else True,
+        )  # fmt: skip
+        with bar, contextlib.ExitStack() as handlers:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers.callback(signal.signal, number, signal.signal(number, self._interrupt))
+            while self.iteration < config.iterations and not self.stopping:
+                values = self.step(batches)
+                bar.update()
+                for name, value in values.items():
+                    self.sums[name] = self.sums.get(name, 0.0) + value
+                self.sums["count"] = self.sums.get("count", 0) + 1
+                if self.iteration % config.log_every == 0 or self.iteration == config.iterations:
+                    self._record()
+                if self.iteration % config.save_every == 0:
+                    self.save()
+                if config.sample_every and self.iteration % config.sample_every == 0:
+                    self.sample()
+            self.save()
+            if not self.stopping:
+                self.sample()
+        state = "stopped; --resume continues" if self.stopping else f"done, see {config.out}"
+        accelerator.print(f"iteration {self.iteration}: {state}")
+        accelerator.end_training()
+        return self.history[-1] if self.history else {}
+
+    def _record(self) -> None:
+        """Record the means since the last record."""
+        count, clock = self.sums.pop("count"), time.perf_counter()
+        record: dict[str, float] = {"iteration": self.iteration}
+        record.update({name: value / count for name, value in self.sums.items()})
+        record["lr"] = self.config.lr * self.factor(self.iteration - 1)
+        record["images_per_second"] = self.config.batch_size * count / (clock - self.clock)
+        self.sums, self.clock = {}, clock
+        self.history.append(record)
+        self.accelerator.log(record, step=self.iteration)
+        if self.accelerator.is_main_process:
+            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        """Stop after the current iteration; a second signal ends the process at once."""
+        self.interrupted = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def sample(self) -> None:
+        """Write samples of the averaged weights, of the same noise each time."""
+        config, accelerator = self.config, self.accelerator
+        if not config.samples or self.sampled_at == self.iteration:
+            return
+        share = math.ceil(config.samples / accelerator.num_processes)
+        numbers = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        size, seed = self.unet_config.image_size, config.seed
+        noise = torch.stack([data.draw_noise(RandomStream.SAMPLES, seed, n, size) for n in numbers])
+        batch_size = config.batch_size // (accelerator.num_processes * config.accumulate)
+        with accelerator.autocast():
+            parts = [
+                sample_ddim(
+                    self.average, self.schedule, x.to(accelerator.device), config.sample_steps
+                )
+                for x in noise.split(batch_size)
+            ]
+        images = accelerator.gather(torch.cat(parts))[: config.samples].cpu()
+        if accelerator.is_main_process:
+            save_grid(images, config.out / "samples" / f"{self.iteration:07d}.png")
+        self.sampled_at = self.iteration
+        accelerator.wait_for_everyone()
+
+
+def describe_unet(config: UNetConfig) -> dict[str, Any]:
+    """Return the architecture and guided-diffusion's flags for it, or why there are none."""
+    try:
+        flags: Any = guided_diffusion_flags(config)
+    except ValueError as error:
+        flags = str(error)
+    return {"unet": dataclasses.asdict(config), "guided_diffusion": flags}
+
+
+def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Plot the simple loss over the iterations, both logarithmic."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.loglog([r["iteration"] for r in history], [r["simple"] for r in history], marker=".")
+    axes.set(xlabel="iteration", ylabel="simple loss")
+    axes.grid(which="both", alpha=0.3)
+    save_figure(figure, path)
+
+
+def run(config: PretrainConfig) -> dict[str, float]:
+    """Train, and return the last record of the loss."""
+    return Pretraining(config).train()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(PretrainConfig, run, argv)
