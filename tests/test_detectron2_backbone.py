@@ -152,7 +152,7 @@ def test_taps_are_the_core_backbones():
 @pytest.mark.parametrize("builder", [SFP, FPN, TAPS])
 def test_what_shares_a_batch_changes_nothing(builder, feedback):
     backbone = make_backbone(builder, FEEDBACK=feedback).eval()
-    images = pictures((70, 90), (128, 64), (70, 90), (33, 120))
+    images = pictures((70, 90), (128, 64), (33, 120), (70, 90), (128, 64))
     with torch.no_grad():
         together = backbone(normalize(images))
         for i, image in enumerate(images):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -431,7 +432,7 @@ def test_model_zoo_pickles(tmp_path, layout):
     }[layout]
     path = tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps(content, protocol=2))
-    Checkpointer(model).load(str(path))
+    Checkpointer(model, strict=True).load(str(path))
     assert model.weight.tolist() == values["weight"].tolist()
     assert model.bias.tolist() == [1, 1, 1]
 
@@ -454,6 +455,21 @@ def test_damaged_checkpoints(tmp_path, content, suffix):
         torch.save(content, path)
     with pytest.raises(CheckpointError):
         Checkpointer(torch.nn.Linear(2, 2)).load(str(path))
+
+
+def test_iterations_are_seeded():
+    hook = engine.SeedIterations(3)
+
+    def draw_at(iteration):
+        hook.trainer = SimpleNamespace(iter=iteration)
+        hook.before_step()
+        return torch.rand(()).item()
+
+    first, second, again = map(draw_at, (0, 1, 0))
+    assert first == again != second
+    hook.load_state_dict({"seed": 4})
+    assert hook.state_dict() == {"seed": 4}
+    assert draw_at(0) != first
 
 
 def test_mixed_precision(monkeypatch, caplog):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -129,7 +128,7 @@ def read_curves(folder: str) -> dict[str, list[tuple[int, float]]]:
             continue
         for name in ("total_loss", "bbox/AP50", "segm/AP50"):
             if name in entries:
-                curves.setdefault(name, {})[entries["iteration"] + 1] = entries[name]
+                curves.setdefault(name, {})[entries["iteration"]] = entries[name]
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
@@ -138,8 +137,10 @@ def draw(
     curves: Mapping[str, Sequence[tuple[int, float]]],
 ) -> Figure:
     """Draw truth and prediction of images, and the curves of training below if there are any."""
-    columns, lines = 2 * min(COLUMNS, len(rows)), math.ceil(len(rows) / COLUMNS)
-    heights = [PANEL / 100] * lines + [2.6] * bool(curves)
+    columns = 2 * min(COLUMNS, len(rows))
+    lines = [rows[i : i + COLUMNS] for i in range(0, len(rows), COLUMNS)]
+    heights = [max(truth.shape[0] for truth, _ in line) / 100 for line in lines]
+    heights += [2.6] * bool(curves)
     figure = Figure((columns * PANEL / 100, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     for i, panel in enumerate(panel for row in rows for panel in row):
