@@ -39,7 +39,7 @@ STAND_INS = ("mpi4py", "blobfile", "torchinfo", "einops")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a row measures."""
+    """A pass of the backbone to measure: one row of the table."""
 
     case: str  # a key of CASES
     size: int  # height and width in pixels

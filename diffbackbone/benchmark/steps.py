@@ -75,7 +75,7 @@ class StepsConfig(Options):
 
 @dataclasses.dataclass
 class Row:
-    """What came out for a case; None where a number could not be had."""
+    """The result of a case; None for numbers that could not be measured."""
 
     case: Case
     status: str = "ok"  # or "out of memory", "timeout", "error", "skipped"

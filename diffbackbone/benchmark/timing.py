@@ -110,7 +110,7 @@ class BenchmarkConfig(Options):
 
 @dataclasses.dataclass
 class Row:
-    """What came out for a case; None where a number could not be had.
+    """The result of a case; None for numbers that could not be measured.
 
     Dicts have an entry for ``"ours"`` and one for the reference.
     """

@@ -28,7 +28,7 @@ OBJECTS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a row measures."""
+    """A whole training step to measure: one row of the table."""
 
     model: str  # "upernet" or "mask_rcnn"
     mode: str  # "frozen" or "finetuned"

@@ -96,7 +96,7 @@ class ClassifierConfig(HeadOptions, DataOptions, BackboneOptions, CacheOptions):
     subset: str | None = None
     """Train on a share (1%, 0.01) or on the images of a list file."""
     select_on: Literal["auto", "heldout", "val", "none"] = "auto"
-    """What selects learning rate and epoch; auto: heldout with several rates, else none."""
+    """Images that select learning rate and epoch; auto: heldout with several rates, else none."""
     holdout: float = 0.1
     """Share of the training images held out to select by."""
     eval_every: int = 1

@@ -66,7 +66,7 @@ class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
     pools: tuple[int, ...] = (1, 2, 4)
     """Heights and widths that maps are pooled to."""
     measures: tuple[Literal["linear", "knn"], ...] = ("linear", "knn")
-    """What to measure; the first one gives the recommendation."""
+    """Measures; the first one gives the recommendation."""
     subset: str | None = None
     """Labels for a share of the training images (1%, 0.01), or for those of a list file."""
     seeds: tuple[int, ...] = ()
