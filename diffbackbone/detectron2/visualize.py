@@ -128,7 +128,7 @@ def read_curves(folder: str) -> dict[str, list[tuple[int, float]]]:
             continue
         for name in ("total_loss", "bbox/AP50", "segm/AP50"):
             if name in entries:
-                curves.setdefault(name, {})[entries["iteration"]] = entries[name]
+                curves.setdefault(name, {})[entries["iteration"] + 1] = entries[name]
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
