@@ -1,4 +1,4 @@
-"""What a checkpoint may hold beside tensors, and what keeps torch's weights-only reader safe.
+"""Safe reading of training checkpoints: names allowed in a pickle, and harmless stand-ins.
 
 The training checkpoints of MMEngine hold the history of its logged scalars and numpy's arrays,
 scalars and data types. :func:`allow_globals` lets ``torch.load(weights_only=True)`` read them,
@@ -83,11 +83,11 @@ NUMPY_GLOBALS: dict[str, Any] = {
         for name, stand_in in (("_reconstruct", _empty_array), ("scalar", _scalar))
     },
 }
-"""What answers to the names in a pickle of arrays of numbers."""
+"""Objects for the names in a pickle of numeric arrays."""
 
 
 def checkpoint_globals() -> frozenset[tuple[Any, str]]:
-    """What answers to the names in a training checkpoint, for ``torch.serialization``."""
+    """Return the objects for the names in a training checkpoint, for ``torch.serialization``."""
     module = sys.modules.get("mmengine.logging.history_buffer")
     return _globals_with(getattr(module, "HistoryBuffer", HistoryBuffer))
 

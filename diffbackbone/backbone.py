@@ -189,7 +189,7 @@ class DiffusionBackbone(nn.Module):
             self.unet.to(self._dtype)
 
     def _freeze_unused(self) -> None:
-        """Turn gradients off for the U-Net where it is frozen, else for what none reaches."""
+        """Turn gradients off for a frozen U-Net, or for the blocks that no gradient reaches."""
         self.unet.requires_grad_(not self.frozen)
         if self.frozen:
             self.unet.eval()
@@ -203,7 +203,7 @@ class DiffusionBackbone(nn.Module):
             self.unet.out.requires_grad_(False)
 
     def _warn_random(self) -> None:
-        """Say that nothing was loaded."""
+        """Warn that no weights were loaded."""
         warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
@@ -232,7 +232,7 @@ class DiffusionBackbone(nn.Module):
         return digest, False
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """The weights; with ``save_frozen`` off, only a digest of those that are checkpoint's."""
+        """Return the weights; with ``save_frozen`` off, a digest in place of unchanged ones."""
         state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
         if self._left_out is not None and not self.save_frozen:
             digest, left_out = self._unet_digest()
@@ -265,7 +265,7 @@ class DiffusionBackbone(nn.Module):
         return self
 
     def forward(self, images: Tensor, y: Tensor | None = None) -> list[Tensor]:
-        """Feature maps of a batch of images.
+        """Compute the feature maps of a batch of images.
 
         Args:
             images: (N, 3, H, W) RGB in [-1, 1]; H and W at least 32, any multiple.
@@ -304,7 +304,7 @@ class DiffusionBackbone(nn.Module):
         blocks: Iterable[int] | None = None,
         y: Tensor | None = None,
     ) -> dict[tuple[int, int], Tensor]:
-        """Raw taps at several timesteps and blocks, neither projected nor resized.
+        """Compute raw taps at several timesteps and blocks, neither projected nor resized.
 
         Args:
             images: See :meth:`forward`.
@@ -353,7 +353,7 @@ class DiffusionBackbone(nn.Module):
             return self.unet.forward_features(x_t, t, blocks, y)
 
     def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Noise (3, H, W) that a pixel's coordinates determine.
+        """Return noise (3, H, W) that a pixel's coordinates determine.
 
         A field that holds all sizes seen is kept, unless it would have more than twice the pixels
         of the largest image; then only the last size is kept.
@@ -404,7 +404,7 @@ def _check_kinds(flags: Mapping[str, Any], seed: Any, schedule: Any) -> None:
 
 
 def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
-    """The type that a frozen U-Net is kept in; None for float32, which needs no conversion."""
+    """Return the type that a frozen U-Net is stored in; None for float32."""
     names = {str(t).removeprefix("torch."): t for t in _DTYPES}
     chosen = names.get(str(dtype).removeprefix("torch."))
     if chosen is None:

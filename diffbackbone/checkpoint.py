@@ -59,17 +59,17 @@ MAX_WRAPPERS = 8  # a pickle can hold itself
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ZIP = b"PK\x03\x04"
 _ZIP_HEADER = 30 + 2 * 65535  # at most, in front of a part
-# the one thing that torch's weights-only unpickler calls with a size it is told, and fills
+# torch's weights-only unpickler allocates a bytearray of any size that a file asks for
 _BYTEARRAY = re.compile(rb"\nbytearray\n")
 
 
 _CHECKS_WEIGHTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
-"""Whether torch refuses itself what :func:`check_weights` keeps out."""
+"""Whether torch itself rejects what :func:`check_weights` rejects."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyReport:
-    """What became of each key of a checkpoint.
+    """How each key of a checkpoint was used.
 
     Attributes:
         source: Path or URL of the file.
@@ -110,7 +110,7 @@ def load_checkpoint(
         prefix: Prefix to take where the file holds several U-Nets.
 
     Returns:
-        What became of each key.
+        How each key was used.
 
     Raises:
         FileNotFoundError: No such file; the message gives the address of OpenAI's.
@@ -176,7 +176,7 @@ def load_checkpoint(
 def read_unet_config(
     source: str | os.PathLike[str], prefix: str | None = None, **rest: Any
 ) -> UNetConfig:
-    """The architecture of the U-Net in a file.
+    """Read the architecture of the U-Net in a file.
 
     Args:
         source: See :func:`load_checkpoint`.
@@ -265,7 +265,7 @@ def read_checkpoint(
 
 
 def _check_torch_file(path: Path) -> bool:
-    """Check what ``torch.load`` doesn't: checksums, and sizes that the file only declares.
+    """Check checksums and declared sizes, which ``torch.load`` doesn't.
 
     Of a file of 2 GB, from memory, the checksums take 0.6 s and :func:`check_finite` 0.2 s on one
     core, where reading and copying the weights takes 1 s.
@@ -289,7 +289,7 @@ def _check_torch_file(path: Path) -> bool:
                     if part.filename.endswith("data.pkl")
                 ]
         if any(_BYTEARRAY.search(content, *span) for span in pickles):
-            raise pickle.UnpicklingError("it asks for a bytearray, which is no weight")
+            raise pickle.UnpicklingError("it asks for a bytearray, which weights never need")
     return packed
 
 
@@ -298,16 +298,16 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
     packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
     if packed or sum(part.file_size for part in parts) > size:
         raise pickle.UnpicklingError(
-            "its parts are compressed, or larger than the file, which torch never writes"
+            "its parts are compressed or larger than the file; torch never writes such files"
         )
     if any(part.CRC for part in parts):  # torch.save can be told to leave them out
         damaged = archive.testzip()
         if damaged:
-            raise pickle.UnpicklingError(f"{damaged} doesn't have its checksum")
+            raise pickle.UnpicklingError(f"the checksum of {damaged} is wrong")
 
 
 def stored_config(path: Path) -> UNetConfig | None:
-    """The architecture in a safetensors file's metadata, if it is there."""
+    """Read the architecture from a safetensors file's metadata; None if it holds none."""
     if path.suffix != ".safetensors":
         return None
     from safetensors import safe_open
@@ -325,7 +325,7 @@ def stored_config(path: Path) -> UNetConfig | None:
 
 
 def _differences_beyond_shapes(stored: UNetConfig, config: UNetConfig) -> list[str]:
-    """In what U-Nets of the same shapes differ, so that the weights would mean something else."""
+    """List settings that shapes don't show but that change the meaning of the weights."""
     differences = [
         f"{name}: the file has {getattr(stored, name)!r}, this U-Net {getattr(config, name)!r}"
         for name in ("use_new_attention_order", "noise_schedule")
@@ -381,22 +381,20 @@ def find_state_dict(
     inside = {str(k)[len(prefix) :]: v for k, v in content.items() if str(k).startswith(prefix)}
     wrong = [key for key, value in inside.items() if not _is_plain(value)]
     if wrong:
-        raise CheckpointError(
-            f"{source}: {some_keys(wrong)} are no tensors with values of their own"
-        )
+        raise CheckpointError(f"{source}: {some_keys(wrong)} are not dense tensors")
     foreign = tuple(str(key) for key in content if not str(key).startswith(prefix))
     return inside, prefix, foreign
 
 
 def find_wrapper(content: Mapping[Any, Any]) -> str | None:
-    """The key of the state dict in a checkpoint, None if it has none."""
+    """Return the key of the state dict in a checkpoint; None if it has none."""
     # MMEngine's EMAHook saves the averaged weights as state_dict, the others as ema_state_dict
     names = ("state_dict",) if "message_hub" in content else _WRAPPERS
     return next((name for name in names if isinstance(content.get(name), Mapping)), None)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor that simply has its values: not sparse, nested, quantized or meta."""
+    """Whether a value is a dense CPU tensor: not sparse, nested, quantized or meta."""
     return (
         type(value) in (Tensor, torch.nn.Parameter)
         and not value.is_nested

@@ -34,11 +34,11 @@ RELEASED_CHECKPOINTS: dict[str, str] = {
 """Where OpenAI serves the weights of each preset."""
 
 PACKAGED = "diffbackbone://"
-"""What the address of weights that come with this package begins with."""
+"""Prefix of the addresses of weights that ship with this package."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that can't be used; the message says why, and what would fit."""
+    """A checkpoint can't be used; the message says why and what would fit."""
 
 
 def find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) -> Path:
@@ -77,7 +77,7 @@ def find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) 
 
 
 def _find_packaged(name: str) -> Path:
-    """The file of an address such as ``diffbackbone://tiny.safetensors``."""
+    """Return the file of an address such as ``diffbackbone://tiny.safetensors``."""
     folder = Path(__file__).parent / "weights"
     files = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
     wanted = name[len(PACKAGED) :]
@@ -101,7 +101,7 @@ def _where_to_get(config: UNetConfig | None) -> str:
 
 
 def _cache_path(url: str) -> Path:
-    """Where the file of an address is kept: in torch.hub's cache, each address for itself."""
+    """Return the cached path of a URL in torch.hub's folder; distinct URLs never share one."""
     name = Path(url.split("?")[0]).name
     if url not in RELEASED_CHECKPOINTS.values():  # which may be there already
         suffix = Path(name).suffix[:20]
@@ -162,12 +162,12 @@ def _fetch(url: str, path: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line that is not long."""
+    """Return the first line of an error's message, at most 300 characters."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
 def some_keys(keys: Iterable[Any], count: int = 4) -> str:
-    """The first of some keys, none of them long."""
+    """Join the first few keys for a message, long ones shortened."""
     names = [key if isinstance(key, str) else repr(key) for _, key in zip(range(count), keys)]
     return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in names)

@@ -61,7 +61,7 @@ class RandomStream(enum.IntEnum):
 
 
 def seed_everything(*keys: int) -> None:
-    """Seed Python's, numpy's and torch's generators by a mixture of the keys (from 0)."""
+    """Seed Python's, numpy's and torch's generators from integer keys (at least 0)."""
     state = np.random.SeedSequence(keys).generate_state(3)
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))
@@ -221,7 +221,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first floating-point tensor that holds NaN or infinity, if any does."""
+    """Return the name of the first tensor that holds NaN or infinity; None if none does."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return name
@@ -229,10 +229,10 @@ def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 
 
 def lost_loss(what: str) -> str:
-    """What to say of a run whose numbers are none any more, and what to try.
+    """Return the error text for a run whose loss or weights became NaN or infinite.
 
     Args:
-        what: What was seen, and when.
+        what: Observation and iteration, for example "the loss is nan in iteration 12".
     """
     return (
         f"{what}. Nothing was written since: --resume goes on from the last checkpoint. What to "

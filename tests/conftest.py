@@ -5,8 +5,9 @@ from __future__ import annotations
 SLOW = [
     "test_tools_detectron2.py",
     "test_faults.py",
-    "test_tools_benchmark_steps.py",
-    "test_tools_benchmark.py",
+    "test_benchmark_steps.py",
+    "test_benchmark_timing.py",
+    "test_benchmark_gpu.py",
     "test_evaluation.py",
     "test_mmseg.py",
     "test_tools_sweep.py",

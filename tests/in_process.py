@@ -1,44 +1,35 @@
-"""Runs the workers of benchmarks in the test's process, behind the same JSON as in their own."""
+"""Runs what benchmarks put into processes of their own in the test's process."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import pickle
+
+from diffbackbone.benchmark.worker import WorkerError, call
 
 
-class InProcess:
-    """Stands in for a ``Worker`` of tools/benchmark.py or tools/benchmark_steps.py.
+def use(monkeypatch, *modules):
+    """Replace ``Worker`` in modules; return its replacement, which notes who was asked what."""
 
-    Attributes:
-        tool: The module that asks.
-        worker: The module with ``answers``.
-        commands: Gets who was asked for what.
-    """
+    class InProcess:
+        asked: list = []  # noqa: RUF012
+        before = staticmethod(lambda who, method: None)
 
-    tool: Any
-    worker: Any
-    commands: list
+        def __init__(self, factory, log, timeout, threads=None):
+            self.who, self.target = log.stem, factory()
 
-    def make(self, args):
-        """What answers."""
-        raise NotImplementedError
+        def ask(self, method, **arguments):
+            assert self.target is not None
+            self.asked.append((self.who, method))
+            self.before(self.who, method)
+            arguments = pickle.loads(pickle.dumps(arguments))
+            status, result = call(self.target, method, arguments)
+            if status != "ok":
+                raise WorkerError(status, result)
+            return pickle.loads(pickle.dumps(result))
 
-    def on_ask(self, command):
-        """Called before a command."""
+        def close(self):
+            self.target = None
 
-    def __init__(self, args, log):
-        self.who, self.line = log.stem, ""
-        self.answers = self.worker.answers(self.make(args), iter(lambda: self.line, None))
-
-    def ask(self, command, **arguments):
-        assert self.answers is not None
-        self.commands.append((self.who, command))
-        self.on_ask(command)
-        self.line = json.dumps({"command": command, **arguments})
-        answer = json.loads(json.dumps(next(self.answers)))
-        if "error" in answer:
-            raise self.tool.WorkerError(answer["error"], answer["message"])
-        return answer["result"]
-
-    def close(self):
-        self.answers = None
+    for module in modules:
+        monkeypatch.setattr(module, "Worker", InProcess)
+    return InProcess

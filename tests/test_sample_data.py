@@ -501,5 +501,5 @@ def test_a_missing_package_is_named(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("diffbackbone.sample_data")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"sklearn.*pip install 'diffbackbone\[sample\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"sklearn.*pip install 'diffbackbone\[tools\]'"):
         importlib.import_module("diffbackbone.sample_data")

@@ -221,7 +221,7 @@ class DiffusionModel(nn.Module):
         """Raise a ValueError where labels don't fit the network or the number of images."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def weights_dtype(self) -> torch.dtype:
         """Type of the weights, and of the maps between blocks."""
         return next(self.parameters()).dtype
 
@@ -248,7 +248,7 @@ class DiffusionModel(nn.Module):
                 f"height and width must be multiples of {deepest}, got {tuple(x_t.shape[-2:])}"
             )
         self.check_labels(y, x_t.shape[0])
-        state = TraversalState(0, x_t.to(self.dtype), self.embed(t, y, x_t.device), last)
+        state = TraversalState(0, x_t.to(self.weights_dtype), self.embed(t, y, x_t.device), last)
         if torch.is_grad_enabled():
             state.recompute = self._recomputed_blocks(state.h, last)
         return state

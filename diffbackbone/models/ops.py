@@ -27,21 +27,21 @@ UPSAMPLE_POSITIONS = 1024
 NORM_CHUNK = 2**25
 """Values that group norm takes to float32 at a time, where no gradient is needed."""
 CACHED = 2**19
-"""Values that a core keeps at hand between two operations on them."""
+"""Values that stay in a core's cache between two operations."""
 
 
 def layout(x: Tensor) -> Tensor:
-    """The image of a run in the memory format that the device's convolutions like best."""
+    """Convert to channels_last for CPU inference."""
     if _picks_kernels(x) and not torch.is_grad_enabled():
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
 
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """``function(*args)``, of which the backward pass keeps the arguments alone.
+    """Call ``function(*args)``; the backward pass stores only the arguments and recomputes.
 
-    For cheap functions between two convolutions: what stands between norm, scale-shift, SiLU and
-    pooling is worth more as memory than the time to compute it again.
+    For norm, scale-shift, SiLU and pooling between two convolutions: recomputing them is cheaper
+    than storing their results.
 
     Args:
         function: Draws nothing at random.
@@ -53,7 +53,7 @@ def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _picks_kernels(x: Tensor) -> bool:
-    """Whether it is on us to pick kernels: eagerly on a CPU, in a type that was measured."""
+    """Whether kernels are chosen here: eager mode on a CPU, float32 or bfloat16."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -120,15 +120,15 @@ class GroupNorm32(nn.GroupNorm):
             for source, target in zip(_rows(x), _rows(y)):
                 _norm_rows(source, target, weight, bias, self.num_groups, self.eps, silu)
             return y
-        y = self._normalise(x, weight, bias)
+        y = self._normalize(x, weight, bias)
         if rest is not None:
             y = y.mul_(rest[0]).add_(rest[1]) if in_place else y * rest[0] + rest[1]
         return F.silu(y, inplace=in_place) if silu else y
 
-    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         on_cpu = x.device.type == "cpu"
         if on_cpu and _is_nhwc(x):  # torch's kernel for this format sums inaccurately
-            y = self._normalise(x.contiguous(), weight, bias)
+            y = self._normalize(x.contiguous(), weight, bias)
             return y.contiguous(memory_format=torch.channels_last)
         if x.dtype == torch.float32 or (on_cpu and x.dtype == torch.bfloat16):
             # the CPU's kernel takes bfloat16 with float32 weights, and computes in float32

@@ -1,0 +1,1 @@
+"""Benchmarks: the backbone beside published code, and whole training steps."""
