@@ -16,7 +16,7 @@ SLOW = [
     "test_sharded.py",
     "test_tools_classification.py",
     "test_tools_mmseg.py",
-    "test_tools_pretrain.py",
+    "test_pretrain_training.py",
     "test_distributed.py",
     "test_hostile_files.py",
     "test_mmpretrain.py",
