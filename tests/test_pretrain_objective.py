@@ -131,7 +131,7 @@ def test_average_forgets_its_start_and_then_keeps_its_decay():
         average.update_parameters(model)
         decay = min(0.5, (1 + index) / (10 + index))
         expected = decay * expected + (1 - decay) * value
-        assert float(average.module.weight) == pytest.approx(expected, rel=1e-6)
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
     assert model.weight.item() == 4.0
 
 

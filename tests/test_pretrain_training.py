@@ -202,6 +202,17 @@ def test_impossible_options_are_refused_before_anything_is_written(data, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_options_reach_the_data_and_the_optimizer(data, tmp_path):
+    given = {"flip": False, "shrink": 1.5, "value_range": (0.0, 1023.0), "seed": 3}
+    options = {**SMALL, **given, "size": 32, "weight_decay": 0.1, "activation_checkpointing": True}
+    run = training.Pretraining(training.PretrainConfig(data, tmp_path / "out", **options))
+    examples = run.loader.dataset
+    assert {name: getattr(examples, name) for name in given} == given
+    assert examples.size == run.unet_config.image_size == 32
+    assert run.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert run.accelerator.unwrap_model(run.model).activation_checkpointing
+
+
 def test_broken_image_is_named_before_training(tmp_path):
     bad = write_images(tmp_path / "own") / "deep" / "deeper" / "0.png"
     bad.write_bytes(bad.read_bytes()[:500])
