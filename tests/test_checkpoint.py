@@ -257,7 +257,7 @@ def broken(state_dict):
     yield "tensor", torch.zeros(3), "holds a Tensor, expected a state dict"
     yield "empty", {}, "no guided-diffusion U-Net"
     yield "two", {p + k: v for p in ("a.", "b.") for k, v in state_dict.items()}, r"\['a.', 'b.'\]"
-    yield "value", {**state_dict, "out.0.weight": 3}, "out.0.weight are no tensors"
+    yield "value", {**state_dict, "out.0.weight": 3}, "out.0.weight are not dense tensors"
 
 
 NAMES = ["another", "deeper", "classifier", "missing", "extra", "shape", "type"]

@@ -436,5 +436,5 @@ def test_missing_detectron2_is_named():
         "except ImportError as error:\n    print(error)\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "detectron2 is not installed" in shown.stdout, shown.stderr
+    assert "detectron2, not installed" in shown.stdout, shown.stderr
     assert "readthedocs.io/en/latest/tutorials/install.html" in shown.stdout

@@ -31,7 +31,7 @@ from diffbackbone.eval.data import Listing, choose_subset, list_folder, split_fo
 from diffbackbone.eval.features import FeatureCache, pool_maps, write_cache
 from diffbackbone.eval.probe import Labels, ProbeEvaluator, linear_accuracy
 from diffbackbone.eval.recommend import describe, flops_to, recommend, show_grid, summarize
-from diffbackbone.utils import UserError
+from diffbackbone.utils import RandomStream, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, VAL = 6, 4
@@ -294,7 +294,7 @@ def test_sweep_writes_numbers_figures_and_advice(whole):
 def test_cka_of_a_sweep_is_that_of_its_taps(whole):
     out, _ = whole
     cache = FeatureCache(out / "cache/val")
-    order = np.random.default_rng([0, 9]).permutation(CLASSES * VAL)
+    order = RandomStream.ORDER.generator(0).permutation(CLASSES * VAL)
     found = MinibatchCKA(2)
     for part in np.array_split(order, 3):
         found.add([cache.read(part, [tap])[tap].float() for tap in ((90, 12), (90, 24))])
