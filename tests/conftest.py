@@ -1,6 +1,11 @@
-"""The order of the test files."""
+"""The order of the test files, and what they leave behind in their process."""
 
 from __future__ import annotations
+
+import os
+import sys
+
+import pytest
 
 SLOW = [
     "test_detectron2_training.py",
@@ -30,3 +35,19 @@ def pytest_collection_modifyitems(items):
     """Run slow files first, so that no process waits for one that was begun last."""
     order = {name: place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.name, len(SLOW)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def isolated_file():
+    """Restore the environment after a file, and forget accelerate's processes.
+
+    MMSegmentation's scripts set LOCAL_RANK, by which accelerate takes a process for one of several.
+    """
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
