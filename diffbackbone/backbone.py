@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
-from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
+from diffbackbone.diffusion import (
+    NOISE_POLICIES,
+    NoiseSchedule,
+    coordinate_noise,
+    image_seeds,
+)
 from diffbackbone.feedback import Feedback
 from diffbackbone.models.base import (
     DiffusionModel,
@@ -34,6 +39,8 @@ MIN_SIZE = 32
 """Smallest height and width of an image, in pixels."""
 MAX_CHANNELS = 8192
 """Largest number of channels of a map: rejects typos before they allocate huge tensors."""
+COMBINATIONS = ("concat", "mean")
+"""How the taps of several timesteps become one map."""
 RANDOM_WEIGHTS = (
     "DiffusionBackbone: no checkpoint was given, so the U-Net's weights are RANDOM and its "
     "features mean nothing yet. Give a path or URL of guided-diffusion weights, unless you "
@@ -53,7 +60,8 @@ class DiffusionBackbone(nn.Module):
         unet: A preset's name, a configuration (or a dict of its fields), or a built network.
         checkpoint: Path or URL of guided-diffusion weights; None leaves the U-Net as it is and
             warns that its weights are random.
-        timestep: t, 0-based index into the schedule.
+        timestep: t, 0-based index into the schedule. With several the U-Net runs once for each,
+            and ``combine`` says how a block's taps become one map.
         blocks: Tapped blocks, 1-based, one for each map; a block may be named more than once.
         feedback: None for a single pass; ``"all"``, ``"bottleneck"``, ``"windowed"``,
             ``"multi-scale"`` or a map {source block: target block} for DifFeed.
@@ -61,17 +69,22 @@ class DiffusionBackbone(nn.Module):
         out_strides: Stride of each map, powers of two; None keeps the taps'.
         noise: ``"random"`` draws fresh noise in each call, ``"fixed"`` takes noise that depends on
             ``seed`` and a pixel's coordinates alone, so that the same image gives the same maps in
-            any run, batch and padding; ``"none"`` scales x_0 and adds nothing.
+            any run, batch and padding; ``"image"`` takes noise that depends on ``seed`` and the
+            image's pixels, rounded to 8 bits: independent from image to image, and still the same
+            for the same image; ``"none"`` scales x_0 and adds nothing.
         freeze: Keep the U-Net as it is: evaluation mode and no gradient for its weights, also
             under ``train()``. Projections and feedback layers are trained nevertheless.
-        seed: Seed of the fixed noise.
+        combine: ``"concat"`` concatenates the taps of several timesteps before the projection,
+            ``"mean"`` averages them.
+        seed: Seed of the fixed noise and of the images'.
         class_label: Label given to a class-conditional U-Net. None runs it without: the label
             embedding is then left out.
         first_pass_grad: DifFeed: let gradients through the first pass too (the paper does not).
         activation_checkpointing: Recompute the U-Net's blocks in the backward pass: less memory,
             more time.
-        activation_budget: GB of activations that a pass of the U-Net may keep for the backward
-            pass: only as many blocks are recomputed as that takes, whatever the image's size.
+        activation_budget: GB of activations that the U-Net may keep for the backward pass, all
+            timesteps together: only as many blocks are recomputed as that takes, whatever the
+            image's size.
         dtype: Type that a frozen U-Net is stored and computed in: ``"float32"``, ``"bfloat16"`` or
             ``"float16"``, which take half the memory. Norms are computed in float32; maps have the
             images' type.
@@ -81,6 +94,7 @@ class DiffusionBackbone(nn.Module):
             then holds a digest, and loading it into a backbone with another U-Net is an error.
 
     Attributes:
+        in_channels: Channels of the images.
         channels: Channels of each map.
         strides: Stride of each map.
         size_divisibility: Multiple that images are padded to, inside.
@@ -96,7 +110,7 @@ class DiffusionBackbone(nn.Module):
         self,
         unet: str | UNetConfig | Mapping[str, Any] | DiffusionModel = "gd256_uncond",
         checkpoint: str | os.PathLike[str] | None = None,
-        timestep: int = 90,
+        timestep: int | Sequence[int] = 90,
         blocks: Sequence[int] | int = (33, 30, 27, 24),
         feedback: str | Mapping[int, int] | None = None,
         out_channels: int | None = 1024,
@@ -104,6 +118,7 @@ class DiffusionBackbone(nn.Module):
         noise: str = "fixed",
         freeze: bool = False,
         *,
+        combine: str = "concat",
         seed: int = 0,
         class_label: int | None = None,
         first_pass_grad: bool = False,
@@ -134,14 +149,13 @@ class DiffusionBackbone(nn.Module):
                 )
             config = config.replace(num_classes=None)
         self.class_label = _check_label(class_label, config.num_classes)
+        self.in_channels = config.in_channels
         self.blocks = config.blocks.check(as_tuple("blocks", blocks))
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
-        self.timestep = self.schedule.check_timestep(timestep)
-        if noise not in NOISE_POLICIES:
-            raise ValueError(
-                f"noise must be one of {', '.join(NOISE_POLICIES)}, got {noise!r:.200}"
-            )
-        self.noise = noise
+        self.timesteps = self.schedule.check_timesteps(timestep)
+        self.timestep = self.timesteps[0] if len(self.timesteps) == 1 else self.timesteps
+        self.noise = _check_choice("noise", noise, NOISE_POLICIES)
+        self.combine = _check_choice("combine", combine, COMBINATIONS)
         self.seed = seed
         self.frozen = freeze
         self.save_frozen = save_frozen
@@ -158,7 +172,8 @@ class DiffusionBackbone(nn.Module):
                 f"out_channels must be an integer from 1 to {MAX_CHANNELS} or None, got "
                 f"{out_channels!r:.200}"
             )
-        self.channels = tuple(out_channels or tap.channels for tap in taps)
+        copies = len(self.timesteps) if combine == "concat" else 1
+        self.channels = tuple(out_channels or copies * tap.channels for tap in taps)
 
         self.feedback = None
         last = max(self.blocks)
@@ -166,18 +181,23 @@ class DiffusionBackbone(nn.Module):
             self.feedback = Feedback(config, feedback, first_pass_grad)
             self.feedback.check_taps(self.blocks)
             last = max(last, self.feedback.last_source)
+        budget = check_budget(activation_budget)
+        if budget is not None:
+            budget /= len(self.timesteps)
         if built:
             if unet.last_block < last:
                 raise ValueError(f"block {last} is needed, but the U-Net ends at {unet.last_block}")
             self.unet = unet
             unet.activation_checkpointing |= activation_checkpointing
-            if activation_budget is not None:
-                unet.activation_budget = check_budget(activation_budget)
+            if budget is not None:
+                unet.activation_budget = budget
         else:
-            self.unet = UNet(config, last, activation_checkpointing, activation_budget)
+            self.unet = UNet(config, last, activation_checkpointing, budget)
         self.proj = None
         if out_channels is not None:
-            self.proj = nn.ModuleList(nn.Conv2d(tap.channels, out_channels, 1) for tap in taps)
+            self.proj = nn.ModuleList(
+                nn.Conv2d(copies * tap.channels, out_channels, 1) for tap in taps
+            )
         self.size_divisibility = math.lcm(config.blocks.deepest_stride(last), *self.strides)
         self._freeze_unused()
 
@@ -268,7 +288,8 @@ class DiffusionBackbone(nn.Module):
         """Compute the feature maps of a batch of images.
 
         Args:
-            images: (N, 3, H, W) RGB in [-1, 1]; H and W at least 32, any multiple.
+            images: (N, C, H, W) in [-1, 1], RGB unless the network has other ``in_channels``; H
+                and W at least 32, any multiple.
             y: Class labels (N,) for a class-conditional U-Net, in place of ``class_label``.
 
         Returns:
@@ -278,12 +299,12 @@ class DiffusionBackbone(nn.Module):
         Raises:
             ValueError: The images are of another shape, type or range, or hold NaN.
         """
-        check_images(images)
-        features = self._run(images, self.timestep, self.blocks, y)
+        check_images(images, self.in_channels)
+        taps = self._run(images, self.timesteps, self.blocks, y)
         height, width = images.shape[-2:]
         maps = []
         for i, (block, stride) in enumerate(zip(self.blocks, self.strides)):
-            x = features[block]
+            x = self._combine([taps[t, block] for t in self.timesteps])
             size = None
             if self.resizes:
                 tap_stride = self.unet.blocks[block].stride
@@ -320,56 +341,78 @@ class DiffusionBackbone(nn.Module):
             ValueError: See :meth:`forward`; a timestep or block is out of range, or a timestep is
                 given twice.
         """
-        check_images(images)
+        check_images(images, self.in_channels)
         chosen = self.blocks if blocks is None else self.unet.blocks.check(blocks)
         if max(chosen) > self.unet.last_block:
             raise ValueError(
                 f"blocks {list(chosen)}: this U-Net was built up to block {self.unet.last_block}"
             )
-        steps = self.schedule.check_timesteps(self.timestep if timesteps is None else timesteps)
+        steps = self.schedule.check_timesteps(self.timesteps if timesteps is None else timesteps)
         height, width = images.shape[-2:]
         return {
             (t, b): as_type(crop_map(x, height, width, self.unet.blocks[b].stride), images.dtype)
-            for t in steps
-            for b, x in self._run(images, t, chosen, y).items()
+            for (t, b), x in self._run(images, steps, chosen, y).items()
         }
 
+    def _combine(self, maps: Sequence[Tensor]) -> Tensor:
+        """Concatenate or average the taps of several timesteps, (N, C, H, W) each."""
+        if len(maps) == 1:
+            return maps[0]
+        return torch.cat(maps, 1) if self.combine == "concat" else sum(maps) / len(maps)
+
     def _run(
-        self, images: Tensor, t: int, blocks: Sequence[int], y: Tensor | None
-    ) -> dict[int, Tensor]:
-        """Noise padded images and run the U-Net once, or twice with feedback."""
+        self, images: Tensor, timesteps: Sequence[int], blocks: Sequence[int], y: Tensor | None
+    ) -> dict[tuple[int, int], Tensor]:
+        """Return taps {(t, b): map} of the padded images."""
         if y is None and self.class_label is not None:
             y = torch.full((images.shape[0],), self.class_label, device=images.device)
         x_start = pad_to_multiple(images, self.size_divisibility)
-        noise = None
-        if self.noise == "random":
-            noise = torch.randn_like(x_start)
-        elif self.noise == "fixed":
-            noise = self._fixed_noise(*x_start.shape[-2:], x_start.device)
-        x_t = self.schedule.add_noise(x_start, t, noise)
+        noise = self._shared_noise(images, x_start)
+        taps = {}
+        for t in timesteps:
+            if self.noise == "random":
+                noise = torch.randn_like(x_start)
+            x_t = self.schedule.add_noise(x_start, t, noise)
+            for b, x in self._features(x_t, t, blocks, y).items():
+                taps[t, b] = x
+        return taps
+
+    def _features(
+        self, x_t: Tensor, t: int, blocks: Sequence[int], y: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Run the U-Net on noised images once, or twice with feedback."""
         if self.feedback is not None:
             return self.feedback(self.unet, x_t, t, blocks, y)
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             return self.unet.forward_features(x_t, t, blocks, y)
 
-    def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Return noise (3, H, W) that a pixel's coordinates determine.
+    def _shared_noise(self, images: Tensor, x_start: Tensor) -> Tensor | None:
+        """Return the noise that all timesteps share; None where there is none."""
+        if self.noise == "fixed":
+            return self._fixed_noise(*x_start.shape[1:], x_start.device)
+        if self.noise == "image":
+            seeds = image_seeds(images, self.seed)
+            return coordinate_noise(*x_start.shape[1:], seed=seeds, device=x_start.device)
+        return None
+
+    def _fixed_noise(self, channels: int, height: int, width: int, device: torch.device) -> Tensor:
+        """Return noise (C, H, W) that a pixel's coordinates determine.
 
         A field that holds all sizes seen is kept, unless it would have more than twice the pixels
         of the largest image; then only the last size is kept.
         """
         made_for = (self.seed, device)
         if torch.compiler.is_compiling() and not self._exports_kept_noise(made_for, height, width):
-            return coordinate_noise(3, height, width, seed=self.seed, device=device)
+            return coordinate_noise(channels, height, width, seed=self.seed, device=device)
         if self._field is None or self._field[0] != made_for:
-            self._field = made_for, torch.empty(3, 0, 0, device=device)
+            self._field = made_for, torch.empty(channels, 0, 0, device=device)
         field = self._field[1]
         if field.shape[1] < height or field.shape[2] < width:
             self._largest = max(self._largest, height * width)
             size = max(field.shape[1], height), max(field.shape[2], width)
             if math.prod(size) > 2 * self._largest:
                 size = height, width
-            field = coordinate_noise(3, *size, seed=self.seed, device=device)
+            field = coordinate_noise(channels, *size, seed=self.seed, device=device)
             self._field = made_for, field
         return field[:, :height, :width]
 
@@ -401,6 +444,12 @@ def _check_kinds(flags: Mapping[str, Any], seed: Any, schedule: Any) -> None:
         raise ValueError(f"seed must be an integer, got {seed!r:.200}")
     if schedule is not None and not isinstance(schedule, NoiseSchedule):
         raise ValueError(f"schedule must be a NoiseSchedule or None, got {schedule!r:.200}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.200}")
+    return value
 
 
 def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
@@ -452,19 +501,21 @@ def _check_strides(out_strides: Sequence[int] | None, taps: Sequence[Any]) -> tu
 _STRIDES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def check_images(images: Tensor) -> None:
+def check_images(images: Tensor, channels: int = 3) -> None:
     """Validate a batch of images.
 
     Raises:
-        ValueError: Not (N, 3, H, W) floating-point images of at least 32 px in [-1, 1], or NaN.
+        ValueError: Not (N, ``channels``, H, W) floating-point images of at least 32 px in [-1, 1],
+            or NaN.
     """
     if torch.compiler.is_compiling():
         return
-    what = "images must be a floating-point tensor (N, 3, H, W), RGB in [-1, 1]"
+    kind = ", RGB" if channels == 3 else ""
+    what = f"images must be a floating-point tensor (N, {channels}, H, W){kind} in [-1, 1]"
     if not isinstance(images, Tensor) or not images.is_floating_point():
         given = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"{what}, got {given}")
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
+    if images.ndim != 4 or images.shape[1] != channels or images.shape[0] == 0:
         raise ValueError(f"{what}, got shape {tuple(images.shape)}")
     if min(images.shape[-2:]) < MIN_SIZE:
         raise ValueError(
@@ -487,7 +538,7 @@ def check_images(images: Tensor) -> None:
 @functools.cache  # once per process
 def _warn_unit_range() -> None:
     warnings.warn(
-        "images must be RGB in [-1, 1], but this batch has no value below 0. If its images are in "
+        "images must be in [-1, 1], but this batch has no value below 0. If its images are in "
         "[0, 1], scale them by 2 * x - 1. (This is said once.)",
         UserWarning,
         stacklevel=4,

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffbackbone.models.base import as_tuple, integer
 from diffbackbone.utils import hash_integers
 
-NOISE_POLICIES = ("random", "fixed", "none")
+NOISE_POLICIES = ("random", "fixed", "image", "none")
 _WITHOUT_FLOAT64 = ("mps",)
 
 
@@ -113,7 +113,11 @@ class NoiseSchedule:
 
 
 def coordinate_noise(
-    channels: int, height: int, width: int, seed: int = 0, device: torch.device | None = None
+    channels: int,
+    height: int,
+    width: int,
+    seed: int | Tensor = 0,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Standard normal noise whose value at a pixel depends on (seed, channel, y, x) alone.
 
@@ -125,21 +129,48 @@ def coordinate_noise(
         channels: Channels.
         height: Rows.
         width: Columns.
-        seed: Another seed gives another field.
+        seed: Another seed gives another field. Integers (N,) give a field each.
         device: Where to compute.
 
     Returns:
-        Noise (channels, height, width), float32.
+        Noise (channels, height, width), float32; (N, channels, height, width) for N seeds.
     """
     if device is not None and torch.device(device).type in _WITHOUT_FLOAT64:
+        seed = seed.cpu() if isinstance(seed, Tensor) else seed
         return coordinate_noise(channels, height, width, seed).to(device)
-    c, y, x = torch.meshgrid(
-        torch.arange(channels, device=device),
-        torch.arange(height, device=device),
-        torch.arange(width, device=device),
-        indexing="ij",
-    )
-    key = hash_integers(hash_integers(hash_integers(c + 0x9E3779B9 + (seed & 0xFFFFFFFF)) ^ y) ^ x)
+    if isinstance(seed, Tensor):
+        seed = seed[:, None, None, None]
+    key = _hash_coordinates(channels, height, width, (seed & 0xFFFFFFFF) + 0x9E3779B9, device)
     uniform = (key.double() + 0.5) / 2**32  # in (0, 1), never 0
     angle = (hash_integers(key ^ 0x5851F42D).double() + 0.5) * (2 * math.pi / 2**32)
     return (torch.sqrt(-2 * torch.log(uniform)) * torch.cos(angle)).float()
+
+
+def image_seeds(images: Tensor, seed: int = 0) -> Tensor:
+    """Seeds that depend on the images' pixels, for noise that differs from image to image.
+
+    Pixels are rounded to 8 bits first, so that the precision of normalization does not matter.
+    Pixels that are exactly 0 don't count: frameworks pad batches with them, and no pixel of an
+    8-bit image becomes 0 in [-1, 1].
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        seed: Another seed gives other seeds.
+
+    Returns:
+        (N,) integers from 0 to 2^32 - 1, int64. An image has the same seed in any batch.
+    """
+    pixels = ((images.detach().float() + 1) * 127.5).round().long()
+    mixed = hash_integers(_hash_coordinates(*images.shape[1:], 0, images.device) ^ pixels)
+    total = torch.where(images != 0, mixed, 0).sum(dim=(1, 2, 3))  # exact in any order
+    return hash_integers(hash_integers(total ^ (total >> 32)) + (seed & 0xFFFFFFFF))
+
+
+def _hash_coordinates(
+    channels: int, height: int, width: int, seed: int | Tensor, device: torch.device | None
+) -> Tensor:
+    """Hash (channel, y, x) and the seed to integers below 2^32, (..., channels, height, width)."""
+    c = torch.arange(channels, device=device)[:, None, None]
+    y = torch.arange(height, device=device)[:, None]
+    x = torch.arange(width, device=device)
+    return hash_integers(hash_integers(hash_integers(c + seed) ^ y) ^ x)

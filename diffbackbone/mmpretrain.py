@@ -63,11 +63,7 @@ class DiffusionTaps(DiffusionBackbone):
         blocks: Sequence[int] | int = (24,),
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            unet, timestep=0, blocks=blocks, out_channels=None, out_strides=None, **kwargs
-        )
-        self.timesteps = self.schedule.check_timesteps(timesteps)
-        self.timestep = self.timesteps[0]
+        super().__init__(unet, timesteps, blocks, out_channels=None, out_strides=None, **kwargs)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the taps of a batch.
@@ -79,7 +75,7 @@ class DiffusionTaps(DiffusionBackbone):
             One map (N, C_b, ceil(H / stride_b), ceil(W / stride_b)) for each timestep and block,
             all blocks of a timestep after one another.
         """
-        taps = self.forward_taps(images, self.timesteps)
+        taps = self.forward_taps(images)
         return tuple(taps[t, b] for t in self.timesteps for b in self.blocks)
 
 

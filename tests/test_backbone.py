@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -17,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffbackbone import CheckpointError, DiffusionBackbone, UNet, UNetConfig
 from diffbackbone.backbone import _warn_unit_range
-from diffbackbone.diffusion import coordinate_noise
+from diffbackbone.diffusion import coordinate_noise, image_seeds
 from diffbackbone.padding import pad_to_multiple
 
 SMALL = golden.CONFIGS["narrow256"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*weights are RANDOM")
 
 
-def build(**kwargs) -> DiffusionBackbone:
+def build(unet=SMALL, **kwargs) -> DiffusionBackbone:
     kwargs.setdefault("out_channels", 48)
-    return golden.fill(DiffusionBackbone(kwargs.pop("unet", SMALL), **kwargs))
+    return golden.fill(DiffusionBackbone(unet, **kwargs))
 
 
 def images(n=1, height=64, width=96) -> torch.Tensor:
@@ -165,6 +166,104 @@ def test_noise_policies():
         none = build(noise="none")
         assert torch.equal(none(image)[0], none(image)[0])
         assert not torch.allclose(none(image)[0], fixed(image)[0])
+
+
+def noised(backbone, batch, monkeypatch) -> torch.Tensor:
+    """Return the noise that a batch's images get, up to the schedule's factors."""
+    seen = []
+    start = UNet.start
+
+    def spy(self, x_t, *args):
+        seen.append(x_t)
+        return start(self, x_t, *args)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(UNet, "start", spy)
+        backbone(batch)
+    size = batch.shape[-2:]
+    clean = backbone.schedule.add_noise(batch, backbone.timesteps[0], None)
+    return seen[0][..., : size[0], : size[1]] - clean
+
+
+def test_image_noise_follows_the_image(monkeypatch):
+    backbone = build(noise="image")
+    batch = images(3, 40, 50)
+    noise = noised(backbone, batch, monkeypatch)
+    assert len({float(x) for x in noise[:, 0, 0, 0]}) == 3
+    for i in range(3):
+        alone = noised(backbone, batch[i : i + 1], monkeypatch)
+        assert torch.equal(alone[0], noise[i])
+    # zeros that a framework pads with, and half precision, leave the noise alone
+    padded = noised(backbone, torch.nn.functional.pad(batch, (0, 9, 0, 13)), monkeypatch)
+    assert torch.equal(padded[..., :40, :50], noise)
+    pixels = ((batch + 1) * 127.5).round() / 127.5 - 1
+    assert torch.equal(image_seeds(pixels.half()), image_seeds(pixels))
+    other = noised(build(noise="image", seed=1), batch, monkeypatch)
+    assert not torch.allclose(other, noise, atol=0.1)
+    changed = pixels.clone()
+    changed[0, 0, 5, 5] += 1 / 127.5 if changed[0, 0, 5, 5] < 0 else -1 / 127.5
+    assert (image_seeds(changed) == image_seeds(pixels)).tolist() == [False, True, True]
+    swapped = torch.stack([pixels[0], pixels[0].flip(-1), pixels[0].flip(0)])
+    assert len(set(image_seeds(swapped).tolist())) == 3
+
+
+def test_image_noise_is_the_same_in_another_process():
+    backbone = build(noise="image")
+    code = (
+        "import sys, torch; sys.path.insert(0, 'tests'); from test_backbone import build, images\n"
+        "torch.set_grad_enabled(False)\n"
+        "x = build(noise='image')(images(2, 40, 50)[1:])[0]; print(x.double().sum().item().hex())"
+    )
+    with torch.no_grad():
+        here = backbone(images(2, 40, 50)[1:])[0].double().sum().item().hex()
+    root = pathlib.Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert run.stdout.strip() == here, run.stderr
+
+
+@pytest.mark.parametrize(("feedback", "noise"), [(None, "fixed"), ("bottleneck", "image")])
+def test_several_timesteps_become_one_map(feedback, noise):
+    options = {"feedback": feedback, "noise": noise, "out_strides": None, "blocks": (24, 30)}
+    batch = images(2)
+    joined = build(timestep=(90, 300), out_channels=None, **options)
+    taps = joined.forward_taps(batch)
+    assert list(taps) == [(t, b) for t in (90, 300) for b in (24, 30)]
+    maps = joined(batch)
+    assert joined.channels == tuple(2 * joined.unet.blocks[b].channels for b in (24, 30))
+    for b, x, channels in zip((24, 30), maps, joined.channels):
+        assert x.shape[1] == channels
+        assert torch.equal(x, torch.cat([taps[90, b], taps[300, b]], 1))
+    mean = build(timestep=(90, 300), out_channels=None, combine="mean", **options)
+    for b, x in zip((24, 30), mean(batch)):
+        assert torch.allclose(x, (taps[90, b] + taps[300, b]) / 2)
+    alone = build(timestep=300, out_channels=None, **options).forward_taps(batch)
+    assert torch.equal(alone[300, 24], taps[300, 24])
+
+
+def test_a_budget_is_shared_by_the_timesteps():
+    one, two = build(activation_budget=0.01), build(activation_budget=0.02, timestep=(90, 300))
+    assert one.unet.activation_budget == two.unet.activation_budget
+
+
+def test_projections_read_all_timesteps():
+    backbone = build(timestep=(90, 150, 300), blocks=(24, 24), out_strides=(16, 32))
+    assert backbone.channels == (48, 48)
+    maps = backbone(images())
+    assert [x.shape[1] for x in maps] == [48, 48]
+    sum(x.sum() for x in maps).backward()
+    gradients = backbone.proj[0].weight.grad
+    assert gradients.shape[1] == 3 * backbone.unet.blocks[24].channels
+    assert all(part.abs().sum() > 0 for part in gradients.chunk(3, dim=1))
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_any_number_of_channels(channels):
+    backbone = build(SMALL.replace(in_channels=channels))
+    batch = torch.rand(2, channels, 40, 50) * 2 - 1
+    assert backbone.in_channels == channels
+    assert [x.shape[1] for x in backbone(batch)] == [48] * 4
+    with pytest.raises(ValueError, match=f"{channels}, H, W"):
+        backbone(images())
 
 
 def test_one_block_can_feed_every_map():
@@ -401,11 +500,11 @@ def test_fixed_noise_is_computed_once_for_the_largest_size(monkeypatch):
         with torch.no_grad():
             backbone(images(1, height, width))
     assert made == [(3, 64, 64), (3, 128, 64)]
-    seeded = backbone._fixed_noise(64, 32, torch.device("cpu"))
+    seeded = backbone._fixed_noise(3, 64, 32, torch.device("cpu"))
     assert torch.equal(seeded, coordinate_noise(3, 64, 32, seed=0))
     backbone.seed = 1
     assert torch.equal(
-        backbone._fixed_noise(64, 32, torch.device("cpu")), coordinate_noise(3, 64, 32, seed=1)
+        backbone._fixed_noise(3, 64, 32, torch.device("cpu")), coordinate_noise(3, 64, 32, seed=1)
     )
     assert not any("field" in key for key in backbone.state_dict())
 
@@ -414,7 +513,7 @@ def test_fixed_noise_keeps_at_most_twice_the_largest_image():
     backbone = build(blocks=(1,), out_strides=None)
     for turn in range(6):  # from high to wide images
         height, width = 1024 >> turn, 32 << turn
-        field = backbone._fixed_noise(height, width, torch.device("cpu"))
+        field = backbone._fixed_noise(3, height, width, torch.device("cpu"))
         assert torch.equal(field, coordinate_noise(3, height, width))
         assert field.untyped_storage().nbytes() <= 2 * 3 * 4 * 1024 * 32
 
@@ -466,7 +565,7 @@ def test_random_weights_are_announced():
         ({"out_strides": (4, 8)}, r"has 2 entries for 4 blocks \(33, 30, 27, 24\)"),
         ({"out_strides": (4, 8, 16, 30)}, "powers of two from"),
         ({"out_channels": 0}, "integer from 1 to 8192 or None, got 0"),
-        ({"noise": "frozen"}, "random, fixed, none, got 'frozen'"),
+        ({"noise": "frozen"}, "random, fixed, image, none, got 'frozen'"),
         ({"feedback": "both"}, "choose from all, bottleneck"),
         ({"feedback": "windowed", "blocks": (3,), "out_strides": (4,)}, "can't reach the taps"),
         ({"unet": "gd255"}, "unknown preset 'gd255'"),

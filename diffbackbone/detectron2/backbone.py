@@ -143,7 +143,7 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
         self,
         unet: str | Mapping[str, Any] = "gd256_uncond",
         checkpoint: str | os.PathLike[str] | None = None,
-        timestep: int = 75,
+        timestep: int | Sequence[int] = 75,
         blocks: Sequence[int] | int = (24,),
         feedback: str | Mapping[int, int] | None = None,
         out_channels: int | None = None,
@@ -160,7 +160,7 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
         super().__init__(
             _plain(unet),
             checkpoint,
-            timestep,
+            _plain(timestep),
             _plain(blocks),
             _plain(feedback),
             out_channels,

@@ -50,13 +50,15 @@ def add_diffusion_config(cfg: CfgNode) -> None:
             "UNET": "gd256_uncond",  # a preset
             "CHECKPOINT": "",  # path or URL of guided-diffusion weights; "" leaves random weights
             "TIMESTEP": 75,  # t, 0-based
+            "TIMESTEPS": (),  # overrides TIMESTEP: one run of the U-Net for each
+            "COMBINE": "concat",  # taps of several timesteps; or "mean"
             "BLOCKS": (24,),  # tapped blocks, 1-based
             "FEEDBACK": "",  # "", "all", "bottleneck", "windowed" or "multi-scale"
             "FEEDBACK_MAP": (),  # overrides FEEDBACK: pairs (source block, target block)
             "FIRST_PASS_GRAD": False,  # gradient through DifFeed's first pass
             "OUT_CHANNELS": 0,  # 1x1 projections of the taps
             "OUT_STRIDES": (),  # bilinear resizing of the taps
-            "NOISE": "fixed",  # "fixed" (by SEED), "random" or "none"
+            "NOISE": "fixed",  # "fixed" (by SEED), "image" (by SEED and pixels), "random", "none"
             "SEED": 0,
             "CLASS_LABEL": -1,  # given to a class-conditional U-Net; -1 for none
             "FREEZE": False,  # keep the U-Net as it is
@@ -94,7 +96,8 @@ def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DiffusionB
     return DiffusionBackbone(
         unet={"preset": node.UNET, **node.UNET_OPTIONS},
         checkpoint=node.CHECKPOINT or None,
-        timestep=node.TIMESTEP,
+        timestep=node.TIMESTEPS or node.TIMESTEP,
+        combine=node.COMBINE,
         blocks=node.BLOCKS,
         feedback=dict(node.FEEDBACK_MAP) or node.FEEDBACK or None,
         out_channels=node.OUT_CHANNELS or None,

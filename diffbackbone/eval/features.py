@@ -126,7 +126,7 @@ class FeatureSpec:
         if not backbone.frozen or backbone.feedback is not None or backbone.noise == "random":
             raise UserError(
                 "only features that stay the same can be cached: the U-Net must be frozen, without "
-                "feedback, and the noise fixed or none"
+                "feedback, and the noise must follow from the seed"
             )
         settings = {
             **{f"unet.{name}": value for name, value in asdict(backbone.unet.config).items()},
@@ -136,7 +136,7 @@ class FeatureSpec:
             "timesteps": self.timesteps,
             "blocks": self.blocks,
             "noise": backbone.noise,
-            "seed": backbone.seed if backbone.noise == "fixed" else None,
+            "seed": backbone.seed if backbone.noise in ("fixed", "image") else None,
             "image_size": self.image_size,
             "preprocessing": PREPROCESSING,
             "value_range": images.value_range,

@@ -34,8 +34,8 @@ class BackboneOptions:
     """0-based timesteps t."""
     blocks: tuple[int, ...] = ()
     """1-based blocks b."""
-    noise: Literal["random", "fixed", "none"] = "fixed"
-    """Noise added to the images."""
+    noise: Literal["random", "fixed", "image", "none"] = "fixed"
+    """Noise added to the images: image draws it from their pixels and the seed."""
     seed: int = 0
     """Seed of the noise, random weights and everything else that is drawn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -175,6 +175,7 @@ class DiffusionModel(nn.Module):
     Attributes:
         blocks: The table of all blocks of the architecture.
         last_block: The last block that is built (1-based).
+        in_channels: Channels of the images.
         num_classes: Classes of a class-conditional network; None for an unconditional one.
         noise_schedule: Schedule that the weights were trained with, ``"linear"`` or ``"cosine"``.
 
@@ -191,6 +192,7 @@ class DiffusionModel(nn.Module):
         ValueError: ``last_block`` is not a block number, or the budget is negative.
     """
 
+    in_channels: int = 3
     num_classes: int | None = None
     noise_schedule: str = "linear"
 

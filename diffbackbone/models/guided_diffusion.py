@@ -201,6 +201,7 @@ class UNet(DiffusionModel):
     ) -> None:
         super().__init__(config.blocks, last_block, activation_checkpointing, activation_budget)
         self.config = config
+        self.in_channels = config.in_channels
         self.num_classes = config.num_classes
         self.noise_schedule = config.noise_schedule
         emb_channels = 4 * config.model_channels
