@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import Feedback
+from diffbackbone.models import build_network, resolve_network
 from diffbackbone.models.base import (
     DiffusionModel,
     as_tuple,
@@ -24,8 +25,7 @@ from diffbackbone.models.base import (
     is_number,
     resize,
 )
-from diffbackbone.models.gd_config import UNetConfig, resolve_config
-from diffbackbone.models.guided_diffusion import UNet
+from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.ops import as_type, is_readable
 from diffbackbone.padding import crop_map, pad_to_multiple
 from diffbackbone.utils import weights_digest
@@ -125,7 +125,7 @@ class DiffusionBackbone(nn.Module):
             schedule,
         )
         built = isinstance(unet, DiffusionModel)
-        config = unet if built else resolve_config(unet)
+        config = unet if built else resolve_network(unet)
         if class_label is None and config.num_classes is not None:
             if built:
                 raise ValueError(
@@ -174,7 +174,9 @@ class DiffusionBackbone(nn.Module):
             if activation_budget is not None:
                 unet.activation_budget = check_budget(activation_budget)
         else:
-            self.unet = UNet(config, last, activation_checkpointing, activation_budget)
+            self.unet = build_network(
+                config, last, activation_checkpointing, activation_budget, checkpoint is None
+            )
         self.proj = None
         if out_channels is not None:
             self.proj = nn.ModuleList(nn.Conv2d(tap.channels, out_channels, 1) for tap in taps)
