@@ -21,6 +21,7 @@ from diffbackbone.diffusion import (
     image_seeds,
 )
 from diffbackbone.feedback import Feedback
+from diffbackbone.models import build_network, resolve_network
 from diffbackbone.models.base import (
     DiffusionModel,
     as_tuple,
@@ -29,8 +30,7 @@ from diffbackbone.models.base import (
     is_number,
     resize,
 )
-from diffbackbone.models.gd_config import UNetConfig, resolve_config
-from diffbackbone.models.guided_diffusion import UNet
+from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.ops import as_type, is_readable
 from diffbackbone.padding import crop_map, pad_to_multiple
 from diffbackbone.utils import weights_digest
@@ -140,7 +140,7 @@ class DiffusionBackbone(nn.Module):
             schedule,
         )
         built = isinstance(unet, DiffusionModel)
-        config = unet if built else resolve_config(unet)
+        config = unet if built else resolve_network(unet)
         if class_label is None and config.num_classes is not None:
             if built:
                 raise ValueError(
@@ -192,7 +192,9 @@ class DiffusionBackbone(nn.Module):
             if budget is not None:
                 unet.activation_budget = budget
         else:
-            self.unet = UNet(config, last, activation_checkpointing, budget)
+            self.unet = build_network(
+                config, last, activation_checkpointing, budget, checkpoint is None
+            )
         self.proj = None
         if out_channels is not None:
             self.proj = nn.ModuleList(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from diffbackbone._unpickle import allow_globals, check_weights
+from diffbackbone.models.base import DiffusionModel
 from diffbackbone.models.gd_config import NOT_IN_SHAPES, PRESETS, UNetConfig, read_architecture
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.sources import (
@@ -95,7 +96,7 @@ class KeyReport:
 
 
 def load_checkpoint(
-    unet: UNet, source: str | os.PathLike[str], prefix: str | None = None
+    unet: DiffusionModel, source: str | os.PathLike[str], prefix: str | None = None
 ) -> KeyReport:
     """Load guided-diffusion weights into a U-Net, in place.
 
@@ -118,6 +119,8 @@ def load_checkpoint(
             classifier, or a key is missing, unexpected or of another shape, or a weight is NaN or
             infinite. The U-Net is not changed then.
     """
+    if hasattr(unet, "convert"):
+        return _load_family(unet, source, prefix)
     config = unet.config
     state_dict, prefix, foreign = find_state_dict(read_checkpoint(source, config), source, prefix)
     try:
@@ -169,6 +172,42 @@ def load_checkpoint(
         unused=tuple(key for key in state_dict if key not in own),
         foreign=foreign,
     )
+    logger.info("%s", report)
+    return report
+
+
+def _load_family(
+    model: DiffusionModel, source: str | os.PathLike[str], prefix: str | None
+) -> KeyReport:
+    """Load weights into a network of another family; see :func:`load_checkpoint`.
+
+    The network has ``anchor``, the end of a key at the root of its state dicts, ``full_shapes``,
+    the shapes of all weights of its architecture (None for any), and ``convert``, which renames a
+    file's weights.
+    """
+    content = read_checkpoint(source)
+    weights, prefix, foreign = find_state_dict(content, source, prefix, model.anchor)
+    try:
+        weights = model.convert(weights)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: {first_line(error)}") from error
+    own, shapes = model.state_dict(), model.full_shapes
+    problems = [f"missing: {key}" for key in own if key not in weights]
+    for key, value in weights.items():
+        if key not in shapes:
+            problems.append(f"unexpected: {some_keys([key])}")
+        elif shapes[key] not in (tuple(value.shape), None):
+            problems.append(f"shape of {key}: {tuple(value.shape)}, expected {shapes[key]}")
+        elif key in own and value.is_floating_point() != own[key].is_floating_point():
+            problems.append(f"type of {key}: {value.dtype}, expected {own[key].dtype}")
+    if problems:
+        listed = "\n  ".join([*problems[:10], *(["..."] if len(problems) > 10 else [])])
+        raise CheckpointError(f"{source} has {len(problems)} keys that don't fit:\n  {listed}")
+    used = {key: weights[key] for key in own}
+    check_finite(source, used)
+    model.load_state_dict(used)
+    unused = tuple(key for key in weights if key not in own)
+    report = KeyReport(str(source), prefix, tuple(own), unused, foreign)
     logger.info("%s", report)
     return report
 
@@ -344,7 +383,7 @@ def _differences_beyond_shapes(stored: UNetConfig, config: UNetConfig) -> list[s
 
 
 def find_state_dict(
-    content: Any, source: object, prefix: str | None
+    content: Any, source: object, prefix: str | None, anchor: str = ANCHOR
 ) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
     """Unwrap a checkpoint: the U-Net's state dict, its prefix, and the keys that don't belong."""
     candidates: set[str] = set()
@@ -354,9 +393,9 @@ def find_state_dict(
                 f"{source} holds a {type(content).__name__}, expected a state dict"
             )
         candidates = {
-            key[: -len(ANCHOR)]
+            key[: -len(anchor)]
             for key, value in content.items()
-            if isinstance(key, str) and key.endswith(ANCHOR) and isinstance(value, Tensor)
+            if isinstance(key, str) and key.endswith(anchor) and isinstance(value, Tensor)
         }
         wrapper = find_wrapper(content)
         if candidates or wrapper is None:
@@ -365,7 +404,7 @@ def find_state_dict(
         content = content[wrapper]
     if not candidates:
         raise CheckpointError(
-            f"{source} holds no guided-diffusion U-Net: no key ends in {ANCHOR!r} (first keys: "
+            f"{source} holds no weights of this network: no key ends in {anchor!r} (first keys: "
             f"{some_keys(content) or 'none'})"
         )
     if prefix is None and "" in candidates:

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffbackbone.models import build_network
 from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.guided_diffusion import UNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def block_costs(
     last_block = len(blocks) if last_block is None else last_block
     config.blocks.check((last_block,))
     with torch.device("meta"):
-        unet = UNet(config, last_block=last_block).to(dtype).eval()
+        unet = build_network(config, last_block).to(dtype).eval()
         image = torch.empty(1, 3, height, width, dtype=dtype)
         labels = None if config.num_classes is None else torch.empty(1, dtype=torch.long)
     own = {b: _count_parameters(unet.module(b)) for b in range(1, last_block + 1)}

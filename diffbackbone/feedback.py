@@ -40,6 +40,8 @@ def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[
         ValueError: Unknown name, a number out of range, a target outside the encoder, or a source
             that does not come after its target.
     """
+    if blocks.no_feedback:
+        raise ValueError(f"feedback {strategy!r:.200}: {blocks.no_feedback}")
     encoder = blocks.num_encoder_blocks
     decoder = [b for b, info in blocks.items() if info.part == "decoder"]
     if isinstance(strategy, Mapping):

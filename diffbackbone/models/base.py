@@ -55,6 +55,9 @@ class BlockInfo:
 class BlockTable(dict[int, BlockInfo]):
     """The blocks of a network by 1-based number, in the order in which they run."""
 
+    no_feedback: str | None = None
+    """Why features can't be fed back into earlier blocks; None where they can."""
+
     def __init__(self, infos: Iterable[BlockInfo]) -> None:
         super().__init__((info.index, info) for info in infos)
 
