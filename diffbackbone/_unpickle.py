@@ -117,12 +117,8 @@ def allow_globals() -> Iterator[None]:
         yield
 
 
-# --------------------------------------------------------------------------------------------------
-# torch before 2.10
-
-
 def check_weights(path: str | os.PathLike[str]) -> None:
-    """Keep out what ``torch.load(weights_only=True)`` lets in before torch 2.10.
+    """Reject what ``torch.load(weights_only=True)`` accepts before torch 2.10.
 
     A pickle can set items of a storage beyond its end (CVE-2026-24747), and a tensor may be longer
     than its values in the file. So the pickles are gone through first, as torch will, but on
@@ -153,27 +149,20 @@ class _StandIn:
 class _StandInUnpickler(pickle._Unpickler):
     """Goes through a pickle as torch's weights-only unpickler does.
 
-    It is Python's, as C's makes room for as many memos as a file names, and knows no more
-    operations than torch's, so that both take a pickle for the same.
+    It is Python's, as C's makes room for as many memos as a file names; BYTEARRAY8, which makes
+    room for as many bytes as a file names, is left out.
     """
 
     dispatch: ClassVar[dict[int, Any]] = {
-        code[0]: pickle._Unpickler.dispatch[code[0]]
-        for code in (
-            *(pickle.GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD, pickle.BINPERSID),
-            *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.MARK),
-            *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_TUPLE),
-            *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.EMPTY_LIST, pickle.EMPTY_DICT),
-            *(pickle.EMPTY_SET, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.BINFLOAT),
-            *(pickle.LONG1, pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.BINGET),
-            *(pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.PROTO, pickle.STOP),
-        )
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code != pickle.BYTEARRAY8[0]
     }
 
     def __init__(self, file: Any, archive: Any = None) -> None:
         super().__init__(file, encoding="utf-8")
         self._archive = archive
-        self._sizes: dict[str, int] = {}
+        self._size = functools.cache(lambda key: len(archive.get_record(f"data/{key}")))
 
     def load(self) -> Any:
         try:
@@ -188,9 +177,8 @@ class _StandInUnpickler(pickle._Unpickler):
         if full == "collections.OrderedDict":
             return OrderedDict
         reader = torch._weights_only_unpickler
-        allowed = (reader._get_allowed_globals(), reader._get_user_allowed_globals())
-        if not any(full in names for names in allowed):
-            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {full}")
+        if full not in {**reader._get_allowed_globals(), **reader._get_user_allowed_globals()}:
+            raise pickle.UnpicklingError(f"it asks for {full}")
         return type(name, (_StandIn,), {})
 
     def persistent_load(self, pid: Any) -> Any:
@@ -200,8 +188,6 @@ class _StandInUnpickler(pickle._Unpickler):
             if kind.__name__ != "UntypedStorage":
                 dtype = torch.storage._get_dtype_from_pickle_storage_type(kind.__name__)
                 size = count * torch._utils._element_size(dtype)
-            if key not in self._sizes:
-                self._sizes[key] = len(self._archive.get_record(f"data/{key}"))
-            if not 0 <= size <= self._sizes[key]:
+            if not 0 <= size <= self._size(key):
                 raise pickle.UnpicklingError(f"storage {key} is shorter than its {count} values")
         return _StandIn()

@@ -11,6 +11,7 @@ infinite is seen. Checksums guard against accidents, not against somebody who re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,9 +19,8 @@ import math
 import mmap
 import os
 import pickle
-import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,9 @@ from torch import Tensor
 
 from diffbackbone._unpickle import allow_globals, check_weights
 from diffbackbone.models.base import DiffusionModel
-from diffbackbone.models.gd_config import NOT_IN_SHAPES, PRESETS, UNetConfig, read_architecture
+from diffbackbone.models.gd_config import PRESETS, UNetConfig, read_architecture
 from diffbackbone.models.guided_diffusion import UNet
-from diffbackbone.sources import (
-    CheckpointError,
-    find_file,
-    first_line,
-    some_keys,
-)
+from diffbackbone.sources import CheckpointError, find_file, first_line, some_keys
 
 logger = logging.getLogger(__name__)
 
@@ -44,26 +39,12 @@ METADATA_KEY = "unet_config"
 """Metadata of a safetensors file that hold the fields of :class:`UNetConfig` as JSON."""
 ANCHOR = "time_embed.0.weight"  # every guided-diffusion model has it, at its root
 _WRAPPERS = (  # averaged weights first: they are what samples and features are made from
-    "ema",
-    "ema_state_dict",
-    "state_dict_ema",
-    "model_ema",
-    "ema_model",
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-    "unet",
-    "weights",
+    *("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model"),
+    *("state_dict", "model_state_dict", "model", "module", "unet", "weights"),
 )
-MAX_WRAPPERS = 8  # a pickle can hold itself
+_MAX_WRAPPERS = 8  # a pickle can hold itself
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ZIP = b"PK\x03\x04"
 _ZIP_HEADER = 30 + 2 * 65535  # at most, in front of a part
-# torch's weights-only unpickler allocates a bytearray of any size that a file asks for
-_BYTEARRAY = re.compile(rb"\nbytearray\n")
-
-
 _CHECKS_WEIGHTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 """Whether torch itself rejects what :func:`check_weights` rejects."""
 
@@ -122,58 +103,25 @@ def load_checkpoint(
     if hasattr(unet, "convert"):
         return _load_family(unet, source, prefix)
     config = unet.config
-    state_dict, prefix, foreign = find_state_dict(read_checkpoint(source, config), source, prefix)
-    try:
+    content = read_checkpoint(source, config)
+    state_dict, prefix, foreign = find_state_dict(content, source, prefix)
+    with _named(source):
         found = read_architecture(state_dict)
         if config.num_classes is None:  # a conditional model used without labels
             config = config.replace(num_classes=found.get("num_classes"))
         if not hasattr(unet, "out"):
             config = config.replace(out_channels=found.get("out_channels", config.out_channels))
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{source}: {first_line(error)}") from error
-    differences = [
-        f"{name}: the file has {value!r}, this U-Net {getattr(config, name)!r}"
-        for name, value in found.items()
-        if value != getattr(config, name)
-    ]
-    stored = stored_config(find_file(source))
-    if stored is not None and not differences:
-        differences = _differences_beyond_shapes(stored, config)
-    if differences:
+    if differences := _differences(found, stored_config(find_file(source)), config):
+        looks = [n for n, p in PRESETS.items() if found and found.items() <= vars(p).items()]
+        hint = f"it looks like {' or '.join(looks)}; " if looks else ""
         raise CheckpointError(
-            f"{source} is of another architecture than this U-Net:\n  "
-            + "\n  ".join(differences)
-            + f"\n{_fitting_presets(found)}UNetConfig.from_state_dict reads the architecture off a "
-            "file"
+            f"{source} is of another architecture than this U-Net ({hint}"
+            "UNetConfig.from_state_dict reads it off a file):\n  " + "\n  ".join(differences)
         )
     with torch.device("meta"):
         whole = UNet(config).state_dict()
-    own = unet.state_dict()
-    problems = [f"missing: {key}" for key in own if key not in state_dict]
-    problems += [f"unexpected: {some_keys([key])}" for key in state_dict if key not in whole]
-    for key, value in state_dict.items():
-        if key in whole and value.shape != whole[key].shape:
-            shapes = f"{tuple(value.shape)}, expected {tuple(whole[key].shape)}"
-            problems.append(f"shape of {key}: {shapes}")
-        elif key in own and value.dtype not in WEIGHT_DTYPES:
-            types = ", ".join(map(str, WEIGHT_DTYPES))
-            problems.append(f"type of {key}: {value.dtype}, expected one of {types}")
-    if problems:
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(
-            f"{source} does not fit this U-Net:\n  " + "\n  ".join(problems[:10]) + more
-        )
-    check_finite(source, {key: state_dict[key] for key in own})
-    unet.load_state_dict({key: state_dict[key] for key in own})
-    report = KeyReport(
-        source=str(source),
-        prefix=prefix,
-        loaded=tuple(own),
-        unused=tuple(key for key in state_dict if key not in own),
-        foreign=foreign,
-    )
-    logger.info("%s", report)
-    return report
+    shapes = {key: tuple(value.shape) for key, value in whole.items()}
+    return _load(unet, state_dict, shapes, source, prefix, foreign)
 
 
 def _load_family(
@@ -187,19 +135,29 @@ def _load_family(
     """
     content = read_checkpoint(source)
     weights, prefix, foreign = find_state_dict(content, source, prefix, model.anchor)
-    try:
+    with _named(source):
         weights = model.convert(weights)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{source}: {first_line(error)}") from error
-    own, shapes = model.state_dict(), model.full_shapes
+    return _load(model, weights, model.full_shapes, source, prefix, foreign)
+
+
+def _load(
+    model: DiffusionModel,
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...] | None],
+    source: str | os.PathLike[str],
+    prefix: str,
+    foreign: tuple[str, ...],
+) -> KeyReport:
+    """Load weights of which each key has to be known and each of the network's to be there."""
+    own = model.state_dict()
     problems = [f"missing: {key}" for key in own if key not in weights]
     for key, value in weights.items():
         if key not in shapes:
             problems.append(f"unexpected: {some_keys([key])}")
         elif shapes[key] not in (tuple(value.shape), None):
             problems.append(f"shape of {key}: {tuple(value.shape)}, expected {shapes[key]}")
-        elif key in own and value.is_floating_point() != own[key].is_floating_point():
-            problems.append(f"type of {key}: {value.dtype}, expected {own[key].dtype}")
+        elif key in own and not _is_type_of(value, own[key]):
+            problems.append(f"type of {key}: {value.dtype} is not a type of weights")
     if problems:
         listed = "\n  ".join([*problems[:10], *(["..."] if len(problems) > 10 else [])])
         raise CheckpointError(f"{source} has {len(problems)} keys that don't fit:\n  {listed}")
@@ -210,6 +168,31 @@ def _load_family(
     report = KeyReport(str(source), prefix, tuple(own), unused, foreign)
     logger.info("%s", report)
     return report
+
+
+def _is_type_of(value: Tensor, own: Tensor) -> bool:
+    return value.dtype in WEIGHT_DTYPES if own.is_floating_point() else value.dtype == own.dtype
+
+
+def _differences(
+    found: Mapping[str, Any], stored: UNetConfig | None, config: UNetConfig
+) -> list[str]:
+    """List the settings in which a file's architecture differs from a U-Net's."""
+
+    def heads(of: UNetConfig) -> list[int]:
+        blocks = (block for block in of.blocks.values() if block.attention)
+        return [of.heads(block.channels, block.part == "decoder") for block in blocks]
+
+    pairs = {name: (value, getattr(config, name)) for name, value in found.items()}
+    if stored is not None:  # also what shapes don't show but changes the meaning of the weights
+        for name in ("use_new_attention_order", "noise_schedule"):
+            pairs[name] = getattr(stored, name), getattr(config, name)
+        pairs["attention heads"] = heads(stored), heads(config)
+    return [
+        f"{name}: the file has {theirs!r}, this U-Net {ours!r}"
+        for name, (theirs, ours) in pairs.items()
+        if theirs != ours
+    ]
 
 
 def read_unet_config(
@@ -229,15 +212,10 @@ def read_unet_config(
     """
     state_dict, _, _ = find_state_dict(read_checkpoint(source), source, prefix)
     stored = stored_config(find_file(source))
-    if stored is not None:
-        told = {name: getattr(stored, name) for name in (*NOT_IN_SHAPES, "num_head_channels")}
-        rest = {**told, **rest}
-    try:
-        if stored is not None and not read_architecture(state_dict):
-            return stored.replace(**rest)  # a U-Net that ends at its last tap
-        return UNetConfig.from_state_dict(state_dict, **rest)
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{source}: {first_line(error)}") from error
+    with _named(source):
+        if stored is None:
+            return UNetConfig.from_state_dict(state_dict, **rest)
+        return stored.replace(**{**read_architecture(state_dict), **rest})
 
 
 def check_finite(source: object, weights: Mapping[str, Any]) -> None:
@@ -259,6 +237,18 @@ def check_finite(source: object, weights: Mapping[str, Any]) -> None:
         )
 
 
+@contextlib.contextmanager
+def _named(source: object) -> Iterator[None]:
+    """Turn errors of a damaged file, which can fail in any way, into ones that name it."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} is damaged, or not a checkpoint of weights alone (nothing in it was run): "
+            f"{first_line(error)}"
+        ) from error
+
+
 def read_checkpoint(
     source: str | os.PathLike[str], config: UNetConfig | None = None, mapped: bool = True
 ) -> Any:
@@ -275,32 +265,16 @@ def read_checkpoint(
         CheckpointError: The file is damaged or holds more than weights.
     """
     path = find_file(source, config)
-    name = os.fspath(source)
-    try:
+    with _named(source):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        archive = _check_torch_file(path)
+        mapped &= _check_torch_file(path)  # files from before torch 1.6 can't be mapped
         with allow_globals():
             if not _CHECKS_WEIGHTS:
                 check_weights(path)
-            # files from before torch 1.6 can't be mapped
-            mapped = mapped and archive
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
-    except OSError as error:
-        raise CheckpointError(f"{name} can't be read: {first_line(error)}") from error
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
-            reason = "holds more than weights (a pickle with code); nothing in it was run"
-        else:
-            reason = "is truncated, damaged or no checkpoint"
-        raise CheckpointError(f"{name} {reason}: {first_line(error)}") from error
-    except Exception as error:  # a damaged file can fail in the reader in any way
-        kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint"
-        raise CheckpointError(
-            f"{name} is truncated, damaged or no {kind}: {first_line(error)}"
-        ) from error
 
 
 def _check_torch_file(path: Path) -> bool:
@@ -313,36 +287,32 @@ def _check_torch_file(path: Path) -> bool:
         Whether the file is a zip archive.
 
     Raises:
-        pickle.UnpicklingError: Something is wrong.
-        zipfile.BadZipFile: The archive can't be read. Other errors are possible, too.
+        Exception: Something is wrong.
     """
+    problem = None
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         pickles = [(0, len(content))]
-        packed = content[: len(_ZIP)] == _ZIP
-        if packed:
+        is_zip = content[:4] == b"PK\x03\x04"
+        if is_zip:
             with zipfile.ZipFile(file) as archive:
-                _check_archive(archive, len(content))
-                pickles = [
-                    (part.header_offset, part.header_offset + part.file_size + _ZIP_HEADER)
-                    for part in archive.infolist()
-                    if part.filename.endswith("data.pkl")
-                ]
-        if any(_BYTEARRAY.search(content, *span) for span in pickles):
-            raise pickle.UnpicklingError("it asks for a bytearray, which weights never need")
-    return packed
-
-
-def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    parts = archive.infolist()
-    packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-    if packed or sum(part.file_size for part in parts) > size:
-        raise pickle.UnpicklingError(
-            "its parts are compressed or larger than the file; torch never writes such files"
-        )
-    if any(part.CRC for part in parts):  # torch.save can be told to leave them out
-        damaged = archive.testzip()
-        if damaged:
-            raise pickle.UnpicklingError(f"the checksum of {damaged} is wrong")
+                parts = archive.infolist()
+                packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+                if packed or sum(part.file_size for part in parts) > len(content):
+                    problem = "its parts are compressed or larger than the file"
+                elif any(part.CRC for part in parts):  # torch.save can be told to leave them out
+                    problem = archive.testzip()
+                    problem = problem and f"the checksum of {problem} is wrong"
+            pickles = [
+                (part.header_offset, part.header_offset + part.file_size + _ZIP_HEADER)
+                for part in parts
+                if part.filename.endswith("data.pkl")
+            ]
+        # torch's weights-only unpickler allocates a bytearray of any size that a file asks for
+        if any(content.find(b"\nbytearray\n", *span) >= 0 for span in pickles):
+            problem = "it asks for a bytearray, which weights never need"
+    if problem:
+        raise pickle.UnpicklingError(problem)
+    return is_zip
 
 
 def stored_config(path: Path) -> UNetConfig | None:
@@ -351,85 +321,51 @@ def stored_config(path: Path) -> UNetConfig | None:
         return None
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with _named(path), safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
-    if text is None:
-        return None
-    try:
-        return UNetConfig(**json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: the metadata {METADATA_KEY!r} describe no U-Net: {first_line(error)}"
-        ) from error
+        return None if text is None else UNetConfig(**json.loads(text))
 
 
-def _differences_beyond_shapes(stored: UNetConfig, config: UNetConfig) -> list[str]:
-    """List settings that shapes don't show but that change the meaning of the weights."""
-    differences = [
-        f"{name}: the file has {getattr(stored, name)!r}, this U-Net {getattr(config, name)!r}"
-        for name in ("use_new_attention_order", "noise_schedule")
-        if getattr(stored, name) != getattr(config, name)
-    ]
-    for block in config.blocks.values():
-        decoder = block.name.startswith("output")
-        heads = [c.heads(block.channels, decoder) for c in (stored, config)]
-        if block.attention and heads[0] != heads[1]:
-            differences.append(
-                f"attention heads of block {block.index}: the file has {heads[0]}, this U-Net "
-                f"{heads[1]} (num_head_channels, num_heads, num_heads_upsample)"
-            )
+def unwrap(content: Any, *ends: str) -> tuple[Mapping[Any, Any], set[str]]:
+    """Find the state dict in a checkpoint, and the prefixes of its keys with one of some ends."""
+    prefixes: set[str] = set()
+    for _ in range(_MAX_WRAPPERS):
+        if not isinstance(content, Mapping):
+            return {}, set()
+        keys = [key for key in content if isinstance(key, str)]
+        prefixes = {key[: -len(end)] for key in keys for end in ends if key.endswith(end)}
+        # MMEngine's EMAHook saves the averaged weights as state_dict, the others as ema_state_dict
+        names = ("state_dict",) if "message_hub" in content else _WRAPPERS
+        wrappers = [name for name in names if isinstance(content.get(name), Mapping)]
+        if prefixes or not wrappers:
             break
-    return differences
+        logger.info("taking %r out of %s", wrappers[0], some_keys(content))
+        content = content[wrappers[0]]
+    return content, prefixes
 
 
 def find_state_dict(
     content: Any, source: object, prefix: str | None, anchor: str = ANCHOR
 ) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
     """Unwrap a checkpoint: the U-Net's state dict, its prefix, and the keys that don't belong."""
-    candidates: set[str] = set()
-    for _ in range(MAX_WRAPPERS):
-        if not isinstance(content, Mapping):
-            raise CheckpointError(
-                f"{source} holds a {type(content).__name__}, expected a state dict"
-            )
-        candidates = {
-            key[: -len(anchor)]
-            for key, value in content.items()
-            if isinstance(key, str) and key.endswith(anchor) and isinstance(value, Tensor)
-        }
-        wrapper = find_wrapper(content)
-        if candidates or wrapper is None:
-            break
-        logger.info("%s: taking %r out of %s", source, wrapper, some_keys(content))
-        content = content[wrapper]
-    if not candidates:
+    content, prefixes = unwrap(content, anchor)
+    if not prefixes:
         raise CheckpointError(
             f"{source} holds no weights of this network: no key ends in {anchor!r} (first keys: "
             f"{some_keys(content) or 'none'})"
         )
-    if prefix is None and "" in candidates:
-        prefix = ""
-    if prefix is None and len(candidates) == 1:
-        (prefix,) = candidates
-    if not isinstance(prefix, str) or prefix not in candidates:
-        given = "" if prefix is None else f", not {prefix!r}"
+    if prefix is None:
+        prefix = "" if "" in prefixes else min(prefixes) if len(prefixes) == 1 else None
+    if prefix not in prefixes:
         raise CheckpointError(
-            f"{source} holds U-Nets under the prefixes {sorted(candidates)[:8]}{given}; choose one "
-            "with prefix="
+            f"{source} holds U-Nets under the prefixes {sorted(prefixes)[:8]}; choose one with "
+            f"prefix=, got {prefix!r}"
         )
     inside = {str(k)[len(prefix) :]: v for k, v in content.items() if str(k).startswith(prefix)}
-    wrong = [key for key, value in inside.items() if not _is_plain(value)]
-    if wrong:
+    if wrong := [key for key, value in inside.items() if not _is_plain(value)]:
         raise CheckpointError(f"{source}: {some_keys(wrong)} are not dense tensors")
     foreign = tuple(str(key) for key in content if not str(key).startswith(prefix))
     return inside, prefix, foreign
-
-
-def find_wrapper(content: Mapping[Any, Any]) -> str | None:
-    """Return the key of the state dict in a checkpoint; None if it has none."""
-    # MMEngine's EMAHook saves the averaged weights as state_dict, the others as ema_state_dict
-    names = ("state_dict",) if "message_hub" in content else _WRAPPERS
-    return next((name for name in names if isinstance(content.get(name), Mapping)), None)
 
 
 def _is_plain(value: Any) -> bool:
@@ -441,12 +377,3 @@ def _is_plain(value: Any) -> bool:
         and value.layout == torch.strided
         and value.device.type == "cpu"
     )
-
-
-def _fitting_presets(found: Mapping[str, Any]) -> str:
-    names = [
-        name
-        for name, preset in PRESETS.items()
-        if all(getattr(preset, field) == value for field, value in found.items())
-    ]
-    return f"It looks like {' or '.join(names)}; " if names else ""

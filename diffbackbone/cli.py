@@ -21,23 +21,18 @@ def run_command(
     config_class: Callable[..., Config],
     run: Callable[[Config], Any],
     argv: Sequence[str] | None = None,
-    description: str | None = None,
     default: Config | None = None,
 ) -> Any:
-    """Parse options into a dataclass and run the command.
+    """Parse options into a dataclass, run the command and return what it returns.
 
     Args:
-        config_class: Dataclass whose fields and docstrings are the options and their help.
+        config_class: Dataclass whose fields are the options, their docstrings the help.
         run: Called with the parsed options.
         argv: Arguments; None takes the process's.
-        description: Text of ``--help``; None takes the dataclass's docstring.
         default: Options that the command line changes; None takes the dataclass's defaults.
 
-    Returns:
-        What ``run`` returns.
-
     Raises:
-        SystemExit: Wrong options, or a UserError, OSError or CheckpointError from ``run``.
+        SystemExit: Wrong options, or a UserError or OSError from ``run``.
     """
     try:
         import tyro
@@ -45,18 +40,14 @@ def run_command(
         raise SystemExit(f"error: {error}; pip install 'diffbackbone[tools]'") from error
     with user_errors():
         given = {} if default is None else {"default": default}
-        config = tyro.cli(config_class, args=argv, description=description, **given)
-        return run(config)
+        return run(tyro.cli(config_class, args=argv, **given))
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """End the process with a message in place of a traceback where the user can act on it.
+    """Turn a UserError or OSError into an exit with its message in place of a traceback.
 
     ``DIFFBACKBONE_TRACEBACK=1`` in the environment keeps the traceback.
-
-    Raises:
-        SystemExit: In place of a UserError or an OSError.
     """
     try:
         yield
@@ -67,43 +58,30 @@ def user_errors() -> Iterator[None]:
 
 
 def find_config(name: str, folder: Path, suffixes: Sequence[str]) -> str:
-    """Find a config: a path as it is, a bare name also among the checkout's configs.
+    """Return the path of a config: ``name`` itself, or the config of that name in a folder.
 
     Args:
         name: Path of a config, or the name of one in ``folder``, with or without suffix.
         folder: Folder of configs, such as ``CONFIGS / "detectron2"``.
         suffixes: Suffixes of configs, such as ``(".py",)``.
 
-    Returns:
-        The path.
-
     Raises:
         UserError: There is no such config.
     """
-    if os.path.isfile(name):
-        return name
-    if name and os.path.basename(name) == name:
-        for suffix in ("", *suffixes):
-            if (folder / f"{name}{suffix}").is_file():
-                return str(folder / f"{name}{suffix}")
+    in_folder = [folder / f"{name}{suffix}" for suffix in ("", *suffixes)]
+    for path in [Path(name), *(in_folder if os.path.basename(name) == name else [])]:
+        if path.is_file():
+            return str(path)
     names = sorted(path.name for suffix in suffixes for path in folder.glob(f"*{suffix}"))
-    raise UserError(
-        f"config {name!r} does not exist; give a path, or one of the configs in {folder}: "
-        f"{', '.join(names)}"
-    )
+    raise UserError(f"config {name!r} does not exist; {folder} holds {', '.join(names)}")
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """Check that a checkpoint exists, unless it is a URL.
-
-    Raises:
-        UserError: There is no such file.
-    """
+    """Raise a UserError where a checkpoint that is no URL does not exist."""
     path = Path(checkpoint).expanduser()
-    if "://" in checkpoint or path.is_file():
-        return
-    found = ", ".join(sorted(other.name for other in path.parent.glob("*.pth"))) or "no *.pth"
-    raise UserError(f"checkpoint {checkpoint!r} does not exist; {path.parent} holds {found}")
+    if "://" not in checkpoint and not path.is_file():
+        found = ", ".join(sorted(other.name for other in path.parent.glob("*.pth"))) or "no *.pth"
+        raise UserError(f"checkpoint {checkpoint!r} does not exist; {path.parent} holds {found}")
 
 
 def strip_worker_traceback(text: str) -> str:

@@ -8,11 +8,10 @@ original before it is put into place; nothing is kept where the difference is to
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -115,8 +114,6 @@ def read_config(options: ExportConfig) -> UNetConfig:
         stored = reading.stored_config(find_file(options.checkpoint))
         return stored or UNetConfig.from_preset("gd256_uncond")
     try:
-        if options.unet.lstrip().startswith("{"):
-            return resolve_config(json.loads(options.unet))
         return resolve_config(options.unet)
     except ValueError as error:
         raise UserError(f"--unet {options.unet}: {error}") from error
@@ -138,18 +135,8 @@ def read_layers(source: str, prefix: str | None) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file is damaged, holds code or several backbones.
     """
-    ends = ("unet." + reading.ANCHOR, _DIGEST)
     content = reading.read_checkpoint(source)
-    roots: set[str] = set()
-    for _ in range(reading.MAX_WRAPPERS):
-        if not isinstance(content, Mapping):
-            return {}
-        keys = [key for key in content if isinstance(key, str)]
-        roots = {key[: -len(end)] for key in keys for end in ends if key.endswith(end)}
-        wrapper = reading.find_wrapper(content)
-        if roots or wrapper is None:
-            break
-        content = content[wrapper]
+    content, roots = reading.unwrap(content, "unet." + reading.ANCHOR, _DIGEST)
     if prefix is not None:
         roots &= {prefix.removesuffix("unet.")}
     if len(roots) > 1:

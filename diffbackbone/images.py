@@ -72,11 +72,7 @@ def read_image(
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
-    """Check of an image what can be told without decoding it.
-
-    Raises:
-        ImageError: It is of no known format or has several frames.
-    """
+    """Raise an ImageError for an image of no known format or of several frames."""
     with _open(path):
         pass
 
@@ -84,19 +80,15 @@ def check_header(path: str | os.PathLike[str]) -> None:
 @contextlib.contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open an image; what fails meanwhile becomes an error that names the file."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         # by name, Pillow would map the file, and scramble TIFFs of orientation 5 to 8
         with open(path, "rb") as file, Image.open(file) as image:
             _check_frames(image)
             yield image
-    except ImageError as error:
-        raise ImageError(f"the image {path} {error}") from None
-    except UnidentifiedImageError as error:
-        raise ImageError(f"the image {path} is broken: no known format") from error
     except Exception as error:  # a damaged file can fail in the reader in any way
-        raise ImageError(f"the image {path} is broken: {error}") from error
+        raise ImageError(f"image {path}: {error}") from error
 
 
 def _check_frames(image: Image.Image) -> None:
@@ -106,7 +98,7 @@ def _check_frames(image: Image.Image) -> None:
     for frame in range(1, count):
         image.seek(frame)
         if not getattr(image, "tag_v2", {}).get(_SUBFILE_TYPE, 0) & _OVERVIEW_OR_MASK:
-            raise ImageError(f"has {count} frames: store each in a file of its own")
+            raise ImageError(f"{count} frames; store each in a file of its own")
     image.seek(0)
 
 
@@ -119,7 +111,7 @@ def _color_maximum(image: Image.Image) -> int | None:
         found = re.search(r"(\w+);16[BLN]\b", str(arguments))
         if found and not image.mode.startswith("I"):
             if found[1] not in ("RGB", "RGBA", "RGBX", "LA"):
-                raise ImageError(f"is {found[1]} of 16 bits a channel: store it as RGB")
+                raise ImageError(f"{found[1]} of 16 bits a channel; store it as RGB")
             return 65535
     return None
 
@@ -129,13 +121,11 @@ def _read_color(path: str | os.PathLike[str], image: Image.Image) -> np.ndarray:
     try:
         import cv2
     except ImportError as error:
-        raise ImageError(
-            "has 16 bits a channel, which takes OpenCV to read: pip install opencv-python"
-        ) from error
+        raise ImageError("16 bits a channel need OpenCV: pip install opencv-python") from error
 
     values = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
-        raise ImageError(f"is {image.mode} of 16 bits a channel that OpenCV can't read")
+        raise ImageError(f"{image.mode} of 16 bits a channel that OpenCV can't read")
     return values[..., 2::-1]
 
 
@@ -146,13 +136,11 @@ def _scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
         ImageError: That is no range, or values are outside of it or not finite.
     """
     low, high = value_range
-    if not -np.inf < low < high < np.inf:
-        raise ImageError(f"can't be mapped from a value range of {low:g} to {high:g}")
     least, most = values.min(), values.max()
-    if not low <= least <= most <= high:
+    if not -np.inf < low <= least <= most <= high < np.inf or low == high:
         raise ImageError(
-            f"has values from {least:g} to {most:g}, outside of {low:g} to {high:g}: give their "
-            "true range (--value-range LOW HIGH)"
+            f"values from {least:g} to {most:g}, outside of {low:g} to {high:g}: give their true "
+            "range (--value-range LOW HIGH)"
         )
     exact = values.astype(np.promote_types(values.dtype, np.float32))
     return ((exact - low) / (high - low)).astype(np.float32)

@@ -23,26 +23,23 @@ def guided_diffusion_flags(config: UNetConfig) -> dict[str, Any]:
     Raises:
         ValueError: It has no flags for this architecture.
     """
-    strides = sorted(config.attention_strides)
-    attention = ",".join(str(config.image_size // stride) for stride in strides)
-    mult = ",".join(str(m) for m in config.channel_mult)
-    if config.image_size == 512 and config.channel_mult == (0.5, 1, 1, 2, 2, 4, 4):
-        mult = ""  # its default for this size; it reads whole numbers only
-    elif any(m != int(m) for m in config.channel_mult):
-        raise ValueError(f"guided-diffusion has no flag for channel_mult {config.channel_mult}")
-    if config.in_channels != 3 or config.out_channels not in (3, 6):
+    attention = [config.image_size // stride for stride in sorted(config.attention_strides)]
+    mult = config.channel_mult
+    if config.image_size == 512 and mult == (0.5, 1, 1, 2, 2, 4, 4):
+        mult = ()  # its default for this size; it reads whole numbers only
+    fractions = any(m != int(m) for m in mult)
+    channels = config.in_channels == 3 and config.out_channels in (3, 6)
+    if fractions or not channels or not (config.resblock_updown or config.conv_resample):
         raise ValueError(
-            "guided-diffusion's image models have 3 input and 3 or 6 output channels, not "
-            f"{config.in_channels} and {config.out_channels}"
+            "guided-diffusion has no flags for fractions in channel_mult, for other channels than "
+            "3 to 3 or 6, nor for conv_resample=False"
         )
-    if not (config.resblock_updown or config.conv_resample):
-        raise ValueError("guided-diffusion has no flag for conv_resample=False")
     return {
         "image_size": config.image_size,
         "num_channels": config.model_channels,
-        "channel_mult": mult,
+        "channel_mult": ",".join(map(str, mult)),
         "num_res_blocks": config.num_res_blocks,
-        "attention_resolutions": attention,
+        "attention_resolutions": ",".join(map(str, attention)),
         "num_head_channels": config.num_head_channels or -1,
         "num_heads": config.num_heads,
         "num_heads_upsample": config.num_heads_upsample or -1,

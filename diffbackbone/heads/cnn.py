@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from diffbackbone.heads._checks import check_map, positive
-
-_KERNEL = 2
 
 
 class CNNHead(nn.Module):
@@ -24,8 +19,6 @@ class CNNHead(nn.Module):
     well. What stands between the layers leaves hardly a trace in the counts, so the table's
     accuracies need not carry over.
 
-    Weights start as torch's own layers start them.
-
     Args:
         in_channels: Channels of the map.
         num_classes: Number of classes.
@@ -33,8 +26,7 @@ class CNNHead(nn.Module):
         pool: Height and width after adaptive average pooling; each convolution halves them.
 
     Raises:
-        ValueError: A number is not a positive integer, there is no convolution, or ``pool``
-            can't be halved by each.
+        ValueError: ``pool`` can't be halved by each convolution.
     """
 
     def __init__(
@@ -45,43 +37,19 @@ class CNNHead(nn.Module):
         pool: int = 8,
     ) -> None:
         super().__init__()
-        positive(in_channels=in_channels, num_classes=num_classes, pool=pool)
-        hidden = tuple(hidden)
-        if not hidden:
-            raise ValueError("hidden needs the channels of at least one convolution")
-        for channels in hidden:
-            positive(hidden=channels)
-        shrink = _KERNEL ** len(hidden)
-        if pool % shrink:
-            raise ValueError(
-                f"pool must be a multiple of {shrink} for {len(hidden)} convolutions that each "
-                f"halve the map, got {pool}"
-            )
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.pool = pool
+        side, rest = divmod(pool, 2 ** len(hidden))
+        if rest:
+            raise ValueError(f"pool must be a multiple of {2 ** len(hidden)}, got {pool}")
+        self.pool = nn.AdaptiveAvgPool2d(pool)
         self.convs = nn.Sequential()
-        for fan_in, fan_out in zip((in_channels, *hidden), hidden):
-            conv = nn.Conv2d(fan_in, fan_out, _KERNEL, stride=_KERNEL)
+        channels = in_channels
+        for next_channels in hidden:
+            conv = nn.Conv2d(channels, next_channels, 2, stride=2)
             self.convs.extend([conv, nn.ReLU(inplace=True)])
-        self.linear = nn.Linear(hidden[-1] * (pool // shrink) ** 2, num_classes)
+            channels = next_channels
+        self.linear = nn.Linear(channels * side**2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classify a map.
-
-        Args:
-            x: Map (N, C, H, W) of any height and width.
-
-        Returns:
-            Logits (N, num_classes).
-
-        Raises:
-            ValueError: See :func:`~diffbackbone.heads._checks.check_map`.
-        """
-        x = check_map(x, self.in_channels, self.linear.weight.dtype)
-        x = self.convs(F.adaptive_avg_pool2d(x, self.pool))
+        """Classify a map (N, C, H, W) of any height and width: logits (N, num_classes)."""
+        x = self.convs(self.pool(x.to(self.linear.weight.dtype)))
         return self.linear(x.flatten(1))
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"pool={self.pool}"

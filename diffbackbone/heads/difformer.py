@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from diffbackbone.heads._checks import positive
 from diffbackbone.heads.transformer import Tokenizer, Transformer
 
 
@@ -26,8 +25,6 @@ class DifFormerHead(nn.Module):
     published code don't pool up, and this head follows them. Table 8's 585M is the U-Net with this
     head and 1,000 classes.
 
-    Initial values: see :class:`~diffbackbone.heads.transformer.Transformer`.
-
     Args:
         in_channels: Channels of the maps, one number for each block.
         num_classes: Number of classes.
@@ -42,8 +39,8 @@ class DifFormerHead(nn.Module):
         mlp_ratio: Hidden width of the blocks' MLPs over ``width``.
 
     Raises:
-        ValueError: A number is not a positive integer, the heads don't divide the width, a block
-            or timestep comes twice, or there are not as many channels or sizes as blocks.
+        ValueError: The heads don't divide the width, a block or timestep is repeated, or there are
+            not as many channels or sizes as blocks.
     """
 
     def __init__(
@@ -60,22 +57,13 @@ class DifFormerHead(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        positive(num_classes=num_classes)
-        self.blocks = _numbers(blocks, "blocks")
-        self.timesteps = _numbers(timesteps, "timesteps")
-        for name, values in {"in_channels": in_channels, "sizes": sizes}.items():
-            given = len(values) if isinstance(values, Sequence) else repr(values)
-            if given != len(self.blocks):
-                raise ValueError(
-                    f"{name} must have one entry for each of the {len(self.blocks)} blocks "
-                    f"{self.blocks}, got {given}"
-                )
-        self.in_channels = tuple(in_channels)
-        self.num_classes = num_classes
+        self.blocks, self.timesteps = tuple(blocks), tuple(timesteps)
+        if any(len(set(numbers)) != len(numbers) for numbers in (self.blocks, self.timesteps)):
+            raise ValueError(f"duplicate in blocks {self.blocks} or timesteps {self.timesteps}")
         self.tokenizers = nn.ModuleDict(
             {
                 str(b): Tokenizer(channels, size, width, pool)
-                for b, channels, size in zip(self.blocks, in_channels, sizes)
+                for b, channels, size in zip(self.blocks, in_channels, sizes, strict=True)
             }
         )
         self.transformer = Transformer(width, layers, num_heads, mlp_ratio)
@@ -93,57 +81,15 @@ class DifFormerHead(nn.Module):
             Logits (N, num_classes).
 
         Raises:
-            ValueError: Maps are missing or too many, don't belong to the same batch, or one does
-                not fit; the message says what does.
+            KeyError: A map is missing.
+            ValueError: The list has another length.
+            RuntimeError: A map does not fit the head or the others.
         """
-        taps = self._by_tap(maps)
+        if not isinstance(maps, Mapping):
+            taps = [(t, b) for t in self.timesteps for b in self.blocks]
+            maps = dict(zip(taps, maps, strict=True))
         cls_tokens = []
         for t in self.timesteps:
-            tokens = [
-                tokenizer(taps[t, int(b)], f"the map of t={t}, b={b}")
-                for b, tokenizer in self.tokenizers.items()
-            ]
+            tokens = [self.tokenizers[str(b)](maps[t, b]) for b in self.blocks]
             cls_tokens.append(self.transformer(torch.cat(tokens, dim=1)))
         return self.linear(torch.cat(cls_tokens, dim=1))
-
-    def _by_tap(
-        self, maps: Mapping[tuple[int, int], Tensor] | Sequence[Tensor]
-    ) -> Mapping[tuple[int, int], Tensor]:
-        """Give every map its (t, b), and make sure that none is missing or too many."""
-        wanted = [(t, b) for t in self.timesteps for b in self.blocks]
-        layout = (
-            f"this head needs {len(wanted)} maps: blocks {self.blocks} at timesteps "
-            f"{self.timesteps}"
-        )
-        if isinstance(maps, Mapping):
-            missing = [tap for tap in wanted if tap not in maps]
-            extra = [tap for tap in maps if tap not in wanted]
-            if missing or extra:
-                raise ValueError(
-                    f"{layout}; as keys (t, b) there are {missing} missing and {extra} too many"
-                )
-        elif isinstance(maps, Tensor) or not isinstance(maps, Sequence):
-            raise ValueError(f"{layout}, in a dict by (t, b) or a list; got {type(maps).__name__}")
-        elif len(maps) != len(wanted):
-            raise ValueError(f"{layout}, in the order {wanted}; got {len(maps)}")
-        else:
-            maps = dict(zip(wanted, maps))
-        batches = {len(x) for x in maps.values() if isinstance(x, Tensor) and x.ndim}
-        if len(batches) > 1:
-            raise ValueError(f"the maps belong to batches of different sizes: {sorted(batches)}")
-        return maps
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"blocks={self.blocks}, timesteps={self.timesteps}"
-
-
-def _numbers(values: Sequence[int], name: str) -> tuple[int, ...]:
-    if not isinstance(values, Sequence):
-        raise ValueError(f"{name} must be a sequence of integers, got {values!r}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} must be integers from 0, got {value!r}")
-    if not values or len(set(values)) != len(values):
-        raise ValueError(f"{name} must be one or more different numbers, got {list(values)}")
-    return tuple(values)

@@ -7,24 +7,16 @@ The published training script writes ``latest.pth``, a dict with ``optimizer``, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from diffbackbone.heads.attention import AttentionHead
-from diffbackbone.heads.difformer import DifFormerHead
 from diffbackbone.heads.linear import LinearHead
-from diffbackbone.heads.mlp import MLPHead
-
-_TRANSFORMER = "intra_inter_block_attention."
-_TOKENIZER_LAYERS = {"1": "norm", "2": "proj"}
 
 
-def convert_published_head(
-    checkpoint: Mapping[str, Any], head: LinearHead | MLPHead | AttentionHead | DifFormerHead
-) -> dict[str, Tensor]:
+def convert_published_head(checkpoint: Mapping[str, Any], head: nn.Module) -> dict[str, Tensor]:
     """Rename the published code's weights for one of these heads.
 
     | published | here |
@@ -47,81 +39,46 @@ def convert_published_head(
         head: The head that the weights are for; it is not changed.
 
     Returns:
-        A state dict for ``head.load_state_dict``.
+        A state dict for ``head.load_state_dict``, which checks that it is complete.
 
     Raises:
-        ValueError: The weights are those of another head; the message says what they are.
+        ValueError: Some weights are not of this head.
     """
     weights: Mapping[str, Any] = checkpoint.get("model_head", checkpoint)
-    if isinstance(head, (LinearHead, MLPHead)):
-        return _rename(weights, _fully_connected_names(weights, head), head)
-    if isinstance(head, (AttentionHead, DifFormerHead)):
-        return _rename(weights, _attention_names(weights, head), head)
-    raise ValueError(f"no weights were published for a {type(head).__name__}")
-
-
-def _rename(
-    weights: Mapping[str, Any], names: Mapping[str, tuple[str, ...]], head: nn.Module
-) -> dict[str, Tensor]:
-    unknown = [key for key in weights if key not in names]
-    if unknown or not names:
-        raise ValueError(
-            f"not the published weights of a {type(head).__name__}: unknown "
-            f"{', '.join(map(repr, unknown[:6])) or 'because empty'}"
-        )
-    renamed: dict[str, Tensor] = {}
-    for key, targets in names.items():
-        value = weights[key]
-        parts = [value]
-        if len(targets) == 2:  # rows of q, then those of k and v
-            parts = list(value.split([value.shape[0] // 3, value.shape[0] // 3 * 2]))
-        renamed.update(zip(targets, parts))
-    return renamed
-
-
-def _fully_connected_names(
-    weights: Mapping[str, Any], head: LinearHead | MLPHead
-) -> dict[str, tuple[str, ...]]:
-    found = [match for key in weights if (match := re.fullmatch(r"fcs\.(\d+)\.(\w+)", key))]
-    depth = len({match[1] for match in found})
-    if isinstance(head, LinearHead):
-        if depth > 1:
-            raise ValueError(f"the published weights are those of an MLPHead: {depth} layers")
-        return {match[0]: (f"linear.{match[2]}",) for match in found}
-    if depth == 1:
-        raise ValueError("the published weights are those of a LinearHead: one layer")
-    return {match[0]: (f"layers.{2 * int(match[1])}.{match[2]}",) for match in found}
-
-
-def _attention_names(
-    weights: Mapping[str, Any], head: AttentionHead | DifFormerHead
-) -> dict[str, tuple[str, ...]]:
-    names: dict[str, tuple[str, ...]] = {}
-    blocks = sorted({int(m[1]) for key in weights if (m := re.match(r"pre_layer\.(\d+)\.", key))})
-    if isinstance(head, AttentionHead) and len(blocks) > 1:
-        raise ValueError(f"the published weights are those of a DifFormerHead: blocks {blocks}")
-    if any(key.endswith(".running_mean") for key in weights):
-        raise ValueError(
-            "the published weights have a batch norm in the tokenizer (--norm_type batch); the "
-            "paper's, and this head's, is a layer norm"
-        )
-    pattern = re.escape(_TRANSFORMER) + r"layers\.(\d+)\."
-    layers = sorted({int(m[1]) for key in weights if (m := re.match(pattern, key))})
-    for key in weights:
-        parts = key.split(".")
-        if match := re.fullmatch(r"pre_layer\.(\d+)\.([12])\.(weight|bias)", key):
-            b, layer, rest = match.groups()
-            where = f"tokenizers.{b}" if isinstance(head, DifFormerHead) else "tokenizer"
-            names[key] = (f"{where}.{_TOKENIZER_LAYERS[layer]}.{rest}",)
-        elif key == _TRANSFORMER + "cls_token":
-            names[key] = ("transformer.cls_token",)
-        elif match := re.match(pattern, key):
-            where = f"transformer.blocks.{layers.index(int(match[1]))}."
-            rest = key[match.end() :].replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.2.")
-            if rest == "attn.qkv.weight":
-                names[key] = (where + "attn.q.weight", where + "attn.kv.weight")
-            elif parts[3] in ("norm1", "norm2", "attn", "mlp"):
-                names[key] = (where + rest,)
-        elif parts[0] == "head":
-            names[key] = ("linear." + parts[-1],)
-    return names
+    split = [key.split(".") for key in weights]
+    blocks = {parts[1] for parts in split if parts[0] == "pre_layer"}
+    one_block = isinstance(head, AttentionHead) and len(blocks) == 1
+    layers = sorted({int(parts[2]) for parts in split if parts[1:2] == ["layers"]})
+    own = head.state_dict()
+    converted: dict[str, Tensor] = {}
+    unknown = []
+    for (key, value), parts in zip(weights.items(), split):
+        values = [value]
+        match parts:
+            case ["fcs", index, name]:
+                linear = isinstance(head, LinearHead) and index == "0"
+                names = [f"linear.{name}" if linear else f"layers.{2 * int(index)}.{name}"]
+            case ["pre_layer", b, "1" | "2" as index, name]:
+                tokenizer = "tokenizer" if one_block else f"tokenizers.{b}"
+                names = [f"{tokenizer}.{'norm' if index == '1' else 'proj'}.{name}"]
+            case ["intra_inter_block_attention", "cls_token"]:
+                names = ["transformer.cls_token"]
+            case ["intra_inter_block_attention", "layers", index, *rest]:
+                block = f"transformer.blocks.{layers.index(int(index))}"
+                name = ".".join(rest).replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.2")
+                names = [f"{block}.{name}"]
+                if name == "attn.qkv.weight":
+                    names = [f"{block}.attn.q.weight", f"{block}.attn.kv.weight"]
+                    width = len(value) // 3
+                    values = value.split([width, 2 * width])
+            case ["head", name]:
+                names = [f"linear.{name}"]
+            case _:
+                names = [key]
+        if all(name in own for name in names):
+            converted.update(zip(names, values))
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(f"not weights of a {type(head).__name__}: unknown {', '.join(unknown)}")
+    return converted

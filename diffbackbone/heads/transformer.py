@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffbackbone.heads._checks import check_map, pair, positive
-
 
 class Tokenizer(nn.Module):
     """Average pooling, layer norm and 1x1 convolution: a map becomes tokens.
@@ -20,16 +18,9 @@ class Tokenizer(nn.Module):
     Args:
         in_channels: Channels C of the map.
         size: Height and width of the map, or one number for both.
-        width: Channels of the tokens.
+        width: Channels of the tokens; ``in_channels`` without the convolution.
         pool: A map is pooled where it is higher or wider than this, and never up.
         proj: Have the 1x1 convolution. Table 13's counts leave it out.
-
-    Attributes:
-        grid: Height and width (h, w) of the token grid, each min(size, pool).
-
-    Raises:
-        ValueError: A number is not a positive integer; or without the convolution the map is not
-            as wide as the tokens.
     """
 
     def __init__(
@@ -41,51 +32,28 @@ class Tokenizer(nn.Module):
         proj: bool = True,
     ) -> None:
         super().__init__()
-        positive(in_channels=in_channels, width=width, pool=pool)
-        if not proj and in_channels != width:
-            raise ValueError(
-                f"without proj the tokens are as wide as the map: width must be {in_channels}, "
-                f"got {width}"
-            )
-        height, map_width = pair(size)
-        self.in_channels = in_channels
         self.pool = pool
-        self.grid = (min(height, pool), min(map_width, pool))
-        self.norm = nn.LayerNorm((in_channels, *self.grid))
+        self.norm = nn.LayerNorm((in_channels, *self.grid(size)))
         self.proj = nn.Conv2d(in_channels, width, 1) if proj else nn.Identity()
 
-    def forward(self, x: Tensor, what: str = "a map") -> Tensor:
+    def grid(self, size: int | tuple[int, int]) -> tuple[int, int]:
+        """Return height and width of the token grid for maps of a size."""
+        height, width = (size, size) if isinstance(size, int) else size
+        return min(height, self.pool), min(width, self.pool)
+
+    def forward(self, x: Tensor) -> Tensor:
         """Turn a map into tokens.
 
         Args:
             x: Map (N, C, H, W). A side that is pooled may be any size from ``pool`` on, the
                 pooled map itself included; a side that is not must be as given at construction.
-            what: Name of the map in errors.
 
         Returns:
             Tokens (N, h * w, width), row by row.
-
-        Raises:
-            ValueError: The map does not fit; the message says what does.
         """
-        x = check_map(x, self.in_channels, self.norm.weight.dtype, what)
-        given = (min(x.shape[-2], self.pool), min(x.shape[-1], self.pool))
-        if given != self.grid:
-            fits = " and ".join(
-                f"{side} {'of' if n < self.pool else 'of at least'} {n}"
-                for side, n in zip(("a height", "a width"), self.grid)
-            )
-            raise ValueError(
-                f"{what} is {x.shape[-2]} x {x.shape[-1]}, but this head's layer norm was built "
-                f"for {self.grid[0]} x {self.grid[1]} tokens: {fits} would fit (a head for other "
-                "maps is built with their size)"
-            )
-        x = self.proj(self.norm(F.adaptive_avg_pool2d(x, self.grid)))
-        return x.flatten(2).transpose(1, 2)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"grid={self.grid}, pool={self.pool}"
+        x = x.to(self.norm.weight.dtype)
+        x = F.adaptive_avg_pool2d(x, self.grid(x.shape[-2:]))
+        return self.proj(self.norm(x)).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -93,18 +61,10 @@ class Attention(nn.Module):
 
     q, k and v keep their last dimension contiguous, without which
     :func:`torch.nn.functional.scaled_dot_product_attention` takes its slow kernel.
-
-    Args:
-        width: Channels of the tokens.
-        num_heads: Attention heads.
-
-    Raises:
-        ValueError: The heads don't divide the width.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        positive(width=width, num_heads=num_heads)
         if width % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide width={width}")
         self.num_heads = num_heads
@@ -129,22 +89,11 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and MLP (GELU), each with a residual connection.
-
-    Args:
-        width: Channels of the tokens.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden width of the MLP over ``width``.
-
-    Raises:
-        ValueError: The heads don't divide the width, or the MLP has no hidden channel.
-    """
+    """Pre-norm attention and MLP (GELU), each with a residual connection."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
-        if hidden < 1:
-            raise ValueError(f"mlp_ratio={mlp_ratio} leaves no hidden channel")
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width)
@@ -162,23 +111,15 @@ class Transformer(nn.Module):
     As in the published code there is no norm after the last block and no dropout. Only the CLS
     token leaves, so the last block computes only that one: the same result for less work.
 
-    The CLS token starts at zero, all other weights as torch's own layers start them: linear and
-    convolution uniform in ±1/sqrt(fan_in), norms at weight 1 and bias 0. That is the published
-    code; the paper gives no initial values.
-
     Args:
         width: Channels of the tokens.
         layers: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLPs over ``width``.
-
-    Raises:
-        ValueError: A number is not a positive integer, or the heads don't divide the width.
     """
 
     def __init__(self, width: int, layers: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        positive(width=width, layers=layers, num_heads=num_heads)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(
             TransformerBlock(width, num_heads, mlp_ratio) for _ in range(layers)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -70,45 +72,20 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention_strides"):
-            given = getattr(self, name)
-            if isinstance(given, str) or not isinstance(given, Iterable):
-                raise ValueError(f"{name} must be a list of numbers, got {given!r:.200}")
-            object.__setattr__(self, name, tuple(given))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("num_head_channels", "num_heads_upsample"):  # guided-diffusion writes -1
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, None)
-        _check_types(self)
-        strides = [2**level for level in range(len(self.channel_mult))]
-        if unknown := set(self.attention_strides) - set(strides):
-            raise ValueError(f"no level has attention_strides {unknown}; choose from {strides}")
-        if self.noise_schedule not in ("linear", "cosine"):
-            raise ValueError(
-                f"noise_schedule must be 'linear' or 'cosine', got {self.noise_schedule!r:.200}"
-            )
-        for level, width in enumerate(self.widths):
-            if width < GROUPS or width % GROUPS:
-                raise ValueError(
-                    f"level {level} is {width} channels wide (model_channels="
-                    f"{self.model_channels} x {self.channel_mult[level]}); group norm needs a "
-                    f"positive multiple of {GROUPS}"
-                )
-            attended = level == len(self.widths) - 1 or 2**level in self.attention_strides
-            heads = self.num_head_channels or self.num_heads
-            if attended and width % heads:
-                name = "num_head_channels" if self.num_head_channels else "num_heads"
-                raise ValueError(
-                    f"{name}={heads} does not divide the {width} channels of level {level}"
-                )
+        for name, valid, wanted in _constraints(self):
+            if not valid:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r:.200}")
 
     @classmethod
     def from_preset(cls, name: str) -> UNetConfig:
-        """The configuration of a released model, or of ``tiny``.
+        """Return one of :data:`PRESETS`: a released model, or ``tiny``.
 
         ``tiny`` has the same 37 blocks, strides and feedback strategies as the 256-px models at an
         eighth of the width and less, so block numbers carry over.
-
-        Args:
-            name: One of :data:`PRESETS`.
 
         Raises:
             ValueError: Unknown preset; the message lists the known ones.
@@ -136,14 +113,8 @@ class UNetConfig:
             **rest: Further fields of :class:`UNetConfig` that shapes can't tell.
 
         Raises:
-            ValueError: The keys are not those of a guided-diffusion U-Net, or ``rest`` names a
-                field that is read off the shapes.
+            ValueError: The keys are not those of a whole guided-diffusion U-Net.
         """
-        if unknown := set(rest) - NOT_IN_SHAPES:
-            raise ValueError(
-                f"{sorted(unknown)} can't be asked for here; what shapes don't tell is "
-                f"{sorted(NOT_IN_SHAPES | {'num_head_channels'})}"
-            )
         found = read_architecture(state_dict)
         if not found:
             raise ValueError("the state dict stops short of the U-Net's last block")
@@ -161,7 +132,7 @@ class UNetConfig:
     @functools.cached_property
     def blocks(self) -> BlockTable:
         """The table of blocks: encoder, middle, decoder; 37 for the 256-px models."""
-        return BlockTable(_block_infos(self))
+        return _block_table(self)
 
     def heads(self, channels: int, decoder: bool = False) -> int:
         """Number of attention heads of a layer with ``channels`` channels."""
@@ -172,149 +143,105 @@ class UNetConfig:
         return self.num_heads
 
 
-_LARGEST = {
-    "model_channels": 8192,
-    "num_res_blocks": 64,
-    "in_channels": 1024,
-    "out_channels": 1024,
-    "num_head_channels": 8192,
-    "num_heads": 8192,
-    "num_heads_upsample": 8192,
-    "num_classes": 1_000_000,
-    "image_size": 65536,
-}
-"""Bounds of whole numbers, from 1: reject typos before they allocate huge tensors."""
+_INTEGERS = ("model_channels", "num_res_blocks", "in_channels", "out_channels", "num_heads")
 _OPTIONAL = ("num_head_channels", "num_heads_upsample", "num_classes")
 _FLAGS = ("use_scale_shift_norm", "resblock_updown", "conv_resample", "use_new_attention_order")
-_MAX_LEVELS, _MAX_WIDTH = 10, 16384
+_LARGEST, _MAX_LEVELS, _MAX_WIDTH = 65536, 10, 16384
+"""Bounds that reject typos before they allocate huge tensors."""
 
 
-def _check_types(config: UNetConfig) -> None:
-    """Check types and bounds of single fields."""
-
-    def require(valid: bool, name: str, wanted: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)!r:.200}")
-
-    for name, largest in _LARGEST.items():
-        value = getattr(config, name)
-        valid = is_number(value, int) and 1 <= value <= largest
-        optional = name in _OPTIONAL
-        wanted = f"an integer from 1 to {largest}{' or None' * optional}"
-        require(valid or (optional and value is None), name, wanted)
+def _constraints(config: UNetConfig) -> Iterator[tuple[str, bool, str]]:
+    """Yield field, whether its value is allowed, and what is; later ones rely on earlier ones."""
+    for name in (*_INTEGERS, "image_size", *_OPTIONAL):
+        value, optional = getattr(config, name), name in _OPTIONAL
+        valid = is_number(value, int) and 1 <= value <= _LARGEST
+        wanted = f"an integer from 1 to {_LARGEST}{' or None' * optional}"
+        yield name, valid or (optional and value is None), wanted
     for name in _FLAGS:
-        require(isinstance(getattr(config, name), bool), name, "True or False")
+        yield name, isinstance(getattr(config, name), bool), "True or False"
     mults = config.channel_mult
-    widths = all(is_number(m) and 0 < m * config.model_channels <= _MAX_WIDTH for m in mults)
-    require(
-        1 <= len(mults) <= _MAX_LEVELS and widths,
-        "channel_mult",
-        f"a number for each of 1 to {_MAX_LEVELS} levels (at most {_MAX_WIDTH} channels)",
-    )
-    integers = all(is_number(stride, int) for stride in config.attention_strides)
-    require(integers, "attention_strides", "integers")
-    require(is_number(config.dropout) and 0 <= config.dropout <= 1, "dropout", "from 0 to 1")
+    numbers = all(is_number(mult) and mult > 0 for mult in mults)
+    wanted = f"a positive number for each of 1 to {_MAX_LEVELS} levels"
+    yield "channel_mult", numbers and 1 <= len(mults) <= _MAX_LEVELS, wanted
+    widths = all(GROUPS <= w <= _MAX_WIDTH and w % GROUPS == 0 for w in config.widths)
+    wanted = f"such that all levels are a multiple of {GROUPS} and at most {_MAX_WIDTH} wide"
+    yield "channel_mult", widths, f"{wanted} with model_channels {config.model_channels}"
+    strides = [2**level for level in range(len(mults))]
+    yield "attention_strides", set(config.attention_strides) <= set(strides), f"of {strides}"
+    names = ("num_head_channels",) if config.num_head_channels else ("num_heads", _OPTIONAL[1])
+    for name, (width, stride) in itertools.product(names, zip(config.widths, strides)):
+        attended = stride == strides[-1] or stride in config.attention_strides
+        divides = width % (getattr(config, name) or 1) == 0
+        yield name, divides or not attended, f"a divisor of the {width} channels at stride {stride}"
+    yield "dropout", is_number(config.dropout) and 0 <= config.dropout <= 1, "from 0 to 1"
+    schedules = ("linear", "cosine")
+    yield "noise_schedule", config.noise_schedule in schedules, "'linear' or 'cosine'"
 
-
-NOT_IN_SHAPES = frozenset(
-    {
-        "num_heads",
-        "num_heads_upsample",
-        "use_new_attention_order",
-        "dropout",
-        "image_size",
-        "noise_schedule",
-    }
-)
-"""Fields, beside ``num_head_channels``, that the shapes of the weights don't tell."""
 
 _GD256 = UNetConfig()
 PRESETS: dict[str, UNetConfig] = {
     "gd64": UNetConfig(
-        model_channels=192,
-        channel_mult=(1, 2, 3, 4),
-        num_res_blocks=3,
-        attention_strides=(2, 4, 8),
-        use_new_attention_order=True,
-        num_classes=1000,
-        dropout=0.1,
-        image_size=64,
-        noise_schedule="cosine",
+        model_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3,
+        attention_strides=(2, 4, 8), use_new_attention_order=True, num_classes=1000, dropout=0.1,
+        image_size=64, noise_schedule="cosine",
     ),
     "gd128": UNetConfig(
-        channel_mult=(1, 1, 2, 3, 4),
-        attention_strides=(4, 8, 16),
-        num_head_channels=None,
-        num_heads=4,
-        num_classes=1000,
-        image_size=128,
+        channel_mult=(1, 1, 2, 3, 4), attention_strides=(4, 8, 16), num_head_channels=None,
+        num_heads=4, num_classes=1000, image_size=128,
     ),
     "gd256": _GD256.replace(num_classes=1000),
     "gd256_uncond": _GD256,
     "gd512": UNetConfig(
-        channel_mult=(0.5, 1, 1, 2, 2, 4, 4),
-        attention_strides=(16, 32, 64),
-        num_classes=1000,
+        channel_mult=(0.5, 1, 1, 2, 2, 4, 4), attention_strides=(16, 32, 64), num_classes=1000,
         image_size=512,
     ),
     "lsun_bedroom": _GD256.replace(dropout=0.1),
     "lsun_cat": _GD256.replace(dropout=0.1),
     "lsun_horse": _GD256.replace(dropout=0.1),
     "tiny": UNetConfig(
-        model_channels=32,
-        channel_mult=(1, 1, 2, 2, 2, 3),
-        num_head_channels=32,
-        image_size=64,
+        model_channels=32, channel_mult=(1, 1, 2, 2, 2, 3), num_head_channels=32, image_size=64
     ),
-}
+}  # fmt: skip
 """Configurations of OpenAI's released image models, and a small one for trying things out."""
 
 
-def _block_infos(config: UNetConfig) -> Iterator[BlockInfo]:
+def _block_table(config: UNetConfig) -> BlockTable:
     """Derive the blocks (index, channels, stride, ...) from the configuration."""
-    widths, last_level = config.widths, len(config.widths) - 1
-    strides_before = [1]
-    skips: list[int] = []
-    index = 0
+    widths = config.widths
+    infos: list[BlockInfo] = []
 
-    def block(part: str, name: str, channels: int, in_channels: int, **kind: Any) -> BlockInfo:
-        nonlocal index
-        index += 1
-        before = strides_before[-1]
-        factor = {"down": 2, "up": 0.5, None: 1}[kind.get("resample")]
-        stride = int(before * factor)
-        strides_before.append(stride)
-        info = BlockInfo(index, channels, stride, name, in_channels, part=part, **kind)
-        read = in_channels / before**2
-        kept = _kept_values(config, info, before)
-        return dataclasses.replace(info, kept_values=kept, read_values=read)
+    def add(
+        name: str,
+        in_channels: int,
+        channels: int,
+        attention: bool = False,
+        resample: str | None = None,
+        part: str = "encoder",
+    ) -> None:
+        index, before = len(infos) + 1, infos[-1].stride if infos else 1
+        stride = {"down": 2 * before, "up": before // 2, None: before}[resample]
+        info = BlockInfo(index, channels, stride, name, in_channels, attention, resample, part)
+        kept, read = _kept_values(config, info, before), in_channels / before**2
+        infos.append(dataclasses.replace(info, kept_values=kept, read_values=read))
 
-    yield block("encoder", "input_blocks.0", widths[0], config.in_channels)
-    channels = widths[0]
-    skips.append(channels)
+    attended = [2**level in config.attention_strides for level in range(len(widths))]
+    add("input_blocks.0", config.in_channels, widths[0])
     for level, width in enumerate(widths):
         for _ in range(config.num_res_blocks):
-            attention = 2**level in config.attention_strides
-            yield block("encoder", f"input_blocks.{index}", width, channels, attention=attention)
-            channels = width
-            skips.append(channels)
-        if level != last_level:
-            yield block("encoder", f"input_blocks.{index}", channels, channels, resample="down")
-            skips.append(channels)
-    yield block("middle", "middle_block", channels, channels, attention=True)
-    first = index
-    for level in range(last_level, -1, -1):
-        for position in range(config.num_res_blocks + 1):
-            up = level > 0 and position == config.num_res_blocks
-            yield block(
-                "decoder",
-                f"output_blocks.{index - first}",
-                widths[level],
-                channels + skips.pop(),
-                attention=2**level in config.attention_strides,
-                resample="up" if up else None,
-            )
-            channels = widths[level]
+            add(f"input_blocks.{len(infos)}", infos[-1].channels, width, attended[level])
+        if level < len(widths) - 1:
+            add(f"input_blocks.{len(infos)}", width, width, resample="down")
+    skips = [info.channels for info in infos]
+    add("middle_block", widths[-1], widths[-1], True, part="middle")
+    size = len(skips)
+    for number in range(size):
+        level = len(widths) - 1 - number // (config.num_res_blocks + 1)
+        up = level > 0 and (number + 1) % (config.num_res_blocks + 1) == 0
+        in_channels = infos[-1].channels + skips.pop()
+        resample = "up" if up else None
+        name = f"output_blocks.{number}"
+        add(name, in_channels, widths[level], attended[level], resample, "decoder")
+    return BlockTable(infos)
 
 
 def _kept_values(config: UNetConfig, info: BlockInfo, stride_before: int) -> float:
@@ -354,32 +281,27 @@ def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """
 
     def shape(key: str) -> tuple[int, ...]:
-        if key not in state_dict:
-            raise ValueError(
-                f"not a guided-diffusion U-Net: {key!r} is missing (first keys: "
-                f"{', '.join(list(state_dict)[:4]) or 'none'})"
-            )
-        if 0 in state_dict[key].shape:
-            raise ValueError(f"not a guided-diffusion U-Net: {key!r} has no values")
+        if key not in state_dict or 0 in state_dict[key].shape:
+            first = ", ".join(list(state_dict)[:4])
+            raise ValueError(f"not a guided-diffusion U-Net: no {key!r}; first keys: {first}")
         return tuple(state_dict[key].shape)
 
     def indices(part: str) -> list[int]:
         keys = (key.split(".") for key in state_dict if key.startswith(part + "."))
-        return sorted({int(parts[1]) for parts in keys if len(parts) > 1 and parts[1].isdecimal()})
+        return sorted({int(parts[1]) for parts in keys if parts[1].isdecimal()})
 
     def upsamples(index: int) -> bool:
         names = (f"output_blocks.{index}.{i}.{n}" for i in (1, 2) for n in ("conv", "in_layers.0"))
         return any(f"{name}.weight" in state_dict for name in names)
 
     model_channels = shape("time_embed.0.weight")[1]
+    in_channels = shape("input_blocks.0.0.weight")[1]
     encoder, decoder = indices("input_blocks"), indices("output_blocks")
-    if encoder and not decoder and any(key.startswith("out.") for key in state_dict):
+    if not decoder and any(key.startswith("out.") for key in state_dict):
         raise ValueError(
             "this is a classifier (an encoder without output_blocks), not a diffusion U-Net; take "
             "the file with 'diffusion' in its name"
         )
-    if not encoder:
-        raise ValueError("not a guided-diffusion U-Net: there are no input_blocks")
     size = encoder[-1] + 1  # blocks of encoder and of decoder: levels * (num_res_blocks + 1)
     if len(decoder) != size or decoder[-1] != size - 1 or "out.2.weight" not in state_dict:
         return {}
@@ -387,10 +309,8 @@ def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     ups = [index for index in decoder if upsamples(index)]
     per_level = gaps[0] if gaps else ups[0] + 1 if ups else size
     levels, remainder = divmod(size, per_level)
-    if remainder or per_level < 2:
-        raise ValueError(
-            f"not a guided-diffusion U-Net: {size} encoder blocks don't make levels of {per_level}"
-        )
+    if remainder:
+        raise ValueError(f"{size} encoder blocks don't make levels of {per_level}")
 
     firsts = [1 + level * per_level for level in range(levels)]
     mults = []
@@ -401,32 +321,29 @@ def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
             mult = math.nextafter(mult, math.inf)
         mults.append(int(mult) if mult == int(mult) else mult)
     width = shape("input_blocks.1.0.out_layers.3.weight")[0]
-    down = f"input_blocks.{per_level}.0."
     label = "label_emb.weight"
     return {
         "model_channels": model_channels,
         "channel_mult": tuple(mults),
         "num_res_blocks": per_level - 1,
         "attention_strides": tuple(
-            2**level
-            for level, first in enumerate(firsts)
-            if f"input_blocks.{first}.1.qkv.weight" in state_dict
+            2**i for i, n in enumerate(firsts) if f"input_blocks.{n}.1.qkv.weight" in state_dict
         ),
-        "in_channels": shape("input_blocks.0.0.weight")[1],
+        "in_channels": in_channels,
         "out_channels": shape("out.2.weight")[0],
         "use_scale_shift_norm": shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * width,
-        "resblock_updown": levels > 1 and down + "in_layers.2.weight" in state_dict,
+        "resblock_updown": f"input_blocks.{per_level}.0.in_layers.2.weight" in state_dict,
         "conv_resample": levels == 1 or not gaps,
         "num_classes": shape(label)[0] if label in state_dict else None,
     }
 
 
 def resolve_config(unet: str | UNetConfig | Mapping[str, Any]) -> UNetConfig:
-    """Return the architecture that a config file or a caller names.
+    """Return the architecture that a config file, a command line or a caller names.
 
     Args:
         unet: A preset's name, a configuration, a dict of its fields (``preset`` names the one to
-            start from), or anything that has a configuration as ``config``.
+            start from), such a dict as JSON, or anything that has a configuration as ``config``.
 
     Raises:
         ValueError: It is something else, or a field is unknown or out of range.
@@ -434,13 +351,10 @@ def resolve_config(unet: str | UNetConfig | Mapping[str, Any]) -> UNetConfig:
     config = getattr(unet, "config", unet)
     if isinstance(config, UNetConfig):
         return config
-    if isinstance(unet, str):
-        return UNetConfig.from_preset(unet)
+    if isinstance(unet, str) and unet.lstrip().startswith("{"):
+        unet = json.loads(unet)
     if not isinstance(unet, Mapping):
-        raise ValueError(
-            "unet must be a preset's name, a UNetConfig, a dict of its fields or a UNet, got "
-            f"{type(unet).__name__}"
-        )
+        return UNetConfig.from_preset(unet)
     fields = dict(unet)
     base = UNetConfig.from_preset(fields.pop("preset")) if "preset" in fields else UNetConfig()
     check_names("unet", fields, ["preset", *UNetConfig.__dataclass_fields__])

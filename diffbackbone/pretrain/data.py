@@ -29,10 +29,8 @@ def find_images(root: Path) -> list[Path]:
     """List the images of a folder and its subfolders.
 
     Raises:
-        UserError: There is no such folder, or it has no images.
+        UserError: It has none.
     """
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root} of images")
     paths = [
         Path(folder, name)
         for folder, _, names in os.walk(root, followlinks=True)
@@ -40,7 +38,7 @@ def find_images(root: Path) -> list[Path]:
         if name.lower().endswith(SUFFIXES) and not name.startswith(".")
     ]
     if not paths:
-        raise UserError(f"{root} has no images ({', '.join(SUFFIXES)})")
+        raise UserError(f"folder {root} does not exist or has no images ({', '.join(SUFFIXES)})")
     return sorted(paths)
 
 
@@ -52,11 +50,7 @@ def describe_images(root: Path, paths: Sequence[Path]) -> str:
 
 
 def check_images(paths: Sequence[Path], value_range: Sequence[float] | None = None) -> None:
-    """Check that the images can be read.
-
-    Raises:
-        ImageError: One is broken, or its values have no known range.
-    """
+    """Raise an ImageError for an image that is broken, or whose values have no known range."""
     whole = len(paths) <= CHECK_WHOLE
     check = functools.partial(read_image, value_range=value_range) if whole else check_header
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

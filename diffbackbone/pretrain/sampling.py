@@ -14,17 +14,6 @@ from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.utils import atomic_write
 
 
-def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """Return evenly spaced timesteps from 0, ascending.
-
-    Raises:
-        ValueError: There are not so many.
-    """
-    if not 1 <= steps <= num_timesteps:
-        raise ValueError(f"the number of steps must lie in 1..{num_timesteps}, got {steps}")
-    return [index * num_timesteps // steps for index in range(steps)]
-
-
 @torch.no_grad()
 def sample_ddim(
     predict: Callable[[Tensor, int], Tensor],
@@ -38,12 +27,12 @@ def sample_ddim(
         predict: A U-Net, or any function that returns its output for x_t and one timestep.
         schedule: The schedule that it was trained with.
         noise: Standard normal noise (N, C, H, W).
-        steps: Number of steps, evenly spaced over the timesteps.
+        steps: Number of steps, at most one a timestep, evenly spaced from timestep 0.
 
     Returns:
         Images (N, C, H, W) in [-1, 1].
     """
-    times = ddim_timesteps(schedule.num_timesteps, steps)
+    times = [index * schedule.num_timesteps // steps for index in range(steps)]
     signals = [1.0, *(float(schedule.alphas_cumprod[t]) for t in times)]
     x = noise.float()
     for index in range(steps, 0, -1):

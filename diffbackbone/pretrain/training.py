@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,17 +38,17 @@ from diffbackbone.utils import (
     UserError,
     atomic_write,
     changed_settings,
+    lost_loss,
     save_figure,
     settings_of,
     write_json,
-    write_text,
+    write_json_lines,
 )
 
 FORMAT = "diffbackbone pretraining 2"
 MAY_CHANGE = (
     "data", "out", "resume", "iterations", "lr_decay", "workers", "device", "checkpoint",
     "save_every", "sample_every", "samples", "sample_steps", "log_every", "log_with",
-    "export_dtype",
 )  # fmt: skip
 """Options that may differ between a run and its continuation."""
 FULL = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -130,25 +130,23 @@ class PretrainConfig:
     """Iterations between records of the loss."""
     log_with: Literal["tensorboard", "wandb"] | None = None
     """Experiment tracker that gets the records, too."""
-    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type of the weights in unet.safetensors."""
 
     def __post_init__(self) -> None:
-        positive = ("iterations", "batch_size", "accumulate", "save_every", "log_every")
-        allowed = {**dict.fromkeys(positive, (1, math.inf)), "sample_steps": (1, 1000)}
-        allowed |= {"ema_decay": (0, 1), "shrink": (1, math.inf), "lr": (0, math.inf)}
-        for name, (low, high) in allowed.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} must lie in {low}..{high}, got {value}")
+        counts = (
+            self.iterations, self.batch_size, self.accumulate, self.save_every, self.log_every
+        )  # fmt: skip
+        valid = min(counts) >= 1 and 1 <= self.sample_steps <= 1000 and 0 <= self.ema_decay <= 1
+        if not valid or (self.shrink or 1) < 1:
+            raise UserError(
+                "iterations, batch size, accumulate, shrink, save and log intervals must be at "
+                "least 1, sample steps 1 to 1000 and the EMA decay 0 to 1"
+            )
 
 
 def read_architecture(config: PretrainConfig) -> UNetConfig:
     """Return the architecture that ``unet``, ``size`` and ``learn_variance`` describe."""
     try:
-        is_json = config.unet.startswith("{")
-        unet = resolve_config(json.loads(config.unet) if is_json else config.unet)
+        unet = resolve_config(config.unet)
         unet = unet.replace(
             num_classes=None,
             out_channels=6 if config.learn_variance else 3,
@@ -225,12 +223,12 @@ class Pretraining:
             self.average.module, _ = accelerator.prepare(self.average.module, unused)
         self.iteration = 0
         self.history: list[dict[str, float]] = []
-        self.sums: dict[str, float] = {}
+        self.sums: Counter[str] = Counter()
         if saved is not None:
             self._load(saved)
         schedule = (config.warmup, config.iterations, config.lr_decay)
-        self.factor = functools.partial(rate_factor, schedule=schedule)
-        self.scheduler = LambdaLR(self.optimizer.optimizer, self.factor, self.iteration - 1)
+        factor = functools.partial(rate_factor, schedule=schedule)
+        self.scheduler = LambdaLR(self.optimizer.optimizer, factor, self.iteration - 1)
         examples = data.Examples(
             paths, self.unet_config.image_size, self.schedule.num_timesteps, config.seed,
             config.flip, config.shrink, config.value_range,
@@ -245,9 +243,9 @@ class Pretraining:
         )
         self.loader = accelerator.prepare(loader)
         self.interrupted = self.stopping = False
-        self.saved_at, self.sampled_at = self.iteration, -1
 
     def _find_run(self) -> dict[str, Any] | None:
+        """Return the state of the run to resume; None for a new run."""
         out, path = self.config.out, self.config.out / "last.pt"
         if not self.config.resume:
             if path.exists() or (out / "unet.pt").exists():
@@ -268,36 +266,33 @@ class Pretraining:
         distributed.set_model_state_dict(self.average.module, saved["average"], options=FULL)
         self.iteration = saved["iteration"]
         self.average.n_averaged.fill_(self.iteration + 1)
-        self.history = list(saved["history"])
-        self.sums = dict(saved["sums"])
+        self.history, self.sums = list(saved["history"]), Counter(saved["sums"])
         self.accelerator.print(f"continuing at iteration {self.iteration}")
 
     def save(self) -> None:
         """Write the state of the run, then export the averaged weights and the loss."""
-        if self.saved_at == self.iteration:
-            return
-        model, optimizer = self.model, self.optimizer.optimizer
-        unet, state = distributed.get_state_dict(model, optimizer, options=FULL)
+        unet, state = distributed.get_state_dict(self.model, self.optimizer.optimizer, options=FULL)
         average = distributed.get_model_state_dict(self.average.module, options=FULL)
         if self.accelerator.is_main_process:
             content = {
                 "format": FORMAT, "settings": self.settings, "iteration": self.iteration,
                 "unet": unet, "average": average, "optimizer": state,
-                "history": self.history, "sums": self.sums,
+                "history": self.history, "sums": dict(self.sums),
             }  # fmt: skip
             atomic_write(self.config.out / "last.pt", lambda file: torch.save(content, file))
             self._export(dict(average))
-        self.saved_at = self.iteration
         self.accelerator.wait_for_everyone()
 
     def _export(self, weights: dict[str, Tensor]) -> None:
-        out, dtype = self.config.out, getattr(torch, self.config.export_dtype)
+        out, unet = self.config.out, self.unet_config
         atomic_write(out / "unet.pt", lambda file: torch.save(weights, file))
-        atomic_write(
-            out / "unet.safetensors",
-            lambda file: save_safetensors(file, weights, self.unet_config, dtype),
-        )
-        write_text(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+        atomic_write(out / "unet.safetensors", lambda file: save_safetensors(file, weights, unet))
+        try:
+            flags: Any = guided_diffusion_flags(unet)
+        except ValueError as error:
+            flags = str(error)
+        write_json(out / "unet.json", {"unet": settings_of(unet), "guided_diffusion": flags})
+        write_json_lines(out / "metrics.jsonl", self.history)
         if self.history:
             plot_loss(self.history, out / "loss.png")
 
@@ -330,11 +325,7 @@ class Pretraining:
         values = {**dict(zip(sums, means)), "grad_norm": float(norm)}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise UserError(
-                    f"iteration {self.iteration + 1}: {name} is {value}; {config.out} keeps the "
-                    f"state of iteration {self.saved_at}. Try a lower --lr or --clip, a longer "
-                    "--warmup or --precision float32, in another --out"
-                )
+                raise UserError(lost_loss(f"{name} is {value} in iteration {self.iteration + 1}"))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
@@ -345,8 +336,6 @@ class Pretraining:
     def train(self) -> dict[str, float]:
         """Train to the end, or until SIGINT or SIGTERM; return the last record of the loss."""
         config, accelerator = self.config, self.accelerator
-        if accelerator.is_main_process:
-            write_json(config.out / "unet.json", describe_unet(self.unet_config))
         accelerator.init_trackers("pretrain", {k: str(v) for k, v in self.settings.items()})
         self.model.train()
         batches = iter(self.loader)
@@ -359,33 +348,29 @@ class Pretraining:
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers.callback(signal.signal, number, signal.signal(number, self._interrupt))
             while self.iteration < config.iterations and not self.stopping:
-                values = self.step(batches)
+                rate = self.scheduler.get_last_lr()[0]
+                self.sums.update({**self.step(batches), "count": 1})
                 bar.update()
-                for name, value in values.items():
-                    self.sums[name] = self.sums.get(name, 0.0) + value
-                self.sums["count"] = self.sums.get("count", 0) + 1
-                if self.iteration % config.log_every == 0 or self.iteration == config.iterations:
-                    self._record()
-                if self.iteration % config.save_every == 0:
+                done = self.iteration == config.iterations
+                if done or self.iteration % config.log_every == 0:
+                    self._record(rate)
+                if done or self.stopping or self.iteration % config.save_every == 0:
                     self.save()
-                if config.sample_every and self.iteration % config.sample_every == 0:
+                if done or (config.sample_every and self.iteration % config.sample_every == 0):
                     self.sample()
-            self.save()
-            if not self.stopping:
-                self.sample()
         state = "stopped; --resume continues" if self.stopping else f"done, see {config.out}"
         accelerator.print(f"iteration {self.iteration}: {state}")
         accelerator.end_training()
         return self.history[-1] if self.history else {}
 
-    def _record(self) -> None:
-        """Record the means since the last record."""
+    def _record(self, rate: float) -> None:
+        """Record the means since the last record, and the learning rate."""
         count, clock = self.sums.pop("count"), time.perf_counter()
-        record: dict[str, float] = {"iteration": self.iteration}
-        record.update({name: value / count for name, value in self.sums.items()})
-        record["lr"] = self.config.lr * self.factor(self.iteration - 1)
+        record = {"iteration": self.iteration, "lr": rate}
+        record |= {name: value / count for name, value in self.sums.items()}
         record["images_per_second"] = self.config.batch_size * count / (clock - self.clock)
-        self.sums, self.clock = {}, clock
+        self.clock = clock
+        self.sums.clear()
         self.history.append(record)
         self.accelerator.log(record, step=self.iteration)
         if self.accelerator.is_main_process:
@@ -399,12 +384,17 @@ class Pretraining:
     def sample(self) -> None:
         """Write samples of the averaged weights, of the same noise each time."""
         config, accelerator = self.config, self.accelerator
-        if not config.samples or self.sampled_at == self.iteration:
+        if not config.samples:
             return
         share = math.ceil(config.samples / accelerator.num_processes)
-        numbers = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        first = accelerator.process_index * share
         size, seed = self.unet_config.image_size, config.seed
-        noise = torch.stack([data.draw_noise(RandomStream.SAMPLES, seed, n, size) for n in numbers])
+        noise = torch.stack(
+            [
+                data.draw_noise(RandomStream.SAMPLES, seed, number, size)
+                for number in range(first, first + share)
+            ]
+        )
         batch_size = config.batch_size // (accelerator.num_processes * config.accumulate)
         with accelerator.autocast():
             parts = [
@@ -416,17 +406,7 @@ class Pretraining:
         images = accelerator.gather(torch.cat(parts))[: config.samples].cpu()
         if accelerator.is_main_process:
             save_grid(images, config.out / "samples" / f"{self.iteration:07d}.png")
-        self.sampled_at = self.iteration
         accelerator.wait_for_everyone()
-
-
-def describe_unet(config: UNetConfig) -> dict[str, Any]:
-    """Return the architecture and guided-diffusion's flags for it, or why there are none."""
-    try:
-        flags: Any = guided_diffusion_flags(config)
-    except ValueError as error:
-        flags = str(error)
-    return {"unet": dataclasses.asdict(config), "guided_diffusion": flags}
 
 
 def plot_loss(history: Sequence[Mapping[str, float]], path: Path) -> None:
