@@ -16,5 +16,11 @@ from diffbackbone.openmmlab.backbone import (  # noqa: E402
     DiffusionOptimWrapperConstructor,
 )
 from diffbackbone.openmmlab.checks import CheckInputsHook  # noqa: E402
+from diffbackbone.openmmlab.loading import LoadDeepImage  # noqa: E402
 
-__all__ = ["CheckInputsHook", "DiffusionBackbone", "DiffusionOptimWrapperConstructor"]
+__all__ = [
+    "CheckInputsHook",
+    "DiffusionBackbone",
+    "DiffusionOptimWrapperConstructor",
+    "LoadDeepImage",
+]
