@@ -83,7 +83,7 @@ def _read_array(path: str | os.PathLike[str], value_range: Sequence[float] | Non
 def _read_picture(
     path: str | os.PathLike[str], value_range: Sequence[float] | None, mode: str
 ) -> np.ndarray:
-    """Read an image file as RGB or, where it is grey or has 8 bits a channel, as grey."""
+    """Read an image file in mode RGB or L; deep color stays RGB."""
     with _open(path) as image:
         maximum = _color_maximum(image)  # before Pillow decodes anything
         try:
@@ -97,9 +97,10 @@ def _read_picture(
             values = _scale(np.asarray(image), value_range or known)
             pixels = np.repeat(values[..., None], len(mode), axis=-1)
         else:
+            shown = image
             if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            pixels = np.asarray(image.convert(mode)).reshape(image.height, image.width, len(mode))
+                shown = image.convert("RGBA")
+            pixels = np.asarray(shown.convert(mode)).reshape(image.height, image.width, len(mode))
         return pixels if image.format == "TIFF" else _orient(pixels, orientation)  # by the decoders
 
 
