@@ -241,6 +241,15 @@ def test_linear_and_mlp_equal_the_reference(pool):
     torch.testing.assert_close(head(x), y, **CLOSE)
 
 
+def test_cnn_equals_the_reference():
+    head = golden.fill(CNNHead(6, 5, (8, 7), pool=8))
+    x = noise("map", 2, 6, 8, 11)
+    y = F.adaptive_avg_pool2d(x, 8)
+    for conv in head.convs[::2]:
+        y = F.conv2d(y, conv.weight, conv.bias, stride=2).relu()
+    torch.testing.assert_close(head(x), head.linear(y.flatten(1)), **CLOSE)
+
+
 def test_published_weights_of_another_head_are_refused():
     fc = published({"fcs.0.weight": (5, 6), "fcs.0.bias": (5,)})
     deep = fc | published({"fcs.1.weight": (5, 5), "fcs.1.bias": (5,)})

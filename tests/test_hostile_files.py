@@ -197,8 +197,7 @@ def code() -> Iterator[Case]:
         *(_Call(bytes, 1 << 40), np.array([None]), np.zeros(1, "f8,i4"), np.array(["a"])),
     ):
         yield ".pkl", _pickled(payload)
-        everywhere = {**weights(), KEY: payload}, {"state_dict": weights(), "author": payload}
-        for content in (*everywhere, payload):
+        for content in ({KEY: payload}, {"state_dict": weights(), "author": payload}, payload):
             yield ".pt", zipped(content)
             yield ".pth", legacy(content)
             for suffix, protocol in ((".pkl", 0), (".pyth", 2), (".safetensors", 4)):

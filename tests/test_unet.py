@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffbackbone import BlockInfo, UNet, UNetConfig
 from diffbackbone.models.gd_config import PRESETS, resolve_config
+from diffbackbone.models.guided_diffusion import AttentionBlock
 
 TOLERANCE = 1e-5
 SMALL = golden.CONFIGS["narrow256"]
@@ -193,6 +194,14 @@ def test_attention_takes_a_memory_linear_kernel(new_order, channels_last):
         q = torch.randn(1, 2, 32, 16).transpose(2, 3)
         with pytest.raises(RuntimeError):  # it could fail
             torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def test_attention_layers_are_modules_that_can_be_hooked():
+    block, calls = AttentionBlock(64, 2, new_order=False), []
+    for name in ("qkv", "proj_out"):
+        getattr(block, name).register_forward_hook(lambda *_: calls.append(1))
+    block(torch.randn(2, 64, 4, 6), None)
+    assert len(calls) == 2
 
 
 def test_recomputing_changes_no_gradient():
