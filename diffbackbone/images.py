@@ -1,14 +1,16 @@
 """Reads image files as RGB: 8-bit ones as uint8, deeper ones as float32 in [0, 1].
 
 Pixels are (H, W, 3) arrays in torchvision's convention, uint8 in 0..255 or float32 in [0, 1], and
-never stretched image by image: the same value in a file is the same value everywhere.
+never stretched image by image: the same value in a file is the same value everywhere. Images of
+one channel or of any number of channels are read on request.
 
-* 8 bits and fewer: Pillow's conversion to RGB (grey, palette, CMYK; alpha is dropped).
+* 8 bits and fewer: Pillow's conversion to RGB (grey, palette, CMYK; alpha is dropped) or to grey.
 * Integers of 16 and 32 bits: 0..65535 becomes 0..1. 12 bits stored in 16 are therefore dark but
   keep all their levels; a value range of 0..4095 brightens them.
 * Floats: have to lie in [0, 1] already.
 * A value range (low, high) maps images deeper than 8 bits linearly. Values that are not finite or
   outside of the range are errors.
+* Arrays of numpy (.npy), (H, W) or (H, W, channels): the range of an integer type becomes 0..1.
 * Color of 16 bits a channel, which Pillow would cut to 8, is read by OpenCV.
 * The EXIF orientation is applied.
 * Files of several frames are errors, but for the previews in MPO photographs, and the overviews
@@ -21,6 +23,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,17 +44,46 @@ class ImageError(UserError):
 
 
 def read_image(
-    path: str | os.PathLike[str], value_range: Sequence[float] | None = None
+    path: str | os.PathLike[str], value_range: Sequence[float] | None = None, channels: int = 3
 ) -> np.ndarray:
-    """Read an image as RGB (H, W, 3), uint8 or float32 in [0, 1].
+    """Read an image (H, W, channels), uint8 or float32 in [0, 1].
 
     Args:
         path: The file.
         value_range: Values of images deeper than 8 bits that become 0 and 1.
+        channels: 3 for RGB, 1 for grey; other numbers are those of a .npy file.
 
     Raises:
-        ImageError: It is broken, of no known format, or has values outside of the range.
+        ImageError: It is broken, of no known format, of other channels, or has values outside of
+            the range.
     """
+    with _named(path):
+        if Path(path).suffix.lower() == ".npy":
+            pixels = _read_array(path, value_range)
+        else:
+            pixels = _read_picture(path, value_range, "L" if channels == 1 else "RGB")
+        if pixels.shape[2:] != (channels,):
+            raise ImageError(f"shape {pixels.shape}, expected (H, W, {channels})")
+    return pixels
+
+
+def _read_array(path: str | os.PathLike[str], value_range: Sequence[float] | None) -> np.ndarray:
+    """Read a .npy file, which can hold no code."""
+    values = np.load(path, allow_pickle=False)
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.dtype == np.uint8:
+        return values
+    known = (0, 1)
+    if values.dtype.kind != "f":
+        known = np.iinfo(values.dtype).min, np.iinfo(values.dtype).max
+    return _scale(values, value_range or known)
+
+
+def _read_picture(
+    path: str | os.PathLike[str], value_range: Sequence[float] | None, mode: str
+) -> np.ndarray:
+    """Read an image file in mode RGB or L; deep color stays RGB."""
     with _open(path) as image:
         maximum = _color_maximum(image)  # before Pillow decodes anything
         try:
@@ -61,34 +93,44 @@ def read_image(
         if maximum is not None:
             pixels = _scale(_read_color(path, image), value_range or (0, maximum))
         elif image.mode.startswith(("I", "F")):
-            values = np.asarray(image)
             known = (0, 1) if image.mode == "F" else (0, 65535)
-            pixels = np.repeat(_scale(values, value_range or known)[..., None], 3, axis=-1)
-        elif image.mode == "P" and "transparency" in image.info:
-            pixels = np.asarray(image.convert("RGBA").convert("RGB"))
+            values = _scale(np.asarray(image), value_range or known)
+            pixels = np.repeat(values[..., None], len(mode), axis=-1)
         else:
-            pixels = np.asarray(image.convert("RGB"))
+            shown = image
+            if image.mode == "P" and "transparency" in image.info:
+                shown = image.convert("RGBA")
+            pixels = np.asarray(shown.convert(mode)).reshape(image.height, image.width, len(mode))
         return pixels if image.format == "TIFF" else _orient(pixels, orientation)  # by the decoders
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
     """Raise an ImageError for an image of no known format or of several frames."""
-    with _open(path):
-        pass
+    with _named(path):
+        if Path(path).suffix.lower() == ".npy":
+            np.load(path, mmap_mode="r", allow_pickle=False)
+            return
+        with _open(path):
+            pass
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of a damaged file, which can fail in any way, into ones that name it."""
+    try:
+        yield
+    except Exception as error:
+        raise ImageError(f"image {path}: {error}") from error
 
 
 @contextlib.contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Open an image; what fails meanwhile becomes an error that names the file."""
     from PIL import Image
 
-    try:
-        # by name, Pillow would map the file, and scramble TIFFs of orientation 5 to 8
-        with open(path, "rb") as file, Image.open(file) as image:
-            _check_frames(image)
-            yield image
-    except Exception as error:  # a damaged file can fail in the reader in any way
-        raise ImageError(f"image {path}: {error}") from error
+    # by name, Pillow would map the file, and scramble TIFFs of orientation 5 to 8
+    with open(path, "rb") as file, Image.open(file) as image:
+        _check_frames(image)
+        yield image
 
 
 def _check_frames(image: Image.Image) -> None:
@@ -165,10 +207,10 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(part))
         return np.asarray(image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0))
 
-    if pixels.dtype == np.uint8:
+    if pixels.dtype == np.uint8 and pixels.shape[-1] == 3:
         return resized(pixels)
-    channels = [resized(pixels[..., i]) for i in range(pixels.shape[-1])]
-    return np.stack(channels, axis=-1).clip(0, 1)  # the filter overshoots
+    result = np.stack([resized(pixels[..., i]) for i in range(pixels.shape[-1])], axis=-1)
+    return result if pixels.dtype == np.uint8 else result.clip(0, 1)  # the filter overshoots
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:

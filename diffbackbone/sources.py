@@ -77,7 +77,7 @@ def find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) 
 
 
 def _cache_path(url: str) -> Path:
-    """Return the cached path of a URL in torch.hub's folder; distinct URLs never share one."""
+    """Return the path of a URL in torch.hub's cache; distinct URLs never share one."""
     name = Path(url.split("?")[0]).name
     if url not in RELEASED_CHECKPOINTS.values():  # which may be there already
         suffix = Path(name).suffix[:20]

@@ -193,10 +193,11 @@ def code() -> Iterator[Case]:
         _Call(torch._utils._rebuild_parameter, inner, True, {}),
         _Call(np.load, CANARY),
         _Call(torch.load, CANARY),
+        *(_Call(np.ndarray, (1,), "O", b"12345678"), _Call(np.ndarray, (3,)), _Call(np.dtype, "O")),
+        *(_Call(bytes, 1 << 40), np.array([None]), np.zeros(1, "f8,i4"), np.array(["a"])),
     ):
         yield ".pkl", _pickled(payload)
-        everywhere = {**weights(), KEY: payload}, {"state_dict": weights(), "author": payload}
-        for content in (*everywhere, payload):
+        for content in ({KEY: payload}, {"state_dict": weights(), "author": payload}, payload):
             yield ".pt", zipped(content)
             yield ".pth", legacy(content)
             for suffix, protocol in ((".pkl", 0), (".pyth", 2), (".safetensors", 4)):

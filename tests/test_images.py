@@ -111,6 +111,30 @@ def test_values_without_a_known_range_are_refused(tmp_path, values, value_range)
         read_image(path, value_range)
 
 
+def test_other_channels(tmp_path):
+    path = tmp_path / "array.npy"
+    for dtype, expected in (("u1", 128 / 255), ("i2", (128 + 32768) / 65535), ("f4", 0.5)):
+        np.save(path, np.full((6, 8, 5), 0.5 if dtype == "f4" else 128, dtype))
+        found = read_image(path, channels=5)
+        assert found.shape == (6, 8, 5)
+        assert (found.dtype == np.uint8) == (dtype == "u1")
+        np.testing.assert_allclose(normalize(to_tensor(found)), 2 * expected - 1, atol=1e-6)
+        assert resize(found, (4, 3)).shape == (3, 4, 5)
+    np.save(path, GREY)
+    np.testing.assert_allclose(read_image(path, channels=1)[..., 0], GREY / 65535, atol=1e-7)
+    grey = save(tmp_path / "grey.tif", GREY)
+    assert (read_image(grey, channels=1) == read_image(grey)[..., :1]).all()
+    color = save(tmp_path / "color.png", (COLOR >> 4).astype(np.uint8))
+    expected = np.asarray(Image.open(color).convert("L"))[..., None]
+    assert (read_image(color, channels=1) == expected).all()
+    for wrong, channels in ((path, 3), (color, 5), (save_color(tmp_path / "deep.png"), 1)):
+        with pytest.raises(ImageError, match=f"{wrong.name}: shape"):
+            read_image(wrong, channels=channels)
+    np.save(path, np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(ImageError, match="allow_pickle"):
+        read_image(path)
+
+
 UPRIGHT = [
     lambda x: x,
     np.fliplr,

@@ -57,8 +57,5 @@ class AttentionHead(nn.Module):
 
         Returns:
             Logits (N, num_classes).
-
-        Raises:
-            RuntimeError: The map gives another grid, or has other channels.
         """
         return self.linear(self.transformer(self.tokenizer(x)))

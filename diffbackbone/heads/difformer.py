@@ -20,10 +20,7 @@ class DifFormerHead(nn.Module):
 
     The defaults are the paper's choice (Section 4.1.1), for which the 256-px model at 256 px gives
     ``in_channels=(1024, 1024, 512)`` and ``sizes=(8, 16, 64)``. With 50 classes that makes 28.9M
-    parameters. Table 15 prints 29.3M, which would need b=19 pooled *up* from 8x8 to 16x16; the
-    text of Section 3.1 ("only apply pooling when the feature map size is larger") and the
-    published code don't pool up, and this head follows them. Table 8's 585M is the U-Net with this
-    head and 1,000 classes.
+    parameters. Table 15 prints 29.3M, which would need b=19 pooled *up* from 8x8 to 16x16.
 
     Args:
         in_channels: Channels of the maps, one number for each block.
@@ -81,8 +78,7 @@ class DifFormerHead(nn.Module):
             Logits (N, num_classes).
 
         Raises:
-            KeyError: A map is missing.
-            ValueError: The list has another length.
+            KeyError, ValueError: A map is missing.
             RuntimeError: A map does not fit the head or the others.
         """
         if not isinstance(maps, Mapping):

@@ -110,12 +110,6 @@ class Transformer(nn.Module):
 
     As in the published code there is no norm after the last block and no dropout. Only the CLS
     token leaves, so the last block computes only that one: the same result for less work.
-
-    Args:
-        width: Channels of the tokens.
-        layers: Number of blocks.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden width of the MLPs over ``width``.
     """
 
     def __init__(self, width: int, layers: int, num_heads: int, mlp_ratio: float) -> None:

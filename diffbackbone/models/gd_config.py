@@ -168,7 +168,8 @@ def _constraints(config: UNetConfig) -> Iterator[tuple[str, bool, str]]:
     yield "channel_mult", widths, f"{wanted} with model_channels {config.model_channels}"
     strides = [2**level for level in range(len(mults))]
     yield "attention_strides", set(config.attention_strides) <= set(strides), f"of {strides}"
-    names = ("num_head_channels",) if config.num_head_channels else ("num_heads", _OPTIONAL[1])
+    heads = ("num_heads", "num_heads_upsample")
+    names = ("num_head_channels",) if config.num_head_channels else heads
     for name, (width, stride) in itertools.product(names, zip(config.widths, strides)):
         attended = stride == strides[-1] or stride in config.attention_strides
         divides = width % (getattr(config, name) or 1) == 0

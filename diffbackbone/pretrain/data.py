@@ -20,7 +20,7 @@ from tqdm import tqdm
 from diffbackbone.images import check_header, normalize, read_image, resize, to_tensor
 from diffbackbone.utils import RandomStream, UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 CHECK_WHOLE = 20_000
 """Up to this number of images all are decoded before training; of more, only headers are read."""
 
@@ -49,10 +49,13 @@ def describe_images(root: Path, paths: Sequence[Path]) -> str:
     return f"{len(paths)} images, {digest[:16]}"
 
 
-def check_images(paths: Sequence[Path], value_range: Sequence[float] | None = None) -> None:
-    """Raise an ImageError for an image that is broken, or whose values have no known range."""
-    whole = len(paths) <= CHECK_WHOLE
-    check = functools.partial(read_image, value_range=value_range) if whole else check_header
+def check_images(
+    paths: Sequence[Path], value_range: Sequence[float] | None = None, channels: int = 3
+) -> None:
+    """Raise an ImageError for an image that ``read_image`` can't read."""
+    check = check_header
+    if len(paths) <= CHECK_WHOLE:
+        check = functools.partial(read_image, value_range=value_range, channels=channels)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(check, paths)
         for _ in tqdm(results, "checking images", len(paths), disable=None, leave=False):
@@ -77,6 +80,8 @@ class Examples(Dataset):
     """Shrink images to a short side of at most ``shrink * size``."""
     value_range: Sequence[float] | None = None
     """See :func:`diffbackbone.images.read_image`."""
+    channels: int = 3
+    """Channels of the images."""
     _order: tuple[int, np.ndarray] | None = None  # of an epoch
 
     def index(self, number: int) -> int:
@@ -88,8 +93,8 @@ class Examples(Dataset):
         return int(self._order[1][position])
 
     def crop(self, number: int) -> Tensor:
-        """Return an example's crop (3, size, size) in [-1, 1]."""
-        pixels = read_image(self.paths[self.index(number)], self.value_range)
+        """Return an example's crop (channels, size, size) in [-1, 1]."""
+        pixels = read_image(self.paths[self.index(number)], self.value_range, self.channels)
         short = min(pixels.shape[:2])
         wanted = max(short, self.size)
         if self.shrink is not None:
@@ -105,13 +110,15 @@ class Examples(Dataset):
         return normalize(to_tensor(pixels))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Return ``x_start`` and ``noise`` (3, size, size), and the 0-based timestep ``t``."""
+        """Return ``x_start`` and ``noise`` (channels, size, size), and the 0-based timestep t."""
         t = RandomStream.TIMESTEP.generator(self.seed, number).integers(self.num_timesteps)
-        noise = draw_noise(RandomStream.NOISE, self.seed, number, self.size)
+        noise = draw_noise(RandomStream.NOISE, self.seed, number, self.size, self.channels)
         return {"x_start": self.crop(number), "t": int(t), "noise": noise}
 
 
-def draw_noise(stream: RandomStream, seed: int, number: int, size: int) -> Tensor:
-    """Return standard normal noise (3, size, size) by its number."""
+def draw_noise(
+    stream: RandomStream, seed: int, number: int, size: int, channels: int = 3
+) -> Tensor:
+    """Return standard normal noise (channels, size, size) by its number."""
     random = stream.generator(seed, number)
-    return torch.from_numpy(random.standard_normal((3, size, size), dtype=np.float32))
+    return torch.from_numpy(random.standard_normal((channels, size, size), dtype=np.float32))

@@ -45,8 +45,12 @@ def sample_ddim(
 
 
 def save_grid(images: Tensor, path: Path) -> None:
-    """Write images (N, 3, H, W) in [-1, 1] side by side as one PNG."""
+    """Write images (N, C, H, W) in [-1, 1] side by side as one PNG.
+
+    The first three channels are shown as RGB, one or the first of two as grey.
+    """
     columns = math.ceil(math.sqrt(len(images)))
-    pixels = (images.float() + 1) / 2
+    shown = images[:, : 3 if images.shape[1] >= 3 else 1]
+    pixels = (shown.float() + 1) / 2
     options = {"format": "png", "nrow": columns, "pad_value": 1}
     atomic_write(path, lambda file: save_image(pixels, file, **options))

@@ -67,7 +67,8 @@ class PretrainConfig:
     """
 
     data: Path
-    """Folder of images, searched recursively."""
+    """Folder of images, searched recursively: of one channel, RGB, or .npy files (H, W, channels),
+    whatever the U-Net's in_channels are."""
     out: Path
     """Folder of the run."""
     resume: bool = False
@@ -89,7 +90,8 @@ class PretrainConfig:
     """Shrink images whose short side is above this factor times the size (1.25 for photographs);
     None crops them as large as they are."""
     value_range: tuple[float, float] | None = None
-    """Black and white of images deeper than 8 bits; None takes 0 65535 (integers), 0 1 (floats)."""
+    """Black and white of images deeper than 8 bits; None takes 0 65535 (integers), 0 1 (floats),
+    and the range of the type (integers in .npy files)."""
     workers: int = dataclasses.field(default_factory=lambda: min(4, (os.cpu_count() or 1) - 1))
     """Processes that read images."""
     iterations: int = 100_000
@@ -149,17 +151,14 @@ def read_architecture(config: PretrainConfig) -> UNetConfig:
         unet = resolve_config(config.unet)
         unet = unet.replace(
             num_classes=None,
-            out_channels=6 if config.learn_variance else 3,
+            out_channels=(2 if config.learn_variance else 1) * unet.in_channels,
             image_size=config.size or unet.image_size,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"--unet {config.unet}: {error}") from error
     stride = 2 ** (len(unet.channel_mult) - 1)
-    if unet.in_channels != 3 or unet.image_size % stride:
-        raise UserError(
-            f"images are RGB of a size that is a multiple of {stride} for this U-Net, got "
-            f"in_channels={unet.in_channels} and --size {unet.image_size}"
-        )
+    if unet.image_size % stride:
+        raise UserError(f"--size must be a multiple of {stride}, got {unet.image_size}")
     return unet
 
 
@@ -204,7 +203,7 @@ class Pretraining:
         }
         saved = self._find_run()
         if accelerator.is_main_process:
-            data.check_images(paths, config.value_range)
+            data.check_images(paths, config.value_range, self.unet_config.in_channels)
         accelerator.wait_for_everyone()
 
         torch.manual_seed(config.seed)
@@ -231,7 +230,7 @@ class Pretraining:
         self.scheduler = LambdaLR(self.optimizer.optimizer, factor, self.iteration - 1)
         examples = data.Examples(
             paths, self.unet_config.image_size, self.schedule.num_timesteps, config.seed,
-            config.flip, config.shrink, config.value_range,
+            config.flip, config.shrink, config.value_range, self.unet_config.in_channels,
         )  # fmt: skip
         loader = DataLoader(
             examples,
@@ -387,21 +386,19 @@ class Pretraining:
         if not config.samples:
             return
         share = math.ceil(config.samples / accelerator.num_processes)
-        first = accelerator.process_index * share
-        size, seed = self.unet_config.image_size, config.seed
-        noise = torch.stack(
-            [
-                data.draw_noise(RandomStream.SAMPLES, seed, number, size)
-                for number in range(first, first + share)
-            ]
-        )
+        first, unet = accelerator.process_index * share, self.unet_config
+        size, channels = unet.image_size, unet.in_channels
+        noise = [
+            data.draw_noise(RandomStream.SAMPLES, config.seed, number, size, channels)
+            for number in range(first, first + share)
+        ]
         batch_size = config.batch_size // (accelerator.num_processes * config.accumulate)
         with accelerator.autocast():
             parts = [
                 sample_ddim(
                     self.average, self.schedule, x.to(accelerator.device), config.sample_steps
                 )
-                for x in noise.split(batch_size)
+                for x in torch.stack(noise).split(batch_size)
             ]
         images = accelerator.gather(torch.cat(parts))[: config.samples].cpu()
         if accelerator.is_main_process:
