@@ -50,10 +50,12 @@ class DiffusionBackbone(nn.Module):
     are padded inside by reflection, and the maps are cropped back.
 
     Args:
-        unet: A preset's name, a configuration (or a dict of its fields), or a built network.
-        checkpoint: Path or URL of guided-diffusion weights; None leaves the U-Net as it is and
-            warns that its weights are random.
-        timestep: t, 0-based index into the schedule.
+        unet: A network's name (a preset, ``"gd256_classifier"``, ``"timm:resnet50"``), a
+            configuration (or a dict of its fields), or a built network.
+        checkpoint: Path or URL of the network's weights; None leaves a U-Net as it is and warns
+            that its weights are random, and takes timm's weights for a network of timm.
+        timestep: t, 0-based index into the schedule; None for 90, or 0 for a network without
+            timesteps.
         blocks: Tapped blocks, 1-based, one for each map; a block may be named more than once.
         feedback: None for a single pass; ``"all"``, ``"bottleneck"``, ``"windowed"``,
             ``"multi-scale"`` or a map {source block: target block} for DifFeed.
@@ -61,7 +63,8 @@ class DiffusionBackbone(nn.Module):
         out_strides: Stride of each map, powers of two; None keeps the taps'.
         noise: ``"random"`` draws fresh noise in each call, ``"fixed"`` takes noise that depends on
             ``seed`` and a pixel's coordinates alone, so that the same image gives the same maps in
-            any run, batch and padding; ``"none"`` scales x_0 and adds nothing.
+            any run, batch and padding; ``"none"`` scales x_0 and adds nothing. None is
+            ``"fixed"``, or ``"none"`` for a network without timesteps.
         freeze: Keep the U-Net as it is: evaluation mode and no gradient for its weights, also
             under ``train()``. Projections and feedback layers are trained nevertheless.
         seed: Seed of the fixed noise.
@@ -96,12 +99,12 @@ class DiffusionBackbone(nn.Module):
         self,
         unet: str | UNetConfig | Mapping[str, Any] | DiffusionModel = "gd256_uncond",
         checkpoint: str | os.PathLike[str] | None = None,
-        timestep: int = 90,
+        timestep: int | None = None,
         blocks: Sequence[int] | int = (33, 30, 27, 24),
         feedback: str | Mapping[int, int] | None = None,
         out_channels: int | None = 1024,
         out_strides: Sequence[int] | None = (4, 8, 16, 32),
-        noise: str = "fixed",
+        noise: str | None = None,
         freeze: bool = False,
         *,
         seed: int = 0,
@@ -136,7 +139,13 @@ class DiffusionBackbone(nn.Module):
         self.class_label = _check_label(class_label, config.num_classes)
         self.blocks = config.blocks.check(as_tuple("blocks", blocks))
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
-        self.timestep = self.schedule.check_timestep(timestep)
+        timed = getattr(config, "timed", True)
+        if noise is None:
+            noise = "fixed" if timed else "none"
+        if timestep is None:
+            timestep = 90 if timed else 0
+        self.clean = noise == "none" and not timed
+        self.timestep = self._check_timesteps([timestep])[0]
         if noise not in NOISE_POLICIES:
             raise ValueError(
                 f"noise must be one of {', '.join(NOISE_POLICIES)}, got {noise!r:.200}"
@@ -185,10 +194,22 @@ class DiffusionBackbone(nn.Module):
 
         if checkpoint is not None:
             self._load_initial(checkpoint)
+        elif self.unet.pretrained:
+            self._keep_digest()
         elif not built:
             self._warn_random()
         if self._dtype is not None:
             self.unet.to(self._dtype)
+
+    def _check_timesteps(self, timesteps: int | Iterable[int]) -> tuple[int, ...]:
+        """Validate timesteps; clean images have timestep 0."""
+        steps = self.schedule.check_timesteps(timesteps)
+        if self.clean and any(steps):
+            raise ValueError(
+                f"this network has no timestep: {list(steps)} need noise='fixed' or 'random', "
+                "without noise only timestep 0 is allowed"
+            )
+        return steps
 
     def _freeze_unused(self) -> None:
         """Turn gradients off for a frozen U-Net, or for the blocks that no gradient reaches."""
@@ -220,6 +241,10 @@ class DiffusionBackbone(nn.Module):
     def _load_initial(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> None:
         """Load the weights of every backbone built alike, which state dicts may leave out."""
         load_checkpoint(self.unet, checkpoint, prefix)
+        self._keep_digest()
+
+    def _keep_digest(self) -> None:
+        """Remember initial weights that state dicts may leave out."""
         if self.frozen and not self.save_frozen:
             saved = _digest_of(self.unet)  # of float32, whatever type is computed in
             if self._dtype is not None:
@@ -328,7 +353,7 @@ class DiffusionBackbone(nn.Module):
             raise ValueError(
                 f"blocks {list(chosen)}: this U-Net was built up to block {self.unet.last_block}"
             )
-        steps = self.schedule.check_timesteps(self.timestep if timesteps is None else timesteps)
+        steps = self._check_timesteps(self.timestep if timesteps is None else timesteps)
         height, width = images.shape[-2:]
         return {
             (t, b): as_type(crop_map(x, height, width, self.unet.blocks[b].stride), images.dtype)
@@ -348,7 +373,7 @@ class DiffusionBackbone(nn.Module):
             noise = torch.randn_like(x_start)
         elif self.noise == "fixed":
             noise = self._fixed_noise(*x_start.shape[-2:], x_start.device)
-        x_t = self.schedule.add_noise(x_start, t, noise)
+        x_t = x_start if self.clean else self.schedule.add_noise(x_start, t, noise)
         if self.feedback is not None:
             return self.feedback(self.unet, x_t, t, blocks, y)
         with torch.no_grad() if self.frozen else contextlib.nullcontext():

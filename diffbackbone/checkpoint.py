@@ -403,8 +403,9 @@ def find_state_dict(
         logger.info("%s: taking %r out of %s", source, wrapper, some_keys(content))
         content = content[wrapper]
     if not candidates:
+        what = "guided-diffusion U-Net" if anchor == ANCHOR else "weights of this network"
         raise CheckpointError(
-            f"{source} holds no weights of this network: no key ends in {anchor!r} (first keys: "
+            f"{source} holds no {what}: no key ends in {anchor!r} (first keys: "
             f"{some_keys(content) or 'none'})"
         )
     if prefix is None and "" in candidates:
