@@ -13,6 +13,7 @@ import torch
 
 from diffbackbone import CheckpointError, DiffusionBackbone, load_checkpoint
 from diffbackbone.costs import block_costs
+from diffbackbone.diffusion import coordinate_noise
 from diffbackbone.models import build_network, resolve_network
 from diffbackbone.models.timm import TimmModel, resolve
 from diffbackbone.utils import MissingPackageError, UserError
@@ -176,7 +177,7 @@ def test_noise_is_added_on_request_alone():
     assert (clean.timestep, clean.noise) == (0, "none")
     noised = build("resnet", blocks=(3,), timestep=300, noise="fixed")
     x = images(64, 64)
-    x_t = noised.schedule.add_noise(x, 300, noised._fixed_noise(64, 64, x.device))
+    x_t = noised.schedule.add_noise(x, 300, coordinate_noise(3, 64, 64))
     with torch.no_grad():
         expected = noised.unet.forward_features(x_t, 300, (3,))[3]
         assert torch.equal(noised(x)[0], expected)

@@ -96,6 +96,11 @@ class TimmConfig:
         return self.facts.blocks
 
     @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return self.options.get("in_chans", 3)
+
+    @property
     def image_size(self) -> int:
         """Height and width in pixels of the images that it was trained with."""
         return max(self.facts.size)
@@ -108,10 +113,9 @@ class TimmConfig:
             cfg = model.pretrained_cfg
             size = self.options.get("img_size", cfg["input_size"][1:])
             size = (size, size) if isinstance(size, int) else tuple(size)
-            channels = self.options.get("in_chans", 3)
-            image = torch.empty(1, channels, *size)
+            image = torch.empty(1, self.in_channels, *size)
             maps = model.eval().forward_intermediates(image, intermediates_only=True)
-        infos, before = [], channels
+        infos, before = [], self.in_channels
         for index, (x, info) in enumerate(zip(maps, model.feature_info), 1):
             stride = round(size[0] / x.shape[2])
             name = f"model.{info['module']}"
