@@ -38,6 +38,7 @@ TOOLS = [  # sample data, evaluation, pretraining, benchmarks, plots
     "tqdm",
     "tyro>=0.9",
 ]
+TIMM = ["timm>=1.0.9"]  # networks to compare with
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py --format onnx
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
@@ -57,10 +58,12 @@ setup(
         "mmpretrain": MMPRETRAIN,
         "detectron2": DETECTRON2,
         "tools": TOOLS,
+        "timm": TIMM,
         "export": EXPORT,
         "docs": DOCS,
         "dev": [
             *TOOLS,
+            *TIMM,
             *EXPORT,
             *DOCS,
             "import-linter>=2.1",

@@ -57,11 +57,13 @@ class DiffusionBackbone(nn.Module):
     are padded inside by reflection, and the maps are cropped back.
 
     Args:
-        unet: A preset's name, a configuration (or a dict of its fields), or a built network.
-        checkpoint: Path or URL of guided-diffusion weights; None leaves the U-Net as it is and
-            warns that its weights are random.
-        timestep: t, 0-based index into the schedule. With several the U-Net runs once for each,
-            and ``combine`` says how a block's taps become one map.
+        unet: A network's name (a preset, ``"gd256_classifier"``, ``"timm:resnet50"``), a
+            configuration (or a dict of its fields), or a built network.
+        checkpoint: Path or URL of the network's weights; None leaves a U-Net as it is and warns
+            that its weights are random, and takes timm's weights for a network of timm.
+        timestep: t, 0-based index into the schedule; None for 90, or 0 for a network without
+            timesteps. With several the network runs once for each, and ``combine`` says how a
+            block's taps become one map.
         blocks: Tapped blocks, 1-based, one for each map; a block may be named more than once.
         feedback: None for a single pass; ``"all"``, ``"bottleneck"``, ``"windowed"``,
             ``"multi-scale"`` or a map {source block: target block} for DifFeed.
@@ -71,7 +73,8 @@ class DiffusionBackbone(nn.Module):
             ``seed`` and a pixel's coordinates alone, so that the same image gives the same maps in
             any run, batch and padding; ``"image"`` takes noise that depends on ``seed`` and the
             image's pixels, rounded to 8 bits: independent from image to image, and still the same
-            for the same image; ``"none"`` scales x_0 and adds nothing.
+            for the same image; ``"none"`` scales x_0 and adds nothing. None is ``"fixed"``, or
+            ``"none"`` for a network without timesteps.
         freeze: Keep the U-Net as it is: evaluation mode and no gradient for its weights, also
             under ``train()``. Projections and feedback layers are trained nevertheless.
         combine: ``"concat"`` concatenates the taps of several timesteps before the projection,
@@ -110,12 +113,12 @@ class DiffusionBackbone(nn.Module):
         self,
         unet: str | UNetConfig | Mapping[str, Any] | DiffusionModel = "gd256_uncond",
         checkpoint: str | os.PathLike[str] | None = None,
-        timestep: int | Sequence[int] = 90,
+        timestep: int | Sequence[int] | None = None,
         blocks: Sequence[int] | int = (33, 30, 27, 24),
         feedback: str | Mapping[int, int] | None = None,
         out_channels: int | None = 1024,
         out_strides: Sequence[int] | None = (4, 8, 16, 32),
-        noise: str = "fixed",
+        noise: str | None = None,
         freeze: bool = False,
         *,
         combine: str = "concat",
@@ -152,10 +155,15 @@ class DiffusionBackbone(nn.Module):
         self.in_channels = config.in_channels
         self.blocks = config.blocks.check(as_tuple("blocks", blocks))
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
-        self.timesteps = self.schedule.check_timesteps(timestep)
-        self.timestep = self.timesteps[0] if len(self.timesteps) == 1 else self.timesteps
+        timed = getattr(config, "timed", True)
+        noise = noise or ("fixed" if timed else "none")
         self.noise = _check_choice("noise", noise, NOISE_POLICIES)
         self.combine = _check_choice("combine", combine, COMBINATIONS)
+        self.clean = noise == "none" and not timed
+        if timestep is None:
+            timestep = 90 if timed else 0
+        self.timesteps = self._check_timesteps(timestep)
+        self.timestep = self.timesteps[0] if len(self.timesteps) == 1 else self.timesteps
         self.seed = seed
         self.frozen = freeze
         self.save_frozen = save_frozen
@@ -205,10 +213,22 @@ class DiffusionBackbone(nn.Module):
 
         if checkpoint is not None:
             self._load_initial(checkpoint)
+        elif self.unet.pretrained:
+            self._keep_digest()
         elif not built:
             self._warn_random()
         if self._dtype is not None:
             self.unet.to(self._dtype)
+
+    def _check_timesteps(self, timesteps: int | Iterable[int]) -> tuple[int, ...]:
+        """Validate timesteps; clean images have timestep 0."""
+        steps = self.schedule.check_timesteps(timesteps)
+        if self.clean and any(steps):
+            raise ValueError(
+                f"this network has no timestep: {list(steps)} need noise='fixed' or 'random', "
+                "without noise only timestep 0 is allowed"
+            )
+        return steps
 
     def _freeze_unused(self) -> None:
         """Turn gradients off for a frozen U-Net, or for the blocks that no gradient reaches."""
@@ -240,6 +260,10 @@ class DiffusionBackbone(nn.Module):
     def _load_initial(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> None:
         """Load the weights of every backbone built alike, which state dicts may leave out."""
         load_checkpoint(self.unet, checkpoint, prefix)
+        self._keep_digest()
+
+    def _keep_digest(self) -> None:
+        """Remember initial weights that state dicts may leave out."""
         if self.frozen and not self.save_frozen:
             saved = _digest_of(self.unet)  # of float32, whatever type is computed in
             if self._dtype is not None:
@@ -349,7 +373,7 @@ class DiffusionBackbone(nn.Module):
             raise ValueError(
                 f"blocks {list(chosen)}: this U-Net was built up to block {self.unet.last_block}"
             )
-        steps = self.schedule.check_timesteps(self.timesteps if timesteps is None else timesteps)
+        steps = self._check_timesteps(self.timesteps if timesteps is None else timesteps)
         height, width = images.shape[-2:]
         return {
             (t, b): as_type(crop_map(x, height, width, self.unet.blocks[b].stride), images.dtype)
@@ -374,7 +398,7 @@ class DiffusionBackbone(nn.Module):
         for t in timesteps:
             if self.noise == "random":
                 noise = torch.randn_like(x_start)
-            x_t = self.schedule.add_noise(x_start, t, noise)
+            x_t = x_start if self.clean else self.schedule.add_noise(x_start, t, noise)
             for b, x in self._features(x_t, t, blocks, y).items():
                 taps[t, b] = x
         return taps

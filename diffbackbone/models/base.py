@@ -83,10 +83,13 @@ class BlockTable(dict[int, BlockInfo]):
         given = list(blocks)
         numbers = tuple(map(integer, given))
         if not numbers or any(b not in self for b in numbers):
-            encoder = self.num_encoder_blocks
+            parts: dict[str, list[int]] = {}
+            for b, info in self.items():
+                parts.setdefault(info.part, []).append(b)
+            spans = ", ".join(f"{part} {bs[0]}-{bs[-1]}" for part, bs in parts.items())
             raise ValueError(
-                f"{what} must be block numbers from 1 to {len(self)} (1-based: encoder 1-{encoder}"
-                f", middle {encoder + 1}, decoder {encoder + 2}-{len(self)}), got {given[:8]}"
+                f"{what} must be block numbers from 1 to {len(self)} (1-based: {spans}), got "
+                f"{given[:8]}"
             )
         return numbers
 
@@ -181,6 +184,8 @@ class DiffusionModel(nn.Module):
         in_channels: Channels of the images.
         num_classes: Classes of a class-conditional network; None for an unconditional one.
         noise_schedule: Schedule that the weights were trained with, ``"linear"`` or ``"cosine"``.
+        pretrained: Whether building the network has loaded its weights.
+        timed: Whether the network reads a timestep; one that doesn't takes images as they are.
 
     Args:
         blocks: The table of all blocks of the architecture.
@@ -198,6 +203,8 @@ class DiffusionModel(nn.Module):
     in_channels: int = 3
     num_classes: int | None = None
     noise_schedule: str = "linear"
+    pretrained: bool = False
+    timed: bool = True
 
     def __init__(
         self,
