@@ -38,6 +38,11 @@ TOOLS = [  # sample data, evaluation, pretraining, benchmarks, plots
     "tqdm",
     "tyro>=0.9",
 ]
+DIFFUSERS = [  # unet="diffusers://..."
+    "diffusers>=0.30",
+    "transformers>=4.40",  # text encoders, for the empty prompt's embedding
+    "accelerate>=1.0",  # lets diffusers read weights without a copy
+]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py --format onnx
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
@@ -57,10 +62,12 @@ setup(
         "mmpretrain": MMPRETRAIN,
         "detectron2": DETECTRON2,
         "tools": TOOLS,
+        "diffusers": DIFFUSERS,
         "export": EXPORT,
         "docs": DOCS,
         "dev": [
             *TOOLS,
+            *DIFFUSERS,
             *EXPORT,
             *DOCS,
             "import-linter>=2.1",

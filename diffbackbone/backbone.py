@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
+from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint, load_weights
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import Feedback
 from diffbackbone.models.base import (
@@ -24,7 +24,8 @@ from diffbackbone.models.base import (
     is_number,
     resize,
 )
-from diffbackbone.models.gd_config import UNetConfig, resolve_config
+from diffbackbone.models.families import build_network, resolve_config
+from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.models.ops import as_type, is_readable
 from diffbackbone.padding import crop_map, pad_to_multiple
@@ -50,9 +51,11 @@ class DiffusionBackbone(nn.Module):
     are padded inside by reflection, and the maps are cropped back.
 
     Args:
-        unet: A preset's name, a configuration (or a dict of its fields), or a built network.
-        checkpoint: Path or URL of guided-diffusion weights; None leaves the U-Net as it is and
-            warns that its weights are random.
+        unet: A preset's name, a configuration (or a dict of its fields), or a built network; or
+            ``"diffusers://<folder or hub id>"``, with options as a dict: see
+            :class:`diffbackbone.models.diffusers.DiffusersConfig`.
+        checkpoint: Path or URL of guided-diffusion weights, or of a diffusers network's own; None
+            leaves the network as it is and warns if its weights are random.
         timestep: t, 0-based index into the schedule.
         blocks: Tapped blocks, 1-based, one for each map; a block may be named more than once.
         feedback: None for a single pass; ``"all"``, ``"bottleneck"``, ``"windowed"``,
@@ -126,7 +129,11 @@ class DiffusionBackbone(nn.Module):
         )
         built = isinstance(unet, DiffusionModel)
         config = unet if built else resolve_config(unet)
-        if class_label is None and config.num_classes is not None:
+        if (
+            class_label is None
+            and config.num_classes is not None
+            and not (getattr(config, "labels_optional", False))
+        ):
             if built:
                 raise ValueError(
                     f"the U-Net has a label embedding ({config.num_classes} classes): give "
@@ -174,7 +181,7 @@ class DiffusionBackbone(nn.Module):
             if activation_budget is not None:
                 unet.activation_budget = check_budget(activation_budget)
         else:
-            self.unet = UNet(config, last, activation_checkpointing, activation_budget)
+            self.unet = build_network(config, last, activation_checkpointing, activation_budget)
         self.proj = None
         if out_channels is not None:
             self.proj = nn.ModuleList(nn.Conv2d(tap.channels, out_channels, 1) for tap in taps)
@@ -183,16 +190,20 @@ class DiffusionBackbone(nn.Module):
 
         if checkpoint is not None:
             self._load_initial(checkpoint)
+        elif self.unet.pretrained:
+            self._note_initial()
         elif not built:
             self._warn_random()
         if self._dtype is not None:
-            self.unet.to(self._dtype)
+            self.unet.cast(self._dtype)
 
     def _freeze_unused(self) -> None:
         """Turn gradients off for a frozen U-Net, or for the blocks that no gradient reaches."""
         self.unet.requires_grad_(not self.frozen)
         if self.frozen:
             self.unet.eval()
+            for name in self.unet.learned:
+                self.unet.get_parameter(name).requires_grad_(True)
             return
         last = max(self.blocks)
         if self.feedback is not None and self.feedback.first_pass_grad:
@@ -201,27 +212,39 @@ class DiffusionBackbone(nn.Module):
             self.unet.module(index).requires_grad_(False)
         if hasattr(self.unet, "out"):
             self.unet.out.requires_grad_(False)
+        for module in self.unet.idle_modules(self.class_label is not None):
+            module.requires_grad_(False)
 
     def _warn_random(self) -> None:
         """Warn that no weights were loaded."""
         warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
-        """Load guided-diffusion weights into the U-Net; see :func:`load_checkpoint`."""
+        """Load weights into the network; see :func:`load_checkpoint` and :func:`load_weights`."""
         if self._dtype is not None:
-            self.unet.float()
-        report = load_checkpoint(self.unet, checkpoint, prefix)
+            self.unet.cast(torch.float32)
+        if isinstance(self.unet, UNet):
+            report = load_checkpoint(self.unet, checkpoint, prefix)
+        else:
+            report = load_weights(self.unet, checkpoint, prefix)
         if self._dtype is not None:
-            self.unet.to(self._dtype)
+            self.unet.cast(self._dtype)
         return report
 
     def _load_initial(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> None:
         """Load the weights of every backbone built alike, which state dicts may leave out."""
-        load_checkpoint(self.unet, checkpoint, prefix)
+        if isinstance(self.unet, UNet):
+            load_checkpoint(self.unet, checkpoint, prefix)
+        else:
+            load_weights(self.unet, checkpoint, prefix)
+        self._note_initial()
+
+    def _note_initial(self) -> None:
+        """Remember the weights of every backbone built alike, which state dicts may leave out."""
         if self.frozen and not self.save_frozen:
             saved = _digest_of(self.unet)  # of float32, whatever type is computed in
             if self._dtype is not None:
-                self.unet.to(self._dtype)
+                self.unet.cast(self._dtype)
             self._left_out = _digest_of(self.unet), saved
 
     def _unet_digest(self) -> tuple[Tensor, bool]:
@@ -237,8 +260,9 @@ class DiffusionBackbone(nn.Module):
         if self._left_out is not None and not self.save_frozen:
             digest, left_out = self._unet_digest()
             if left_out:
-                for key in self.unet.state_dict(prefix=f"{prefix}unet."):
-                    del state_dict[key]
+                for key in self.unet.state_dict():
+                    if key not in self.unet.learned:
+                        del state_dict[f"{prefix}unet.{key}"]
                 state_dict[prefix + _DIGEST] = digest
         return state_dict
 
@@ -254,7 +278,9 @@ class DiffusionBackbone(nn.Module):
                     "include, and this backbone's U-Net has others: build it with the checkpoint "
                     "and the blocks that it was trained with"
                 )
-            state_dict.update(self.unet.state_dict(prefix=f"{prefix}unet."))
+            for key, value in self.unet.state_dict().items():
+                if key not in self.unet.learned:
+                    state_dict[f"{prefix}unet.{key}"] = value
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
@@ -340,36 +366,37 @@ class DiffusionBackbone(nn.Module):
         """Noise padded images and run the U-Net once, or twice with feedback."""
         if y is None and self.class_label is not None:
             y = torch.full((images.shape[0],), self.class_label, device=images.device)
-        x_start = pad_to_multiple(images, self.size_divisibility)
+        x_start = self.unet.encode(pad_to_multiple(images, self.size_divisibility))
         noise = None
         if self.noise == "random":
             noise = torch.randn_like(x_start)
         elif self.noise == "fixed":
-            noise = self._fixed_noise(*x_start.shape[-2:], x_start.device)
+            noise = self._fixed_noise(*x_start.shape[-3:], x_start.device)
         x_t = self.schedule.add_noise(x_start, t, noise)
         if self.feedback is not None:
             return self.feedback(self.unet, x_t, t, blocks, y)
-        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+        fixed = self.frozen and not self.unet.learned
+        with torch.no_grad() if fixed else contextlib.nullcontext():
             return self.unet.forward_features(x_t, t, blocks, y)
 
-    def _fixed_noise(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Return noise (3, H, W) that a pixel's coordinates determine.
+    def _fixed_noise(self, channels: int, height: int, width: int, device: torch.device) -> Tensor:
+        """Return noise (C, H, W) that a pixel's coordinates determine.
 
         A field that holds all sizes seen is kept, unless it would have more than twice the pixels
         of the largest image; then only the last size is kept.
         """
         made_for = (self.seed, device)
         if torch.compiler.is_compiling() and not self._exports_kept_noise(made_for, height, width):
-            return coordinate_noise(3, height, width, seed=self.seed, device=device)
+            return coordinate_noise(channels, height, width, seed=self.seed, device=device)
         if self._field is None or self._field[0] != made_for:
-            self._field = made_for, torch.empty(3, 0, 0, device=device)
+            self._field = made_for, torch.empty(channels, 0, 0, device=device)
         field = self._field[1]
         if field.shape[1] < height or field.shape[2] < width:
             self._largest = max(self._largest, height * width)
             size = max(field.shape[1], height), max(field.shape[2], width)
             if math.prod(size) > 2 * self._largest:
                 size = height, width
-            field = coordinate_noise(3, *size, seed=self.seed, device=device)
+            field = coordinate_noise(channels, *size, seed=self.seed, device=device)
             self._field = made_for, field
         return field[:, :height, :width]
 
@@ -498,6 +525,7 @@ _DIGEST = "frozen_unet_digest"
 """Key that stands in a state dict for the weights of a frozen U-Net."""
 
 
-def _digest_of(unet: nn.Module) -> Tensor:
+def _digest_of(unet: DiffusionModel) -> Tensor:
     """Return the digest of a U-Net's weights as a tensor (32,) uint8, on the CPU."""
-    return torch.tensor(list(bytes.fromhex(weights_digest(unet))), dtype=torch.uint8)
+    digest = weights_digest(unet, unet.learned)
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from diffbackbone._unpickle import allow_globals, check_weights
+from diffbackbone.models.base import DiffusionModel
 from diffbackbone.models.gd_config import NOT_IN_SHAPES, PRESETS, UNetConfig, read_architecture
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.sources import (
@@ -171,6 +172,42 @@ def load_checkpoint(
     )
     logger.info("%s", report)
     return report
+
+
+def load_weights(
+    model: DiffusionModel, source: str | os.PathLike[str], prefix: str | None = None
+) -> KeyReport:
+    """Load a diffusers network's own weights in place, such as CleanDIFT's.
+
+    Args:
+        model: A network whose weights are in ``net``, under diffusers' names; blocks that it was
+            built without are not loaded.
+        source: See :func:`load_checkpoint`.
+        prefix: See :func:`load_checkpoint`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CheckpointError: The file is damaged, holds code, or a key is missing, unexpected or of
+            another shape, or a weight is NaN or infinite. The network is not changed then.
+    """
+    state_dict, prefix, foreign = find_state_dict(
+        read_checkpoint(source), source, prefix, model.anchor
+    )
+    own = model.net.state_dict()
+    wrong = [f"missing: {key}" for key in own if key not in state_dict]
+    for key, value in state_dict.items():
+        if key not in model.full_shapes:
+            wrong.append(f"unexpected: {some_keys([key])}")
+        elif tuple(value.shape) != model.full_shapes[key] or value.dtype not in WEIGHT_DTYPES:
+            wrong.append(
+                f"{key}: {tuple(value.shape)} of {value.dtype}, expected {model.full_shapes[key]}"
+            )
+    if wrong:
+        raise CheckpointError(f"{source} does not fit this network:\n  " + "\n  ".join(wrong[:10]))
+    check_finite(source, {key: state_dict[key] for key in own})
+    model.net.load_state_dict({key: state_dict[key] for key in own})
+    unused = tuple(key for key in state_dict if key not in own)
+    return KeyReport(str(source), prefix, tuple(own), unused, foreign)
 
 
 def read_unet_config(
@@ -344,9 +381,12 @@ def _differences_beyond_shapes(stored: UNetConfig, config: UNetConfig) -> list[s
 
 
 def find_state_dict(
-    content: Any, source: object, prefix: str | None
+    content: Any, source: object, prefix: str | None, anchor: str = ANCHOR
 ) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
-    """Unwrap a checkpoint: the U-Net's state dict, its prefix, and the keys that don't belong."""
+    """Unwrap a checkpoint: the U-Net's state dict, its prefix, and the keys that don't belong.
+
+    ``anchor`` is a key that every U-Net of the family has, by which it is found.
+    """
     candidates: set[str] = set()
     for _ in range(MAX_WRAPPERS):
         if not isinstance(content, Mapping):
@@ -354,9 +394,9 @@ def find_state_dict(
                 f"{source} holds a {type(content).__name__}, expected a state dict"
             )
         candidates = {
-            key[: -len(ANCHOR)]
+            key[: -len(anchor)]
             for key, value in content.items()
-            if isinstance(key, str) and key.endswith(ANCHOR) and isinstance(value, Tensor)
+            if isinstance(key, str) and key.endswith(anchor) and isinstance(value, Tensor)
         }
         wrapper = find_wrapper(content)
         if candidates or wrapper is None:
@@ -365,7 +405,7 @@ def find_state_dict(
         content = content[wrapper]
     if not candidates:
         raise CheckpointError(
-            f"{source} holds no guided-diffusion U-Net: no key ends in {ANCHOR!r} (first keys: "
+            f"{source} holds no network of this family: no key ends in {anchor!r} (first keys: "
             f"{some_keys(content) or 'none'})"
         )
     if prefix is None and "" in candidates:
