@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffbackbone.models.families import build_empty
 from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.guided_diffusion import UNet
+
+if TYPE_CHECKING:
+    from diffbackbone.models.diffusers import DiffusersConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class BlockCost:
     height: int
     width: int
     parameters: int  # of the block itself
-    total_parameters: int  # of a U-Net that ends here, without output layer
+    total_parameters: int  # of a network that ends here, without output layer
     flops: int  # from the image to here; a multiplication and an addition are two
     activation_bytes: int  # peak of the activations alive at once
 
@@ -79,7 +82,7 @@ def counting_flops() -> FlopCounterMode:
 
 
 def block_costs(
-    config: UNetConfig,
+    config: UNetConfig | DiffusersConfig,
     height: int,
     width: int,
     dtype: torch.dtype = torch.float32,
@@ -88,7 +91,7 @@ def block_costs(
     """Return the cost of each block for one image, in the order in which they run.
 
     Args:
-        config: The architecture.
+        config: The architecture; an autoencoder counts as part of the network.
         height: Height of the image in pixels, a multiple of the deepest stride.
         width: Width of the image, likewise.
         dtype: Type of weights and activations.
@@ -100,17 +103,18 @@ def block_costs(
         raise ValueError(f"height and width must be multiples of {deepest}, got {height}x{width}")
     last_block = len(blocks) if last_block is None else last_block
     config.blocks.check((last_block,))
-    with torch.device("meta"):
-        unet = UNet(config, last_block=last_block).to(dtype).eval()
-        image = torch.empty(1, 3, height, width, dtype=dtype)
-        labels = None if config.num_classes is None else torch.empty(1, dtype=torch.long)
+    unet = build_empty(config, last_block).to(dtype).eval()
+    image = torch.empty(1, config.in_channels, height, width, dtype=dtype, device="meta")
+    labels = None
+    if config.num_classes is not None and not unet.labels_optional:
+        labels = torch.empty(1, dtype=torch.long, device="meta")
     own = {b: _count_parameters(unet.module(b)) for b in range(1, last_block + 1)}
     costs, total = [], _count_parameters(unet) - sum(own.values())
     for index in own:
         block = blocks[index]
         total += own[index]
         with torch.no_grad(), counting_flops() as counter, LiveTensors() as live:
-            unet.forward_features(image, 0, (index,), labels)
+            unet.forward_features(unet.encode(image), 0, (index,), labels)
         costs.append(
             BlockCost(
                 index=index,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from diffbackbone.models import gd_config
 from diffbackbone.models.base import DiffusionModel
 from diffbackbone.models.gd_config import UNetConfig
@@ -58,3 +60,13 @@ def build_network(
     """Build a network; one in diffusers' format comes with its weights."""
     kind = UNet if isinstance(config, UNetConfig) else type(config).build
     return kind(config, last_block, activation_checkpointing, activation_budget)
+
+
+def build_empty(
+    config: UNetConfig | DiffusersConfig, last_block: int | None = None
+) -> DiffusionModel:
+    """Build a network on the meta device: shapes without weights."""
+    if not isinstance(config, UNetConfig):
+        return config.build_empty(last_block)
+    with torch.device("meta"):
+        return UNet(config, last_block)

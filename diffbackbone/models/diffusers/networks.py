@@ -6,6 +6,8 @@ does. Names in the state dict are diffusers' behind ``net.`` and ``vae.``.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from diffbackbone.models.base import BlockInfo, BlockTable, DiffusionModel, TraversalState
-from diffbackbone.models.ops import is_readable
+from diffbackbone.models.ops import autocasts, is_readable
 
 UNET_BLOCKS = (
     "DownBlock2D",
@@ -225,10 +227,10 @@ class DiffusersModel(DiffusionModel):
         if self.vae is None:
             return images
         config, device = self.vae.config, images.device.type
-        mixed = torch.is_autocast_enabled(device) and (
-            torch.get_autocast_dtype(device) == torch.bfloat16  # float16 would overflow
-        )
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=mixed):
+        precision: Any = contextlib.nullcontext()
+        if autocasts(images) and torch.get_autocast_dtype(device) == torch.float16:
+            precision = torch.autocast(device, enabled=False)  # float16 would overflow
+        with torch.no_grad(), precision:
             found = self.vae.encode(images.to(next(self.vae.parameters()).dtype))
             latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
         latents = latents.to(images.dtype)
@@ -239,6 +241,34 @@ class DiffusersModel(DiffusionModel):
             )
             return (latents - mean) * config.scaling_factor / std
         return (latents - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+
+    def _recomputed_blocks(self, x_t: Tensor, last: int) -> frozenset[int]:
+        """Count what blocks keep when it is first asked for; see the base class."""
+        counted = any(info.kept_values for info in self.blocks.values())
+        if self.activation_budget is not None and not counted:
+            self.blocks = BlockTable(self._count_kept())
+        return super()._recomputed_blocks(x_t, last)
+
+    def _count_kept(self) -> Iterator[BlockInfo]:
+        """Run each block once on a small map and count the values that autograd saves."""
+        side = 2 * self.blocks.deepest_stride(len(self.blocks))
+        stride, cond = self.input_stride, self.embed(0, None, self.device)
+        options = {"device": self.device, "dtype": self.weights_dtype, "requires_grad": True}
+        for index, info in self.blocks.items():
+            if index <= self.last_block:
+                x = torch.zeros(1, info.in_channels, side // stride, side // stride, **options)
+                info = dataclasses.replace(
+                    info,
+                    kept_values=_count_saved(self.module(index), x, cond) / side**2,
+                    read_values=info.in_channels / stride**2,
+                )
+            yield info
+            stride = info.stride
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
 
     def check_labels(self, y: Tensor | None, count: int) -> None:
         """Check class labels, which may be left out.
@@ -264,6 +294,21 @@ class DiffusersModel(DiffusionModel):
     def takes_labels(self) -> bool:
         """Whether the network has a class embedding."""
         return True
+
+
+def _count_saved(module: nn.Module, x: Tensor, cond: Condition) -> int:
+    """Count the values, weights aside, that a module saves for the backward pass."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        saved[value.untyped_storage().data_ptr()] = value
+        return value
+
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        module(x, cond)
+    sizes = {p: x.untyped_storage().nbytes() // x.element_size() for p, x in saved.items()}
+    return sum(size for p, size in sizes.items() if p not in weights)
 
 
 def vae_stride(vae: nn.Module) -> int:
