@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint, load_weights
+from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import NOISE_POLICIES, NoiseSchedule, coordinate_noise
 from diffbackbone.feedback import Feedback
+from diffbackbone.models import build_network, resolve_network
 from diffbackbone.models.base import (
     DiffusionModel,
     as_tuple,
@@ -24,9 +25,7 @@ from diffbackbone.models.base import (
     is_number,
     resize,
 )
-from diffbackbone.models.families import build_network, resolve_config
 from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.models.ops import as_type, is_readable
 from diffbackbone.padding import crop_map, pad_to_multiple
 from diffbackbone.utils import weights_digest
@@ -128,7 +127,7 @@ class DiffusionBackbone(nn.Module):
             schedule,
         )
         built = isinstance(unet, DiffusionModel)
-        config = unet if built else resolve_config(unet)
+        config = unet if built else resolve_network(unet)
         if (
             class_label is None
             and config.num_classes is not None
@@ -181,7 +180,9 @@ class DiffusionBackbone(nn.Module):
             if activation_budget is not None:
                 unet.activation_budget = check_budget(activation_budget)
         else:
-            self.unet = build_network(config, last, activation_checkpointing, activation_budget)
+            self.unet = build_network(
+                config, last, activation_checkpointing, activation_budget, checkpoint is None
+            )
         self.proj = None
         if out_channels is not None:
             self.proj = nn.ModuleList(nn.Conv2d(tap.channels, out_channels, 1) for tap in taps)
@@ -191,7 +192,7 @@ class DiffusionBackbone(nn.Module):
         if checkpoint is not None:
             self._load_initial(checkpoint)
         elif self.unet.pretrained:
-            self._note_initial()
+            self._keep_digest()
         elif not built:
             self._warn_random()
         if self._dtype is not None:
@@ -220,27 +221,21 @@ class DiffusionBackbone(nn.Module):
         warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
-        """Load weights into the network; see :func:`load_checkpoint` and :func:`load_weights`."""
+        """Load weights into the network; see :func:`load_checkpoint`."""
         if self._dtype is not None:
             self.unet.cast(torch.float32)
-        if isinstance(self.unet, UNet):
-            report = load_checkpoint(self.unet, checkpoint, prefix)
-        else:
-            report = load_weights(self.unet, checkpoint, prefix)
+        report = load_checkpoint(self.unet, checkpoint, prefix)
         if self._dtype is not None:
             self.unet.cast(self._dtype)
         return report
 
     def _load_initial(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> None:
         """Load the weights of every backbone built alike, which state dicts may leave out."""
-        if isinstance(self.unet, UNet):
-            load_checkpoint(self.unet, checkpoint, prefix)
-        else:
-            load_weights(self.unet, checkpoint, prefix)
-        self._note_initial()
+        load_checkpoint(self.unet, checkpoint, prefix)
+        self._keep_digest()
 
-    def _note_initial(self) -> None:
-        """Remember the weights of every backbone built alike, which state dicts may leave out."""
+    def _keep_digest(self) -> None:
+        """Remember initial weights that state dicts may leave out."""
         if self.frozen and not self.save_frozen:
             saved = _digest_of(self.unet)  # of float32, whatever type is computed in
             if self._dtype is not None:

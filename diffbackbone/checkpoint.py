@@ -96,7 +96,7 @@ class KeyReport:
 
 
 def load_checkpoint(
-    unet: UNet, source: str | os.PathLike[str], prefix: str | None = None
+    unet: DiffusionModel, source: str | os.PathLike[str], prefix: str | None = None
 ) -> KeyReport:
     """Load guided-diffusion weights into a U-Net, in place.
 
@@ -119,6 +119,8 @@ def load_checkpoint(
             classifier, or a key is missing, unexpected or of another shape, or a weight is NaN or
             infinite. The U-Net is not changed then.
     """
+    if hasattr(unet, "convert"):
+        return _load_family(unet, source, prefix)
     config = unet.config
     state_dict, prefix, foreign = find_state_dict(read_checkpoint(source, config), source, prefix)
     try:
@@ -174,40 +176,40 @@ def load_checkpoint(
     return report
 
 
-def load_weights(
-    model: DiffusionModel, source: str | os.PathLike[str], prefix: str | None = None
+def _load_family(
+    model: DiffusionModel, source: str | os.PathLike[str], prefix: str | None
 ) -> KeyReport:
-    """Load a diffusers network's own weights in place, such as CleanDIFT's.
+    """Load weights into a network of another family; see :func:`load_checkpoint`.
 
-    Args:
-        model: A network whose weights are in ``net``, under diffusers' names; blocks that it was
-            built without are not loaded.
-        source: See :func:`load_checkpoint`.
-        prefix: See :func:`load_checkpoint`.
-
-    Raises:
-        FileNotFoundError: No such file.
-        CheckpointError: The file is damaged, holds code, or a key is missing, unexpected or of
-            another shape, or a weight is NaN or infinite. The network is not changed then.
+    The network has ``anchor``, the end of a key at the root of its state dicts, ``full_shapes``,
+    the shapes of all weights of its architecture (None for any), and ``convert``, which renames a
+    file's weights.
     """
-    state_dict, prefix, foreign = find_state_dict(
-        read_checkpoint(source), source, prefix, model.anchor
-    )
-    own = model.net.state_dict()
-    wrong = [f"missing: {key}" for key in own if key not in state_dict]
-    for key, value in state_dict.items():
-        if key not in model.full_shapes:
-            wrong.append(f"unexpected: {some_keys([key])}")
-        elif tuple(value.shape) != model.full_shapes[key] or value.dtype not in WEIGHT_DTYPES:
-            wrong.append(
-                f"{key}: {tuple(value.shape)} of {value.dtype}, expected {model.full_shapes[key]}"
-            )
-    if wrong:
-        raise CheckpointError(f"{source} does not fit this network:\n  " + "\n  ".join(wrong[:10]))
-    check_finite(source, {key: state_dict[key] for key in own})
-    model.net.load_state_dict({key: state_dict[key] for key in own})
-    unused = tuple(key for key in state_dict if key not in own)
-    return KeyReport(str(source), prefix, tuple(own), unused, foreign)
+    content = read_checkpoint(source)
+    weights, prefix, foreign = find_state_dict(content, source, prefix, model.anchor)
+    try:
+        weights = model.convert(weights)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: {first_line(error)}") from error
+    own, shapes = model.state_dict(), model.full_shapes
+    problems = [f"missing: {key}" for key in own if key not in weights]
+    for key, value in weights.items():
+        if key not in shapes:
+            problems.append(f"unexpected: {some_keys([key])}")
+        elif shapes[key] not in (tuple(value.shape), None):
+            problems.append(f"shape of {key}: {tuple(value.shape)}, expected {shapes[key]}")
+        elif key in own and value.is_floating_point() != own[key].is_floating_point():
+            problems.append(f"type of {key}: {value.dtype}, expected {own[key].dtype}")
+    if problems:
+        listed = "\n  ".join([*problems[:10], *(["..."] if len(problems) > 10 else [])])
+        raise CheckpointError(f"{source} has {len(problems)} keys that don't fit:\n  {listed}")
+    used = {key: weights[key] for key in own}
+    check_finite(source, used)
+    model.load_state_dict(used)
+    unused = tuple(key for key in weights if key not in own)
+    report = KeyReport(str(source), prefix, tuple(own), unused, foreign)
+    logger.info("%s", report)
+    return report
 
 
 def read_unet_config(
@@ -404,8 +406,9 @@ def find_state_dict(
         logger.info("%s: taking %r out of %s", source, wrapper, some_keys(content))
         content = content[wrapper]
     if not candidates:
+        what = "guided-diffusion U-Net" if anchor == ANCHOR else "weights of this network"
         raise CheckpointError(
-            f"{source} holds no network of this family: no key ends in {anchor!r} (first keys: "
+            f"{source} holds no {what}: no key ends in {anchor!r} (first keys: "
             f"{some_keys(content) or 'none'})"
         )
     if prefix is None and "" in candidates:

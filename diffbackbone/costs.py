@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffbackbone.models.families import build_empty
+from diffbackbone.models import build_network
 from diffbackbone.models.gd_config import UNetConfig
 
 if TYPE_CHECKING:
@@ -103,11 +103,12 @@ def block_costs(
         raise ValueError(f"height and width must be multiples of {deepest}, got {height}x{width}")
     last_block = len(blocks) if last_block is None else last_block
     config.blocks.check((last_block,))
-    unet = build_empty(config, last_block).to(dtype).eval()
-    image = torch.empty(1, config.in_channels, height, width, dtype=dtype, device="meta")
-    labels = None
-    if config.num_classes is not None and not unet.labels_optional:
-        labels = torch.empty(1, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        unet = build_network(config, last_block).to(dtype).eval()
+        image = torch.empty(1, config.in_channels, height, width, dtype=dtype)
+        labels = None
+        if config.num_classes is not None and not unet.labels_optional:
+            labels = torch.empty(1, dtype=torch.long)
     own = {b: _count_parameters(unet.module(b)) for b in range(1, last_block + 1)}
     costs, total = [], _count_parameters(unet) - sum(own.values())
     for index in own:

@@ -106,3 +106,16 @@ def test_what_diffusers_lacks_is_refused():
     del weights["conv_in.bias"]
     with pytest.raises(ValueError, match="missing: .'conv_in.bias'"):
         from_diffusers(weights, SMALL)
+
+
+def test_export_command_writes_a_pipelines_folder(tmp_path):
+    from diffbackbone import export
+    from diffbackbone.saving import save_safetensors
+
+    unet = filled(SMALL)
+    save_safetensors(tmp_path / "unet.safetensors", unet.state_dict(), SMALL)
+    arguments = ["--format", "diffusers", "--out", tmp_path / "out"]
+    export.main(list(map(str, [*arguments, "--checkpoint", tmp_path / "unet.safetensors"])))
+    config, weights = read_folder(tmp_path / "out")
+    assert config == SMALL
+    assert torch.equal(weights["out.2.weight"], unet.out[2].weight)

@@ -449,7 +449,7 @@ def test_weights_of_a_file_replace_the_folders(folders, tmp_path):
     del weights["conv_in.bias"]
     weights["other"] = torch.zeros(1)
     save_file(weights, tmp_path / "broken.safetensors")
-    with pytest.raises(ValueError, match=r"missing: conv_in\.bias\n  unexpected: other"):
+    with pytest.raises(ValueError, match=r"missing: net\.conv_in\.bias\n  unexpected: net\.other"):
         backbone.load(tmp_path / "broken.safetensors")
 
 
@@ -580,11 +580,53 @@ except ImportError as error:
 
 def test_costs_of_stable_diffusion(folders):
     from diffbackbone.costs import block_costs
-    from diffbackbone.models.families import resolve_config
+    from diffbackbone.models import resolve_network
 
-    config = resolve_config(f"diffusers://{folders / 'sd15'}")
+    config = resolve_network(f"diffusers://{folders / 'sd15'}")
     costs = block_costs(config, 64, 64, last_block=19)
     backbone = build(folders / "sd15", blocks=19)
     assert costs[-1].total_parameters == sum(p.numel() for p in backbone.unet.parameters())
     assert costs[-1].flops > costs[0].flops > 0
     assert config.image_size == 128
+
+
+def test_detectron2_configs_take_diffusers_models(folders):
+    pytest.importorskip("detectron2")
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+
+    from diffbackbone.detectron2 import add_diffusion_config
+    from diffbackbone.detectron2.config import PIXEL_MEAN, PIXEL_STD, build_diffusion_sfp_backbone
+
+    cfg = get_cfg()
+    add_diffusion_config(cfg)
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = PIXEL_MEAN, PIXEL_STD, "RGB"
+    cfg.MODEL.DIFFUSION.UNET = f"diffusers://{folders / 'sd15'}"
+    cfg.MODEL.DIFFUSION.UNET_OPTIONS.condition = "learned"
+    cfg.MODEL.DIFFUSION.BLOCKS = (19,)
+    pyramid = build_diffusion_sfp_backbone(cfg, ShapeSpec(channels=3)).eval()
+    assert pyramid.net.unet.learned == ("tokens",)
+    levels = pyramid(torch.rand(1, 3, 128, 128) * 2 - 1)
+    assert [x.shape[-1] for x in levels.values()] == [32, 16, 8, 4, 2]
+
+
+def test_openmmlab_configs_take_diffusers_models(folders, recwarn):
+    mmengine = pytest.importorskip("mmengine")
+    from diffbackbone.openmmlab import backbone as _  # noqa: F401
+
+    cfg = mmengine.Config(
+        {
+            "type": "DiffusionBackbone",
+            "unet": {"preset": f"diffusers://{folders / 'dit'}", "taps": "raw"},
+            "blocks": [2, 4],
+            "out_channels": 8,
+            "out_strides": [8, 16],
+        }
+    )
+    backbone = mmengine.MODELS.build(cfg)
+    weight = backbone.unet.net.pos_embed.proj.weight.clone()
+    backbone.init_weights()
+    assert torch.equal(backbone.unet.net.pos_embed.proj.weight, weight)
+    assert backbone.unet.raw
+    maps = backbone(torch.rand(1, 3, 64, 64) * 2 - 1)
+    assert [tuple(x.shape) for x in maps] == [(1, 8, 8, 8), (1, 8, 4, 4)]

@@ -1,1 +1,70 @@
-"""Diffusion networks behind one interface: numbered blocks, one traversal, taps."""
+"""The networks: one file for each family, one interface.
+
+A family is found by the names of its networks. What a name resolves to offers ``blocks``,
+``num_classes``, ``noise_schedule``, ``image_size``, ``replace`` and ``build``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from diffbackbone.models.base import DiffusionModel
+from diffbackbone.models.gd_config import UNetConfig, resolve_config
+from diffbackbone.models.guided_diffusion import UNet
+
+FAMILIES = {"diffusers://": "diffbackbone.models.diffusers"}
+"""Modules that need extra packages, by the prefix of their names.
+
+They are imported on demand, and have a function ``resolve(name, **fields)``.
+"""
+
+
+def resolve_network(unet: Any) -> Any:
+    """Return the configuration of a network of any family.
+
+    Args:
+        unet: A name (``"gd256_uncond"``, ``"diffusers://<folder or hub id>"``), a configuration, a
+            dict of its fields (``preset`` is the name to start from), such a dict as JSON, or
+            anything that has a configuration as ``config``.
+
+    Raises:
+        ValueError: It is something else, or a field is unknown or out of range.
+        MissingPackageError: The family's package is not installed.
+    """
+    config = getattr(unet, "config", unet)
+    if hasattr(config, "build"):
+        return config
+    if isinstance(unet, str) and unet.lstrip().startswith("{"):
+        unet = json.loads(unet)
+    fields = dict(unet) if isinstance(unet, Mapping) else {"preset": unet}
+    name = fields.pop("preset", None)
+    if isinstance(name, str):
+        for prefix, module in FAMILIES.items():
+            if name.startswith(prefix):
+                family = importlib.import_module(module)
+                return family.resolve(name.removeprefix(prefix), **fields)
+    return resolve_config(unet)
+
+
+def build_network(
+    config: Any,
+    last_block: int | None = None,
+    activation_checkpointing: bool = False,
+    activation_budget: float | None = None,
+    pretrained: bool = False,
+) -> DiffusionModel:
+    """Build the network of a configuration.
+
+    Args:
+        config: Of any family.
+        last_block: Build blocks 1 to this one (1-based); None builds all.
+        activation_checkpointing: See :class:`DiffusionModel`.
+        activation_budget: See :class:`DiffusionModel`.
+        pretrained: Load the weights that the name stands for, where it stands for any.
+    """
+    if type(config) is UNetConfig:
+        return UNet(config, last_block, activation_checkpointing, activation_budget)
+    return config.build(last_block, activation_checkpointing, activation_budget, pretrained)

@@ -186,6 +186,7 @@ class DiffusionModel(nn.Module):
         input_stride: Stride of the network's input relative to the image; 8 for the latents of
             Stable Diffusion.
         learned: Names of parameters that are trained also when the network is frozen.
+        in_channels: Channels of the images.
         pretrained: Whether building the network has loaded its weights.
         channels_last: Whether inference on a CPU uses this memory format.
 
@@ -207,6 +208,7 @@ class DiffusionModel(nn.Module):
     noise_schedule: str | Sequence[float] = "linear"
     input_stride: int = 1
     learned: tuple[str, ...] = ()
+    in_channels: int = 3
     pretrained: bool = False
     channels_last: bool = True
 

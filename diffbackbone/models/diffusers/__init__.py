@@ -1,6 +1,29 @@
 """Pretrained networks in diffusers' format: U-Nets, Stable Diffusion, diffusion transformers."""
 
-from diffbackbone.models.diffusers.networks import DiffusersDiT, DiffusersModel, DiffusersUNet
-from diffbackbone.models.diffusers.source import DiffusersConfig
+from __future__ import annotations
 
-__all__ = ["DiffusersConfig", "DiffusersDiT", "DiffusersModel", "DiffusersUNet"]
+from typing import Any
+
+from diffbackbone.utils import check_names, require
+
+require("diffusers://", ["diffusers"], "pip install 'diffbackbone[diffusers]'")
+
+from diffbackbone.models.diffusers.networks import (  # noqa: E402
+    DiffusersDiT,
+    DiffusersModel,
+    DiffusersUNet,
+)
+from diffbackbone.models.diffusers.source import DiffusersConfig  # noqa: E402
+
+__all__ = ["DiffusersConfig", "DiffusersDiT", "DiffusersModel", "DiffusersUNet", "resolve"]
+
+
+def resolve(name: str, **fields: Any) -> DiffusersConfig:
+    """Return the configuration of a folder or an id on the Hugging Face Hub.
+
+    Raises:
+        ValueError: There is no such field.
+    """
+    allowed = [field for field in DiffusersConfig.__dataclass_fields__ if field != "source"]
+    check_names("unet", fields, allowed)
+    return DiffusersConfig(name, **fields)

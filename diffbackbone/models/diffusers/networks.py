@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -140,7 +140,7 @@ class DiffusersModel(DiffusionModel):
         activation_budget: GB of activations to keep.
 
     Attributes:
-        full_shapes: Shapes of all weights of the network by their names, removed ones included.
+        full_shapes: Shapes of all weights by their names, removed ones included.
     """
 
     channels_last = False  # torch's group norm is inaccurate for it
@@ -158,8 +158,9 @@ class DiffusersModel(DiffusionModel):
         activation_budget: float | None,
     ) -> None:
         super().__init__(blocks, last_block, activation_checkpointing, activation_budget)
-        self.full_shapes = {name: tuple(x.shape) for name, x in net.state_dict().items()}
+        self.full_shapes = {f"net.{name}": tuple(x.shape) for name, x in net.state_dict().items()}
         self.net = net
+        self.in_channels = (net if vae is None else vae).config.in_channels
         self.vae = vae
         self.input_stride = 1
         if vae is not None:
@@ -178,6 +179,12 @@ class DiffusersModel(DiffusionModel):
             for name, child in list(parent.named_children()):
                 if child in layers and parent not in layers:
                     delattr(parent, name)
+
+    def convert(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Complete the weights of a network alone, such as CleanDIFT's, by all others' values."""
+        others = {n: x for n, x in self.state_dict().items() if not n.startswith("net.")}
+        self.full_shapes.update({name: tuple(x.shape) for name, x in others.items()})
+        return {**others, **{f"net.{name}": x for name, x in weights.items()}}
 
     def module(self, index: int) -> nn.Module:
         """Return the module of a block (1-based)."""

@@ -32,8 +32,8 @@ class DiffusersConfig:
     """A network in diffusers' format and how its features are taken.
 
     Attributes:
-        source: ``diffusers://`` and a pipeline's folder, a model's own folder, or the id of
-            either on the Hugging Face Hub; ``<id>/<subfolder>`` names a part of a pipeline.
+        source: A pipeline's folder, a model's own folder, or the id of either on the Hugging Face
+            Hub; ``<id>/<subfolder>`` names a part of a pipeline.
         condition: What cross-attention reads: ``"null"``, the embedding of the empty prompt by the
             pipeline's text encoder; ``"learned"``, which starts from it where there is a text
             encoder and is trained even if the network is frozen; or a safetensors file with
@@ -55,6 +55,9 @@ class DiffusersConfig:
         if self.taps not in ("normalized", "raw"):
             raise UserError(f"taps must be 'normalized' or 'raw', got {self.taps!r:.200}")
 
+    def __str__(self) -> str:
+        return f"diffusers://{self.source}"
+
     def replace(self, **changes: Any) -> DiffusersConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -64,7 +67,7 @@ class DiffusersConfig:
     @functools.cached_property
     def _place(self) -> tuple[str, str | None]:
         """Folder or id, and the subfolder of the network in it."""
-        name = self.source.removeprefix("diffusers://")
+        name = self.source
         folder = Path(name).expanduser()
         if folder.is_dir():
             if (folder / "model_index.json").is_file():
@@ -73,7 +76,7 @@ class DiffusersConfig:
                 return str(folder.parent), folder.name
             return str(folder), None
         if name.count("/") == 0 or name.startswith(("/", ".", "~")):
-            raise FileNotFoundError(f"{self.source}: there is no folder {folder}")
+            raise FileNotFoundError(f"{self}: there is no folder {folder}")
         parts = name.split("/")
         return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
@@ -90,7 +93,7 @@ class DiffusersConfig:
             except EntryNotFoundError:
                 return None
             except (OSError, ValueError) as error:  # no network, no such repository
-                raise UserError(f"{self.source} can't be read: {error}") from error
+                raise UserError(f"{self} can't be read: {error}") from error
         if not path.is_file():
             return None
         try:
@@ -113,7 +116,7 @@ class DiffusersConfig:
         for name in ("unet", "transformer"):
             if self._index.get(name, [None])[0] is not None:
                 return name
-        raise UserError(f"{self.source}: the pipeline has no unet and no transformer")
+        raise UserError(f"{self}: the pipeline has no unet and no transformer")
 
     @functools.cached_property
     def network(self) -> dict[str, Any]:
@@ -122,14 +125,13 @@ class DiffusersConfig:
         config = self._read(name)
         if config is None:
             raise UserError(
-                f"{self.source} has no {name}; give the folder that save_pretrained of a "
+                f"{self} has no {name}; give the folder that save_pretrained of a "
                 "pipeline or model has written"
             )
         kind = config.get("_class_name")
         if kind not in NETWORKS:
             raise UserError(
-                f"{self.source} is a {kind}, which is not supported; networks may be "
-                f"{', '.join(NETWORKS)}"
+                f"{self} is a {kind}, which is not supported; networks may be {', '.join(NETWORKS)}"
             )
         return config
 
@@ -143,7 +145,7 @@ class DiffusersConfig:
                 return self._place[0], name
         if self.network["_class_name"] != "UNet2DModel" and self.network["in_channels"] == 4:
             raise UserError(
-                f"{self.source} is a network of latents without its autoencoder: give the "
+                f"{self} is a network of latents without its autoencoder: give the "
                 "pipeline's folder, or vae='<folder or id of the autoencoder>'"
             )
         return None
@@ -159,7 +161,7 @@ class DiffusersConfig:
         found = self._scheduler
         if found and not {"beta_schedule", "trained_betas"} & found.keys():
             raise UserError(
-                f"{self.source}: {found.get('_class_name')} has no variance-preserving noise "
+                f"{self}: {found.get('_class_name')} has no variance-preserving noise "
                 "schedule (betas), so x_t can't be computed"
             )
         if not found:
@@ -178,7 +180,7 @@ class DiffusersConfig:
 
     @functools.cached_property
     def _empty(self) -> DiffusersModel:
-        return self.build_empty()
+        return self._build_empty()
 
     @property
     def blocks(self) -> BlockTable:
@@ -208,7 +210,7 @@ class DiffusersConfig:
         side = size if isinstance(size, int) else min(size)
         return side * self._empty.input_stride
 
-    def build_empty(self, last_block: int | None = None) -> DiffusersModel:
+    def _build_empty(self, *args: Any) -> DiffusersModel:
         """Build the network on the meta device: shapes without weights."""
         with torch.device("meta"):
             net = getattr(diffusers, self.network["_class_name"]).from_config(self.network)
@@ -221,7 +223,7 @@ class DiffusersConfig:
                 tokens = torch.empty(1, TOKENS, width)
             if width := self._pooled_width():
                 pooled = torch.empty(1, width)
-        return self._wrap(net, vae, tokens, pooled, last_block)
+        return self._wrap(net, vae, tokens, pooled, *args)
 
     def _autoencoder(self) -> tuple[type[nn.Module], dict[str, Any]]:
         place, part = self._vae_place
@@ -230,7 +232,7 @@ class DiffusersConfig:
         )
         kind = config.get("_class_name")
         if kind not in AUTOENCODERS:
-            raise UserError(f"{self.source}: the autoencoder {kind} is not supported")
+            raise UserError(f"{self}: the autoencoder {kind} is not supported")
         return getattr(diffusers, kind), config
 
     def _token_width(self) -> int | None:
@@ -255,26 +257,29 @@ class DiffusersConfig:
         last_block: int | None = None,
         activation_checkpointing: bool = False,
         activation_budget: float | None = None,
+        pretrained: bool = True,
     ) -> DiffusersModel:
-        """Load the network.
+        """Load the network; on the meta device, build it without weights.
 
         Args:
-            last_block: See :class:`DiffusionModel`, as for the others.
+            last_block: See :class:`DiffusionModel`, as for the next two.
             activation_checkpointing: Recompute blocks in the backward pass.
             activation_budget: GB of activations to keep.
+            pretrained: Not used: the autoencoder's weights are always those of the source.
 
         Raises:
             UserError: Something is missing, damaged or not supported; the message says what.
         """
+        options = (last_block, activation_checkpointing, activation_budget)
+        if torch.get_default_device().type == "meta":
+            return self._build_empty(*options)
         kind = getattr(diffusers, self.network["_class_name"])
         net = self._load(kind, self._place[0], self._part)
         vae = None
         if self._vae_place is not None:
             vae = self._load(self._autoencoder()[0], *self._vae_place)
         tokens, pooled = self._read_condition()
-        model = self._wrap(
-            net, vae, tokens, pooled, last_block, activation_checkpointing, activation_budget
-        )
+        model = self._wrap(net, vae, tokens, pooled, *options)
         model.pretrained = True
         return model
 
@@ -289,7 +294,7 @@ class DiffusersConfig:
         kind = NETWORKS[type(net).__name__]
         if vae is not None and vae.config.latent_channels != net.config.in_channels:
             raise UserError(
-                f"{self.source}: the network reads {net.config.in_channels} channels, but the "
+                f"{self}: the network reads {net.config.in_channels} channels, but the "
                 f"autoencoder's latents have {vae.config.latent_channels}"
             )
         if kind is DiffusersDiT:
@@ -321,15 +326,15 @@ class DiffusersConfig:
             )
         except Exception as error:  # a damaged file can fail in the reader in any way
             raise UserError(
-                f"{self.source}: the weights of {kind.__name__} can't be read: "
+                f"{self}: the weights of {kind.__name__} can't be read: "
                 f"{' '.join(str(error).split())[:500]}"
             ) from error
         wrong = [f"{what}: {', '.join(map(str, info[what][:4]))}" for what in info if info[what]]
         if wrong:
-            raise UserError(f"{self.source}: the weights don't fit: {'; '.join(wrong)}")
+            raise UserError(f"{self}: the weights don't fit: {'; '.join(wrong)}")
         name = first_not_finite(model.state_dict().items())
         if name is not None:
-            raise UserError(f"{self.source}: {name} holds NaN or infinite weights")
+            raise UserError(f"{self}: {name} holds NaN or infinite weights")
         return model
 
     def _read_condition(self) -> tuple[Tensor | None, Tensor | None]:
@@ -338,7 +343,7 @@ class DiffusersConfig:
         if width is None:
             if self.condition != "null":
                 raise UserError(
-                    f"{self.source} has no cross-attention: condition must be 'null', got "
+                    f"{self} has no cross-attention: condition must be 'null', got "
                     f"{self.condition!r:.200}"
                 )
             return None, None
@@ -352,7 +357,7 @@ class DiffusersConfig:
                 pooled = torch.zeros(1, pooled_width)
         else:
             raise UserError(
-                f"{self.source} has no text encoder: give condition='<safetensors file with "
+                f"{self} has no text encoder: give condition='<safetensors file with "
                 "prompt_embeds>' or 'learned'"
             )
         shapes = [None if x is None else tuple(x.shape) for x in (tokens, pooled)]
@@ -381,7 +386,7 @@ class DiffusersConfig:
                 continue
             if "CLIP" not in names[1]:
                 raise UserError(
-                    f"{self.source}: the text encoder {names[1]} is not supported; give "
+                    f"{self}: the text encoder {names[1]} is not supported; give "
                     "condition='<safetensors file with prompt_embeds>'"
                 )
             place, hub = self._place[0], self._hub()
