@@ -512,8 +512,11 @@ def test_what_is_refused(folders, tmp_path):
     skips = {"down_block_types": ["SkipDownBlock2D"], "up_block_types": ["SkipUpBlock2D"]}
     with pytest.raises(ValueError, match="SkipDownBlock2D are not supported"):
         refuse(tmp_path, {"_class_name": "UNet2DModel", "block_out_channels": [32], **skips})
-    with pytest.raises(ValueError, match="without its autoencoder"):
-        build(folders, unet=f"diffusers://{own_folder(folders, tmp_path)}", blocks=1)
+    with pytest.raises(ValueError, match="no text encoder"):
+        build(own_folder(folders, tmp_path), blocks=1)
+    unet = {"preset": f"diffusers://{own_folder(folders, tmp_path)}", "condition": "learned"}
+    with pytest.raises(ValueError, match="reads 4 channels, and there is no autoencoder"):
+        build(None, unet=unet, blocks=1)(torch.zeros(1, 3, 64, 64))
     with pytest.raises(FileNotFoundError, match="no folder"):
         build("/nowhere/at/all", blocks=1)
     with pytest.raises(ValueError, match="unet has no 'conditions'"):

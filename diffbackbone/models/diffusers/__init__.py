@@ -8,12 +8,10 @@ from diffbackbone.utils import check_names, require
 
 require("diffusers://", ["diffusers"], "pip install 'diffbackbone[diffusers]'")
 
-from diffbackbone.models.diffusers.networks import (  # noqa: E402
-    DiffusersDiT,
-    DiffusersModel,
-    DiffusersUNet,
-)
+from diffbackbone.models.diffusers.dit import DiffusersDiT  # noqa: E402
+from diffbackbone.models.diffusers.model import DiffusersModel  # noqa: E402
 from diffbackbone.models.diffusers.source import DiffusersConfig  # noqa: E402
+from diffbackbone.models.diffusers.unet import DiffusersUNet  # noqa: E402
 
 __all__ = ["DiffusersConfig", "DiffusersDiT", "DiffusersModel", "DiffusersUNet", "resolve"]
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from diffbackbone.models.base import BlockTable
-from diffbackbone.models.diffusers.networks import DiffusersDiT, DiffusersModel, DiffusersUNet
+from diffbackbone.models.diffusers.dit import DiffusersDiT
+from diffbackbone.models.diffusers.model import DiffusersModel
+from diffbackbone.models.diffusers.unet import DiffusersUNet
 from diffbackbone.utils import UserError, first_not_finite, require
 
 NETWORKS = {
@@ -86,14 +88,18 @@ class DiffusersConfig:
         path = Path(root) / name
         if not Path(root).is_dir():
             from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import EntryNotFoundError
+            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
             try:
                 path = Path(hf_hub_download(root, name, revision=self.revision))
-            except EntryNotFoundError:
-                return None
-            except (OSError, ValueError) as error:  # no network, no such repository
-                raise UserError(f"{self} can't be read: {error}") from error
+            except Exception as error:  # no such repository, no access, no network: many types
+                missing = isinstance(error, EntryNotFoundError)
+                if missing and not isinstance(error, LocalEntryNotFoundError):
+                    return None
+                reason = " ".join(str(error).split())[:500]
+                raise UserError(
+                    f"{self} is neither a folder nor to be had from the Hugging Face Hub: {reason}"
+                ) from error
         if not path.is_file():
             return None
         try:
@@ -106,6 +112,10 @@ class DiffusersConfig:
         """The pipeline's parts by name, [library, class]; empty for a model's own folder."""
         return self._read("model_index.json") or {}
 
+    def _class_of(self, part: str) -> str | None:
+        """Class of a part of the pipeline; None if it lacks the part."""
+        return self._index.get(part, (None, None))[1]
+
     @functools.cached_property
     def _part(self) -> str | None:
         """Subfolder of the network; None for a model's own folder."""
@@ -114,7 +124,7 @@ class DiffusersConfig:
         if not self._index:
             return None
         for name in ("unet", "transformer"):
-            if self._index.get(name, [None])[0] is not None:
+            if self._class_of(name):
                 return name
         raise UserError(f"{self}: the pipeline has no unet and no transformer")
 
@@ -141,13 +151,8 @@ class DiffusersConfig:
         if self.vae is not None:
             return self.vae, None
         for name in ("vae", "vqvae"):
-            if self._index.get(name, [None])[0] is not None:
+            if self._class_of(name):
                 return self._place[0], name
-        if self.network["_class_name"] != "UNet2DModel" and self.network["in_channels"] == 4:
-            raise UserError(
-                f"{self} is a network of latents without its autoencoder: give the "
-                "pipeline's folder, or vae='<folder or id of the autoencoder>'"
-            )
         return None
 
     @functools.cached_property
@@ -349,7 +354,7 @@ class DiffusersConfig:
             return None, None
         if self.condition not in ("null", "learned"):
             tokens, pooled = _read_embeddings(self.condition)
-        elif "text_encoder" in self._index or "text_encoder_2" in self._index:
+        elif any(self._class_of(name) for name in ("text_encoder", "text_encoder_2")):
             tokens, pooled = self._encode_nothing()
         elif self.condition == "learned":
             tokens, pooled = torch.randn(1, TOKENS, width) * 0.02, None
@@ -378,10 +383,7 @@ class DiffusersConfig:
         both = self._pooled_width() is not None  # SDXL: the last layer but one of both encoders
         parts, pooled = [], None
         for end in ("", "_2"):
-            names = [
-                self._index.get(part + end, [None, None])[1]
-                for part in ("tokenizer", "text_encoder")
-            ]
+            names = [self._class_of(f"{part}{end}") for part in ("tokenizer", "text_encoder")]
             if None in names:
                 continue
             if "CLIP" not in names[1]:
