@@ -98,7 +98,7 @@ def test_released_models_map_there_and_back(name):
 
 
 def test_what_diffusers_lacks_is_refused():
-    with pytest.raises(ValueError, match=r"first level of 0\\.5"):
+    with pytest.raises(ValueError, match=r"first level of 0\.5"):
         diffusers_config(PRESETS["gd512"])
     with pytest.raises(ValueError, match="different widths"):
         diffusers_config(PRESETS["gd128"])
