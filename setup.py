@@ -39,6 +39,11 @@ TOOLS = [  # sample data, evaluation, pretraining, benchmarks, plots
     "tyro>=0.9",
 ]
 TIMM = ["timm>=1.0.9"]  # networks to compare with
+DIFFUSERS = [  # unet="diffusers://..."
+    "diffusers>=0.30",
+    "transformers>=4.40",  # text encoders, for the empty prompt's embedding
+    "accelerate>=1.0",  # lets diffusers read weights without a copy
+]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py --format onnx
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
@@ -59,11 +64,13 @@ setup(
         "detectron2": DETECTRON2,
         "tools": TOOLS,
         "timm": TIMM,
+        "diffusers": DIFFUSERS,
         "export": EXPORT,
         "docs": DOCS,
         "dev": [
             *TOOLS,
             *TIMM,
+            *DIFFUSERS,
             *EXPORT,
             *DOCS,
             "import-linter>=2.1",

@@ -57,10 +57,13 @@ class DiffusionBackbone(nn.Module):
     are padded inside by reflection, and the maps are cropped back.
 
     Args:
-        unet: A network's name (a preset, ``"gd256_classifier"``, ``"timm:resnet50"``), a
-            configuration (or a dict of its fields), or a built network.
-        checkpoint: Path or URL of the network's weights; None leaves a U-Net as it is and warns
-            that its weights are random, and takes timm's weights for a network of timm.
+        unet: A network's name (a preset, ``"gd256_classifier"``, ``"timm:resnet50"``,
+            ``"diffusers://<folder or hub id>"``), a configuration, a dict of its fields (``preset``
+            is the name to start from), or a built network. For the options of diffusers' networks
+            see :class:`diffbackbone.models.diffusers.DiffusersConfig`.
+        checkpoint: Path or URL of the network's weights. None leaves a guided-diffusion network as
+            it is and warns that its weights are random; networks of timm and diffusers come with
+            their own.
         timestep: t, 0-based index into the schedule; None for 90, or 0 for a network without
             timesteps. With several the network runs once for each, and ``combine`` says how a
             block's taps become one map.
@@ -144,7 +147,11 @@ class DiffusionBackbone(nn.Module):
         )
         built = isinstance(unet, DiffusionModel)
         config = unet if built else resolve_network(unet)
-        if class_label is None and config.num_classes is not None:
+        if (
+            class_label is None
+            and config.num_classes is not None
+            and not (getattr(config, "labels_optional", False))
+        ):
             if built:
                 raise ValueError(
                     f"the U-Net has a label embedding ({config.num_classes} classes): give "
@@ -218,7 +225,7 @@ class DiffusionBackbone(nn.Module):
         elif not built:
             self._warn_random()
         if self._dtype is not None:
-            self.unet.to(self._dtype)
+            self.unet.cast(self._dtype)
 
     def _check_timesteps(self, timesteps: int | Iterable[int]) -> tuple[int, ...]:
         """Validate timesteps; clean images have timestep 0."""
@@ -235,6 +242,8 @@ class DiffusionBackbone(nn.Module):
         self.unet.requires_grad_(not self.frozen)
         if self.frozen:
             self.unet.eval()
+            for name in self.unet.learned:
+                self.unet.get_parameter(name).requires_grad_(True)
             return
         last = max(self.blocks)
         if self.feedback is not None and self.feedback.first_pass_grad:
@@ -243,18 +252,20 @@ class DiffusionBackbone(nn.Module):
             self.unet.module(index).requires_grad_(False)
         if hasattr(self.unet, "out"):
             self.unet.out.requires_grad_(False)
+        for module in self.unet.idle_modules(self.class_label is not None):
+            module.requires_grad_(False)
 
     def _warn_random(self) -> None:
         """Warn that no weights were loaded."""
         warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
-        """Load guided-diffusion weights into the U-Net; see :func:`load_checkpoint`."""
+        """Load weights into the network; see :func:`load_checkpoint`."""
         if self._dtype is not None:
-            self.unet.float()
+            self.unet.cast(torch.float32)
         report = load_checkpoint(self.unet, checkpoint, prefix)
         if self._dtype is not None:
-            self.unet.to(self._dtype)
+            self.unet.cast(self._dtype)
         return report
 
     def _load_initial(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> None:
@@ -267,7 +278,7 @@ class DiffusionBackbone(nn.Module):
         if self.frozen and not self.save_frozen:
             saved = _digest_of(self.unet)  # of float32, whatever type is computed in
             if self._dtype is not None:
-                self.unet.to(self._dtype)
+                self.unet.cast(self._dtype)
             self._left_out = _digest_of(self.unet), saved
 
     def _unet_digest(self) -> tuple[Tensor, bool]:
@@ -283,8 +294,9 @@ class DiffusionBackbone(nn.Module):
         if self._left_out is not None and not self.save_frozen:
             digest, left_out = self._unet_digest()
             if left_out:
-                for key in self.unet.state_dict(prefix=f"{prefix}unet."):
-                    del state_dict[key]
+                for key in self.unet.state_dict():
+                    if key not in self.unet.learned:
+                        del state_dict[f"{prefix}unet.{key}"]
                 state_dict[prefix + _DIGEST] = digest
         return state_dict
 
@@ -300,7 +312,9 @@ class DiffusionBackbone(nn.Module):
                     "include, and this backbone's U-Net has others: build it with the checkpoint "
                     "and the blocks that it was trained with"
                 )
-            state_dict.update(self.unet.state_dict(prefix=f"{prefix}unet."))
+            for key, value in self.unet.state_dict().items():
+                if key not in self.unet.learned:
+                    state_dict[f"{prefix}unet.{key}"] = value
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
@@ -392,7 +406,7 @@ class DiffusionBackbone(nn.Module):
         """Return taps {(t, b): map} of the padded images."""
         if y is None and self.class_label is not None:
             y = torch.full((images.shape[0],), self.class_label, device=images.device)
-        x_start = pad_to_multiple(images, self.size_divisibility)
+        x_start = self.unet.encode(pad_to_multiple(images, self.size_divisibility))
         noise = self._shared_noise(images, x_start)
         taps = {}
         for t in timesteps:
@@ -409,7 +423,8 @@ class DiffusionBackbone(nn.Module):
         """Run the U-Net on noised images once, or twice with feedback."""
         if self.feedback is not None:
             return self.feedback(self.unet, x_t, t, blocks, y)
-        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+        fixed = self.frozen and not self.unet.learned
+        with torch.no_grad() if fixed else contextlib.nullcontext():
             return self.unet.forward_features(x_t, t, blocks, y)
 
     def _shared_noise(self, images: Tensor, x_start: Tensor) -> Tensor | None:
@@ -575,6 +590,7 @@ _DIGEST = "frozen_unet_digest"
 """Key that stands in a state dict for the weights of a frozen U-Net."""
 
 
-def _digest_of(unet: nn.Module) -> Tensor:
+def _digest_of(unet: DiffusionModel) -> Tensor:
     """Return the digest of a U-Net's weights as a tensor (32,) uint8, on the CPU."""
-    return torch.tensor(list(bytes.fromhex(weights_digest(unet))), dtype=torch.uint8)
+    digest = weights_digest(unet, unet.learned)
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffbackbone.models import build_network
 from diffbackbone.models.gd_config import UNetConfig
+
+if TYPE_CHECKING:
+    from diffbackbone.models.diffusers import DiffusersConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +34,7 @@ class BlockCost:
     height: int
     width: int
     parameters: int  # of the block itself
-    total_parameters: int  # of a U-Net that ends here, without output layer
+    total_parameters: int  # of a network that ends here, without output layer
     flops: int  # from the image to here; a multiplication and an addition are two
     activation_bytes: int  # peak of the activations alive at once
 
@@ -69,6 +76,21 @@ class LiveTensors(TorchDispatchMode):
             self.now -= size
 
 
+class FusedAttention(TorchFunctionMode):
+    """Keep the matrices of attention out of a count's peak: fused kernels don't hold them."""
+
+    def __init__(self, live: LiveTensors) -> None:
+        super().__init__()
+        self.live = live
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        peak = self.live.peak
+        out = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            self.live.peak = max(peak, self.live.now)
+        return out
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -79,7 +101,7 @@ def counting_flops() -> FlopCounterMode:
 
 
 def block_costs(
-    config: UNetConfig,
+    config: UNetConfig | DiffusersConfig,
     height: int,
     width: int,
     dtype: torch.dtype = torch.float32,
@@ -88,7 +110,7 @@ def block_costs(
     """Return the cost of each block for one image, in the order in which they run.
 
     Args:
-        config: The architecture.
+        config: The architecture; an autoencoder counts as part of the network.
         height: Height of the image in pixels, a multiple of the deepest stride.
         width: Width of the image, likewise.
         dtype: Type of weights and activations.
@@ -102,15 +124,18 @@ def block_costs(
     config.blocks.check((last_block,))
     with torch.device("meta"):
         unet = build_network(config, last_block).to(dtype).eval()
-        image = torch.empty(1, 3, height, width, dtype=dtype)
-        labels = None if config.num_classes is None else torch.empty(1, dtype=torch.long)
+        image = torch.empty(1, config.in_channels, height, width, dtype=dtype)
+        labels = None
+        if config.num_classes is not None and not unet.labels_optional:
+            labels = torch.empty(1, dtype=torch.long)
     own = {b: _count_parameters(unet.module(b)) for b in range(1, last_block + 1)}
     costs, total = [], _count_parameters(unet) - sum(own.values())
+    x_start, *encoding = _count(lambda: unet.encode(image))
     for index in own:
         block = blocks[index]
         total += own[index]
-        with torch.no_grad(), counting_flops() as counter, LiveTensors() as live:
-            unet.forward_features(image, 0, (index,), labels)
+        run = functools.partial(unet.forward_features, x_start, 0, (index,), labels)
+        _, flops, peak = _count(run)
         costs.append(
             BlockCost(
                 index=index,
@@ -121,11 +146,19 @@ def block_costs(
                 width=width // block.stride,
                 parameters=own[index],
                 total_parameters=total,
-                flops=counter.get_total_flops(),
-                activation_bytes=live.peak,
+                flops=encoding[0] + flops,
+                activation_bytes=max(encoding[1], peak),
             )
         )
     return costs
+
+
+@torch.no_grad()
+def _count(run: Callable[[], Any]) -> tuple[Any, int, int]:
+    """Call a function, and return its result, operations and peak of activation bytes."""
+    with counting_flops() as counter, LiveTensors() as live, FusedAttention(live):
+        result = run()
+    return result, counter.get_total_flops(), live.peak
 
 
 def _count_parameters(module: nn.Module) -> int:

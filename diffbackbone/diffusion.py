@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ class NoiseSchedule:
     """Variance schedule of a diffusion model.
 
     Args:
-        name: ``"linear"`` (Ho et al., 2020) or ``"cosine"`` (Nichol and Dhariwal, 2021).
-        num_timesteps: Number of timesteps T.
+        name: ``"linear"`` (Ho et al., 2020), ``"cosine"`` (Nichol and Dhariwal, 2021) or the betas
+            of all timesteps.
+        num_timesteps: Number of timesteps T; that of the betas where they are given.
 
     Attributes:
         alphas_cumprod: (T,) float64, the product of 1 - beta up to and including timestep t.
@@ -30,10 +32,13 @@ class NoiseSchedule:
         ValueError: Unknown schedule, or ``num_timesteps`` is not positive.
     """
 
-    def __init__(self, name: str = "linear", num_timesteps: int = 1000) -> None:
+    def __init__(self, name: str | Sequence[float] = "linear", num_timesteps: int = 1000) -> None:
         if num_timesteps < 1:
             raise ValueError(f"num_timesteps must be positive, got {num_timesteps}")
-        if name == "linear":
+        if not isinstance(name, str):
+            betas = np.array(name, dtype=np.float64)
+            name, num_timesteps = f"betas {zlib.crc32(betas.tobytes()):08x}", len(betas)
+        elif name == "linear":
             scale = 1000 / num_timesteps
             betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
         elif name == "cosine":

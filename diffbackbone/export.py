@@ -22,6 +22,7 @@ from torch import Tensor
 from diffbackbone import checkpoint as reading
 from diffbackbone.backbone import _DIGEST, MIN_SIZE, DiffusionBackbone
 from diffbackbone.cli import run_command
+from diffbackbone.models.adm import read_folder, write_folder
 from diffbackbone.models.gd_config import UNetConfig, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.saving import save_safetensors
@@ -29,7 +30,7 @@ from diffbackbone.sources import CheckpointError, find_file, some_keys
 from diffbackbone.utils import UserError, atomic_write
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors"}
+SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "diffusers": ""}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONE_FILE = 1_500_000_000
 """Bytes of weights that go into one ONNX file, whose format ends at 2 GB."""
@@ -45,12 +46,13 @@ LARGEST_DIFFERENCE = {
 
 @dataclass
 class ExportConfig:
-    """Write a backbone as a torch.export or ONNX program, or a U-Net's weights as safetensors."""
+    """Write a backbone as a torch.export or ONNX program, or a U-Net's weights alone."""
 
-    format: Literal["pt2", "onnx", "safetensors"]
-    """pt2: torch.export.load(FILE).module()(images); onnx: needs diffbackbone[export]."""
+    format: Literal["pt2", "onnx", "safetensors", "diffusers"]
+    """pt2: torch.export.load(FILE).module()(images); onnx: needs diffbackbone[export]; diffusers:
+    the folder of a pipeline with the U-Net as UNet2DModel."""
     out: Path
-    """File to write."""
+    """File to write; for diffusers a folder."""
     checkpoint: str
     """guided-diffusion weights, or a training checkpoint that holds them; a path or URL."""
     prefix: str | None = None
@@ -79,13 +81,16 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         suffix = SUFFIXES[self.format]
-        if self.out.suffix != suffix or self.out.is_dir():
+        if self.format == "diffusers":
+            if self.out.is_file():
+                raise UserError(f"--out {self.out}: diffusers' format is a folder")
+        elif self.out.suffix != suffix or self.out.is_dir():
             raise UserError(f"--out {self.out}: a {self.format} file's name ends in {suffix}")
         if self.size is not None and (len(self.size) not in (1, 2) or min(self.size) < MIN_SIZE):
             raise UserError(f"--size is one or two numbers from {MIN_SIZE}, got {self.size}")
         if self.batch < 1:
             raise UserError(f"--batch must be at least 1, got {self.batch}")
-        if self.format == "safetensors":
+        if self.format in ("safetensors", "diffusers"):
             return
         if not hasattr(torch.compiler, "is_exporting"):
             raise UserError(
@@ -377,6 +382,23 @@ def export_weights(options: ExportConfig, config: UNetConfig) -> None:
     write(options.out, save, check)
 
 
+def export_diffusers(options: ExportConfig, config: UNetConfig) -> None:
+    """Write a whole U-Net as the folder of a diffusers pipeline.
+
+    Raises:
+        UserError: diffusers has no such U-Net, or the file ends at a last tap.
+        CheckpointError: See :func:`build_unet`.
+    """
+    unet = build_unet(options, config)
+    weights, dtype = unet.state_dict(), DTYPES[options.dtype]
+    write_folder(options.out, weights, unet.config, dtype)
+    again, read = read_folder(options.out, unet.config.use_new_attention_order)
+    kept = all(torch.equal(read[name], x.to(dtype)) for name, x in weights.items())
+    if again.blocks != unet.config.blocks or not kept:
+        raise UserError(f"{options.out} does not hold what was written")
+    print(f"{options.out}: DDPMPipeline.from_pretrained reads it", flush=True)
+
+
 def run(options: ExportConfig) -> None:
     """Export as the options say.
 
@@ -386,6 +408,9 @@ def run(options: ExportConfig) -> None:
     """
     config = read_config(options)
     try:
+        if options.format == "diffusers":
+            export_diffusers(options, config)
+            return
         if options.format == "safetensors":
             export_weights(options, config)
         else:

@@ -37,8 +37,8 @@ def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[
         strategy: A name, or a map; its keys may be digits, as config files write them.
 
     Raises:
-        ValueError: Unknown name, a number out of range, a target outside the encoder, or a source
-            that does not come after its target.
+        ValueError: Unknown name, or one for a network without decoder; a number out of range, a
+            target in the decoder, or a source that does not come after its target.
     """
     if blocks.no_feedback:
         raise ValueError(f"feedback {strategy!r:.200}: {blocks.no_feedback}")
@@ -48,6 +48,11 @@ def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[
         sources = blocks.check(map(_integer, strategy), "feedback sources")
         mapping = dict(
             zip(sources, blocks.check(map(_integer, strategy.values()), "feedback targets"))
+        )
+    elif strategy in STRATEGIES and not decoder:
+        raise ValueError(
+            f"feedback {strategy!r} pairs encoder and decoder blocks, which this network lacks: "
+            "give a map {source block: target block}"
         )
     elif strategy == "all":
         mapping = {source: blocks.mirror(source) for source in decoder}
@@ -65,11 +70,13 @@ def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[
             f"unknown feedback {strategy!r:.200}; choose from {', '.join(STRATEGIES)}, or give a "
             "map {source block: target block}"
         )
+    # a transformer has no encoder: its blocks are all alike
+    kind, last = ("an encoder", encoder) if decoder else ("a", len(blocks))
     for source, target in mapping.items():
-        if target > encoder or source <= target:
+        if target > last or source <= target:
             raise ValueError(
-                f"feedback {source} -> {target}: the target must be an encoder block (1 to "
-                f"{encoder}) that comes before its source"
+                f"feedback {source} -> {target}: the target must be {kind} block (1 to {last}) "
+                "that comes before its source"
             )
     return dict(sorted(mapping.items()))
 
@@ -201,6 +208,6 @@ class Feedback(nn.ModuleDict):
         del state
         second.inject(maps.pop(start))
         if start in wanted:
-            outputs[start] = second.h
+            outputs[start] = unet.tap(start, second)
         outputs.update(unet.traverse(second, end, wanted, maps))
         return {index: outputs[index] for index in wanted}

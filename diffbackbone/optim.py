@@ -30,8 +30,9 @@ def layer_scales(model: nn.Module, rate: float) -> dict[int, float]:
     scales = {}
     for backbone in backbones:
         unet, last = backbone.unet, max(backbone.blocks)
-        for parameter in unet.parameters():  # time and label embedding; blocks are set below
-            scales[id(parameter)] = rate ** (last + 1)
+        for name, parameter in unet.named_parameters():
+            if name not in unet.learned:  # time and label embedding; blocks are set below
+                scales[id(parameter)] = rate ** (last + 1)
         for index in range(1, unet.last_block + 1):
             for parameter in unet.module(index).parameters():
                 scales[id(parameter)] = rate ** max(last - index + 1, 0)

@@ -14,7 +14,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def weights_digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module, ignore: Collection[str] = ()) -> str:
     """Return a digest of the names, shapes and values (in float32) of a module's weights.
 
     The values enter as sums of bits times hashed positions, computed where the weights are.
@@ -147,6 +147,8 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     sums = []
     for name, value in module.state_dict().items():
+        if name in ignore:
+            continue
         digest.update(f"{name}{tuple(value.shape)}".encode())
         bits = (value.detach().float().reshape(-1) + 0).view(torch.int32)  # -0 counts as 0
         positions = torch.arange(1, min(len(bits), _CHUNK) + 1, device=bits.device)

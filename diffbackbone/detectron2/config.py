@@ -47,7 +47,7 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     """
     cfg.MODEL.DIFFUSION = CfgNode(
         {
-            "UNET": "gd256_uncond",  # a preset
+            "UNET": "gd256_uncond",  # a preset, or diffusers://<folder or hub id>
             "CHECKPOINT": "",  # path or URL of guided-diffusion weights; "" leaves random weights
             "TIMESTEP": 75,  # t, 0-based
             "TIMESTEPS": (),  # overrides TIMESTEP: one run of the U-Net for each
@@ -71,7 +71,9 @@ def add_diffusion_config(cfg: CfgNode) -> None:
             "TOP_BLOCK": "maxpool",  # on both pyramids: "maxpool", "p6p7" or "none"
         }
     )
-    cfg.MODEL.DIFFUSION.UNET_OPTIONS = CfgNode(new_allowed=True)  # fields of UNetConfig
+    cfg.MODEL.DIFFUSION.UNET_OPTIONS = CfgNode(
+        new_allowed=True
+    )  # UNetConfig's or DiffusersConfig's
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "ADAMW"
     cfg.SOLVER.BETAS = (0.9, 0.999)  # AdamW's
     cfg.SOLVER.LAYER_DECAY_RATE = 1.0  # see diffbackbone.optim.layer_scales

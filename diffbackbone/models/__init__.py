@@ -16,7 +16,10 @@ from diffbackbone.models.classifier import CLASSIFIERS
 from diffbackbone.models.gd_config import UNetConfig, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
 
-FAMILIES = {"timm:": "diffbackbone.models.timm"}
+FAMILIES = {
+    "timm:": "diffbackbone.models.timm",
+    "diffusers://": "diffbackbone.models.diffusers",
+}
 """Modules that need extra packages, by the prefix of their names.
 
 They are imported on demand, and have a function ``resolve(name, **fields)``.
@@ -27,9 +30,10 @@ def resolve_network(unet: Any) -> Any:
     """Return the configuration of a network of any family.
 
     Args:
-        unet: A name (``"gd256_uncond"``, ``"gd256_classifier"``, ``"timm:resnet50"``), a
-            configuration, a dict of its fields (``preset`` is the name to start from), such a dict
-            as JSON, or anything that has a configuration as ``config``.
+        unet: A name (``"gd256_uncond"``, ``"gd256_classifier"``, ``"timm:resnet50"``,
+            ``"diffusers://<folder or hub id>"``), a configuration, a dict of its fields (``preset``
+            is the name to start from), such a dict as JSON, or anything that has a configuration
+            as ``config``.
 
     Raises:
         ValueError: It is something else, or a field is unknown or out of range.

@@ -33,8 +33,9 @@ class BlockInfo:
         in_channels: Channels that the block reads, the concatenated skip included.
         attention: Whether self-attention follows the block's residual layer.
         resample: ``"down"``, ``"up"`` or None.
-        part: ``"encoder"``, ``"middle"`` or ``"decoder"``. A decoder block reads the output of
-            the encoder block that mirrors it.
+        part: ``"encoder"``, ``"middle"``, ``"decoder"`` or, in a network without skips,
+            ``"transformer"``. A decoder block reads the output of the encoder block that mirrors
+            it.
         kept_values: Values that training keeps for the backward pass, per pixel of the image:
             what norms, convolutions and attention read.
         read_values: The part of them that is kept also when the block is recomputed.
@@ -183,9 +184,15 @@ class DiffusionModel(nn.Module):
         last_block: The last block that is built (1-based).
         in_channels: Channels of the images.
         num_classes: Classes of a class-conditional network; None for an unconditional one.
-        noise_schedule: Schedule that the weights were trained with, ``"linear"`` or ``"cosine"``.
+        labels_optional: Whether a class-conditional network also runs without labels.
+        noise_schedule: Schedule that the weights were trained with, ``"linear"``, ``"cosine"`` or
+            the betas of all timesteps.
+        input_stride: Stride of the network's input relative to the image; 8 for the latents of
+            Stable Diffusion.
+        learned: Names of parameters that are trained also when the network is frozen.
         pretrained: Whether building the network has loaded its weights.
         timed: Whether the network reads a timestep; one that doesn't takes images as they are.
+        channels_last: Whether inference on a CPU uses this memory format.
 
     Args:
         blocks: The table of all blocks of the architecture.
@@ -202,9 +209,13 @@ class DiffusionModel(nn.Module):
 
     in_channels: int = 3
     num_classes: int | None = None
-    noise_schedule: str = "linear"
+    labels_optional: bool = False
+    noise_schedule: str | Sequence[float] = "linear"
+    input_stride: int = 1
+    learned: tuple[str, ...] = ()
     pretrained: bool = False
     timed: bool = True
+    channels_last: bool = True
 
     def __init__(
         self,
@@ -232,6 +243,22 @@ class DiffusionModel(nn.Module):
     def check_labels(self, y: Tensor | None, count: int) -> None:
         """Raise a ValueError where labels don't fit the network or the number of images."""
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Return what noise is added to: the images (N, C, H, W) or their latents."""
+        return images
+
+    def tap(self, index: int, state: TraversalState) -> Tensor:
+        """Return the features of the block that has just run (1-based)."""
+        return state.h
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert the weights of a frozen network to another type."""
+        self.to(dtype)
+
+    def idle_modules(self, labeled: bool) -> Iterable[nn.Module]:
+        """Return modules that runs with or without labels don't use."""
+        return ()
+
     @property
     def weights_dtype(self) -> torch.dtype:
         """Type of the weights, and of the maps between blocks."""
@@ -243,7 +270,8 @@ class DiffusionModel(nn.Module):
         """Begin a run that goes no further than block ``last``.
 
         Args:
-            x_t: Noised images (N, C, H, W); H and W multiples of the deepest stride.
+            x_t: Noised images or latents (N, C, H, W); H and W, times ``input_stride``, multiples
+                of the deepest stride.
             t: Timesteps (N,) or (1,), or one number.
             last: The last block that will be asked for (1-based).
             y: Class labels (N,), for a class-conditional model.
@@ -254,7 +282,7 @@ class DiffusionModel(nn.Module):
         self.blocks.check([last])
         if last > self.last_block:
             raise ValueError(f"block {last} is not built: this network ends at {self.last_block}")
-        deepest = self.blocks.deepest_stride(last)
+        deepest = self.blocks.deepest_stride(last) // self.input_stride
         if x_t.shape[-2] % deepest or x_t.shape[-1] % deepest:
             raise ValueError(
                 f"height and width must be multiples of {deepest}, got {tuple(x_t.shape[-2:])}"
@@ -272,7 +300,7 @@ class DiffusionModel(nn.Module):
         if self.activation_budget is None:
             return frozenset()
         bytes_each = 2 if autocasts(x_t) else x_t.element_size()
-        bytes_each *= x_t.shape[0] * x_t.shape[2] * x_t.shape[3]
+        bytes_each *= x_t.shape[0] * x_t.shape[2] * x_t.shape[3] * self.input_stride**2
         kept = {b: bytes_each * self.blocks[b].kept_values for b in range(1, last + 1)}
         chosen: set[int] = set()
         for index in sorted(kept, key=lambda b: (self.blocks[b].stride, b)):
@@ -302,7 +330,8 @@ class DiffusionModel(nn.Module):
             The outputs of the tapped blocks that ran, (N, C_b, H/stride_b, W/stride_b).
         """
         outputs: dict[int, Tensor] = {}
-        state.h = layout(state.h)
+        if self.channels_last:
+            state.h = layout(state.h)
         for index in range(state.index + 1, stop + 1):
             part, mirror = self.blocks[index].part, self.blocks.mirror(index)
             if part == "decoder":
@@ -314,7 +343,7 @@ class DiffusionModel(nn.Module):
             if inject and index in inject:
                 state.inject(inject[index])
             if index in taps:
-                outputs[index] = state.h
+                outputs[index] = self.tap(index, state)
         return outputs
 
     def _run_block(self, index: int, state: TraversalState) -> Tensor:

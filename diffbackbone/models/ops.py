@@ -64,7 +64,7 @@ def _picks_kernels(x: Tensor) -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    return torch.is_autocast_enabled(x.device.type)
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def is_readable(x: Tensor) -> bool:

@@ -26,8 +26,8 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
     """:class:`diffbackbone.DiffusionBackbone` for configs of the OpenMMLab code bases.
 
     Args:
-        unet: A preset's name, or a dict of :class:`diffbackbone.UNetConfig` fields (``preset``
-            names the one to start from).
+        unet: A preset's name or ``"diffusers://<folder or hub id>"``, or a dict of the fields of
+            its configuration (``preset`` names the one to start from).
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with guided-diffusion weights, a path
             or URL. They are loaded by ``init_weights()``, as everywhere in MMEngine; with
             ``freeze`` and without ``save_frozen`` already here, since checkpoints lack them.
@@ -75,7 +75,7 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         self.init_cfg = init_cfg
         for cfg in pretrained:
             print_log(str(self.load(cfg["checkpoint"], cfg.get("prefix"))), logger="current")
-        if not pretrained:
+        if not pretrained and not self.unet.pretrained:
             print_log(RANDOM_WEIGHTS, logger="current", level=logging.WARNING)
 
 

@@ -1,0 +1,636 @@
+"""Networks of diffusers: the same features as its own modules compute, and all of the backbone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+diffusers = pytest.importorskip("diffusers")
+
+from diffbackbone import DiffusionBackbone  # noqa: E402
+from diffbackbone.padding import pad_to_multiple  # noqa: E402
+
+T = 90
+
+
+def fill(*modules: nn.Module) -> None:
+    """Give all weights random values, so that no branch or norm is the identity."""
+    generator = torch.Generator().manual_seed(0)
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            is_norm = "norm" in name and name.endswith("weight") and parameter.ndim == 1
+            parameter.data = noise * scale + is_norm
+
+
+def ends_of_blocks(net: nn.Module) -> list[nn.Module]:
+    """Return the module whose output is block b's, for b = 1, 2, ..., by hand."""
+    if hasattr(net, "transformer_blocks"):
+        return list(net.transformer_blocks)
+    ends = [net.conv_in]
+    for level in net.down_blocks:
+        ends += getattr(level, "attentions", None) or level.resnets
+        ends += level.downsamplers or []
+    if net.mid_block is not None:
+        ends.append(net.mid_block)
+    for level in net.up_blocks:
+        last = list(getattr(level, "attentions", None) or level.resnets)
+        ends += [*last[:-1], level.upsamplers[0]] if level.upsamplers else last
+    return ends
+
+
+@torch.no_grad()
+def watch(net: nn.Module, *args, **kwargs) -> dict[int, torch.Tensor]:
+    """Run diffusers' own forward pass, and return what its modules put out at each block."""
+    found: dict[int, torch.Tensor] = {}
+
+    def hook(b):
+        def keep(module, inputs, output):
+            found[b] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    handles = [m.register_forward_hook(hook(b)) for b, m in enumerate(ends_of_blocks(net), 1)]
+    try:
+        net.eval()(*args, **kwargs)
+    except RuntimeError:  # DiT's output layer takes squares only, after all blocks have run
+        assert hasattr(net, "transformer_blocks")
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def assert_close(ours: dict[int, torch.Tensor], expected: dict[int, torch.Tensor]) -> None:
+    assert list(ours) == list(expected)
+    for b, x in ours.items():
+        assert x.shape == expected[b].shape, b
+        error = (x - expected[b]).abs().max() / expected[b].abs().max()
+        assert error < 1e-5, f"block {b}: {error}"
+
+
+SMALL = {"sample_size": 32, "norm_num_groups": 8, "attention_head_dim": 8}
+UNETS = {
+    "ddpm": {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "center_input_sample": True,
+    },
+    "adm": {
+        "block_out_channels": (16, 16, 32, 32, 48, 48),
+        "down_block_types": ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+        "up_block_types": ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+        "num_class_embeds": 10,
+    },
+    "no_middle": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+        "mid_block_type": None,
+        "layers_per_block": 1,
+        "class_embed_type": "timestep",
+    },
+    "no_attention": {
+        "block_out_channels": (16, 32, 32, 32),
+        "down_block_types": ("DownBlock2D",) * 4,
+        "up_block_types": ("UpBlock2D",) * 4,
+        "add_attention": False,
+        "layers_per_block": 3,
+        "class_embed_type": "identity",
+        "downsample_padding": 0,
+    },
+}
+
+
+CROSS = {"sample_size": 16, "norm_num_groups": 8, "cross_attention_dim": 24}
+SD_UNETS = {
+    "sd15": {
+        "block_out_channels": (16, 32, 32, 32),
+        "attention_head_dim": 4,
+        "layers_per_block": 2,
+    },
+    "sd2": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "layers_per_block": (1, 2),
+        "time_cond_proj_dim": 8,
+        "upcast_attention": True,
+    },
+    "sdxl": {
+        "block_out_channels": (16, 32, 48),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4, 6),
+        "transformer_layers_per_block": (1, 2, 3),
+        "use_linear_projection": True,
+        "cross_attention_dim": 48,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+    },
+    "simple": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "resnet_time_scale_shift": "scale_shift",
+        "encoder_hid_dim": 24,
+        "encoder_hid_dim_type": "text_proj",
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 2,
+        "num_class_embeds": 7,
+        "class_embeddings_concat": False,
+        "attention_head_dim": 8,
+    },
+}
+
+
+def tiny_vae(channels: int = 4, levels: int = 4):
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=channels,
+        norm_num_groups=4,
+        scaling_factor=0.2,
+    )
+    fill(vae)
+    return vae
+
+
+def tiny_text_encoder(with_projection: bool = False):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(
+        vocab_size=4, hidden_size=24, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, projection_dim=24, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    kind = "CLIPTextModelWithProjection" if with_projection else "CLIPTextModel"
+    torch.manual_seed(0)
+    encoder = getattr(transformers, kind)(config)
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3}
+    return encoder, transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders that diffusers has written, by name."""
+    root = tmp_path_factory.mktemp("diffusers")
+    for name, config in UNETS.items():
+        net = diffusers.UNet2DModel(**SMALL, **config)
+        fill(net)
+        diffusers.DDPMPipeline(net, diffusers.DDPMScheduler()).save_pretrained(root / name)
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+        prediction_type="v_prediction",
+    )  # fmt: skip
+    for name, config in SD_UNETS.items():
+        net = diffusers.UNet2DConditionModel(**{**CROSS, **config})
+        fill(net)
+        encoder, tokenizer = tiny_text_encoder()
+        parts = {"vae": tiny_vae(), "unet": net, "scheduler": scheduler}
+        parts |= {"text_encoder": encoder, "tokenizer": tokenizer}
+        if name == "sdxl":
+            second, _ = tiny_text_encoder(with_projection=True)
+            pipeline = diffusers.StableDiffusionXLPipeline(
+                **parts, text_encoder_2=second, tokenizer_2=tokenizer
+            )
+        else:
+            pipeline = diffusers.StableDiffusionPipeline(
+                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
+        pipeline.save_pretrained(root / name)
+    net = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, num_layers=4, sample_size=8,
+        num_embeds_ada_norm=10, norm_num_groups=4,
+    )  # fmt: skip
+    fill(net)
+    diffusers.DiTPipeline(net, tiny_vae(), diffusers.DDIMScheduler()).save_pretrained(root / "dit")
+    return root
+
+
+def build(folder, **kwargs) -> DiffusionBackbone:
+    """Build a frozen backbone of raw taps, without noise."""
+    options = {"out_channels": None, "out_strides": None, "freeze": True, "noise": "none", **kwargs}
+    return DiffusionBackbone(options.pop("unet", f"diffusers://{folder}"), timestep=T, **options)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_taps_of_unet2d_equal_diffusers_own(folders, name):
+    net = diffusers.UNet2DModel.from_pretrained(folders / name / "unet")
+    blocks = range(1, len(ends_of_blocks(net)) + 1)
+    backbone = build(folders / name, blocks=blocks)
+    deepest = backbone.size_divisibility
+    x = torch.randn(2, 3, 2 * deepest, 3 * deepest)
+    t = torch.tensor([3, 700])
+    labels = {
+        "adm": torch.tensor([3, 9]),
+        "no_middle": torch.tensor([5.0, 6.0]),
+        "no_attention": torch.randn(2, 64),
+    }.get(name)
+    expected = watch(net, x, t, labels)
+    assert_close(backbone.unet.forward_features(x, t, blocks, labels), expected)
+
+
+def test_adm_has_37_blocks(folders):
+    infos = build(folders / "adm", blocks=24).unet.blocks
+    assert len(infos) == 37
+    assert [infos[b].stride for b in (1, 4, 19, 21, 22, 24, 37)] == [1, 2, 32, 32, 16, 16, 1]
+    assert [infos[b].part for b in (18, 19, 20)] == ["encoder", "middle", "decoder"]
+
+
+def test_any_size_is_padded(folders):
+    net = diffusers.UNet2DModel.from_pretrained(folders / "ddpm" / "unet")
+    backbone = build(folders / "ddpm", blocks=(2, 9, 13))
+    images = torch.rand(1, 3, 37, 53) * 2 - 1
+    x_t = backbone.schedule.add_noise(pad_to_multiple(images, 4), T, None)
+    expected = watch(net, x_t, T)
+    for b, x in zip(backbone.blocks, backbone(images)):
+        own = expected[b][..., : x.shape[-2], : x.shape[-1]]
+        assert x.shape[-2:] == tuple(-(-s // backbone.unet.blocks[b].stride) for s in (37, 53))
+        assert_close({b: x}, {b: own})
+
+
+@pytest.mark.parametrize("name", SD_UNETS)
+def test_taps_of_stable_diffusion_equal_diffusers_own(folders, name):
+    sdxl = name == "sdxl"
+    kind = diffusers.StableDiffusionXLPipeline if sdxl else diffusers.StableDiffusionPipeline
+    pipeline = kind.from_pretrained(folders / name, safety_checker=None)
+    embeds = pipeline.encode_prompt(
+        "", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    net = pipeline.unet
+    blocks = range(1, len(ends_of_blocks(net)) + 1)
+    backbone = build(folders / name, blocks=blocks).eval()
+    images = torch.rand(2, 3, 150, 200) * 2 - 1
+    padded = pad_to_multiple(images, backbone.size_divisibility)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(padded).latent_dist.mean * pipeline.vae.config.scaling_factor
+    x_t = backbone.schedule.add_noise(latents, T, None)
+    extra = {}
+    if sdxl:
+        ids = torch.tensor([[128.0, 128, 0, 0, 128, 128]]).expand(2, -1)
+        extra["added_cond_kwargs"] = {"text_embeds": embeds[2].expand(2, -1), "time_ids": ids}
+    labels = torch.tensor([2, 6]) if name == "simple" else None
+    expected = watch(
+        net, x_t, T, encoder_hidden_states=embeds[0].expand(2, -1, -1), class_labels=labels, **extra
+    )
+    ours = backbone.forward_taps(images, y=labels)
+    for b in blocks:
+        height, width = (-(-side // backbone.unet.blocks[b].stride) for side in (150, 200))
+        assert_close({b: ours[T, b]}, {b: expected[b][..., :height, :width]})
+
+
+def test_stable_diffusion_has_25_blocks(folders):
+    backbone = build(folders / "sd15", blocks=(12, 13, 19, 25))
+    assert len(backbone.unet.blocks) == 25
+    assert backbone.strides == (64, 64, 16, 8)
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folders / "sd15" / "scheduler")
+    torch.testing.assert_close(
+        backbone.schedule.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6
+    )
+    assert backbone.unet.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 110)])
+@pytest.mark.parametrize("label", [None, 3])
+def test_raw_taps_of_dit_equal_diffusers_own(folders, size, label):
+    pipeline = diffusers.DiTPipeline.from_pretrained(folders / "dit")
+    backbone = build(
+        folders / "dit", blocks=(1, 2, 3, 4), class_label=label,
+        unet={"preset": f"diffusers://{folders / 'dit'}", "taps": "raw"},
+    )  # fmt: skip
+    images = torch.rand(2, 3, *size) * 2 - 1
+    padded = pad_to_multiple(images, 16)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(padded).latent_dist.mean * pipeline.vae.config.scaling_factor
+    x_t = backbone.schedule.add_noise(latents, T, None)
+    y = torch.full((2,), 10 if label is None else label)
+    height, width = (side // 16 for side in padded.shape[-2:])
+    expected = watch(pipeline.transformer, x_t, torch.tensor([T, T]), class_labels=y)
+    ours = backbone(images)
+    for b, x in zip(backbone.blocks, ours):
+        own = expected[b].transpose(1, 2).unflatten(2, (height, width))
+        assert_close({b: x}, {b: own})
+
+
+def raw_dit(folders) -> dict[str, str]:
+    return {"preset": f"diffusers://{folders / 'dit'}", "taps": "raw"}
+
+
+def test_taps_of_dit_are_normalized_by_the_blocks_own_modulation(folders):
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    (ours,) = build(folders / "dit", blocks=3)(images)
+    raw = build(None, blocks=3, unet=raw_dit(folders))
+    norm = raw.unet.net.transformer_blocks[2].norm1
+    with torch.no_grad():
+        tokens = raw(images)[0].permute(0, 2, 3, 1)
+        emb = norm.emb(torch.tensor([T]), torch.tensor([10]), torch.float32)
+        shift, scale = norm.linear(nn.functional.silu(emb)).chunk(6, dim=1)[:2]
+        own = nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    torch.testing.assert_close(ours.permute(0, 2, 3, 1), own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "last"), [("sd15", 19), ("ddpm", 4), ("adm", 19), ("dit", 2)])
+def test_blocks_after_the_last_tap_are_neither_kept_nor_run(folders, name, last):
+    backbone = build(folders / name, blocks=last)
+    whole = build(folders / name, blocks=len(backbone.unet.blocks))
+    assert backbone.unet.last_block == last
+    names = [name for name, _ in backbone.unet.net.named_parameters()]
+    later = [whole.unet.blocks[b].name for b in range(last + 1, len(whole.unet.blocks) + 1)]
+    assert not [
+        n for n in names if n.startswith((*(f"{b}." for b in later), "conv_out", "proj_out"))
+    ]
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    (x,) = backbone(images)
+    assert torch.equal(x, whole.forward_taps(images, blocks=[last])[T, last])
+    with pytest.raises(ValueError, match="built up to block"):
+        backbone.forward_taps(images, blocks=[last + 1])
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize(
+    ("name", "feedback", "blocks"),
+    [
+        ("sd15", "bottleneck", (19, 16)),
+        ("sd15", "windowed", (25,)),
+        ("sd15", {17: 3, 14: 9}, (16, 20)),
+        ("sdxl", "all", (14,)),
+        ("adm", "multi-scale", (24,)),
+        ("no_middle", "bottleneck", (7,)),
+        ("dit", {3: 1, 4: 2}, (4, 2)),
+    ],
+)
+def test_feedback_trains(folders, name, feedback, blocks, freeze):
+    backbone = build(
+        folders / name, blocks=blocks, feedback=feedback, out_channels=4, freeze=freeze
+    ).train()
+    maps = backbone(torch.rand(2, 3, 70, 64) * 2 - 1)
+    sum(x.square().mean() for x in maps).backward()
+    trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
+    without = {n for n, p in backbone.named_parameters() if p.grad is None}
+    assert not trained & without
+    assert any(n.startswith("unet.net.") for n in trained) != freeze
+    assert not any(n.startswith("unet.vae.") for n in trained)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_learned_condition_starts_from_the_empty_prompt_and_is_trained(folders, freeze, tmp_path):
+    unet = {"preset": f"diffusers://{folders / 'sd15'}", "condition": "learned"}
+    backbone = build(None, unet=unet, blocks=16, freeze=freeze, save_frozen=False).train()
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    null = build(folders / "sd15", blocks=16)
+    torch.testing.assert_close(backbone(images)[0], null(images)[0])
+    backbone(images)[0].square().mean().backward()
+    tokens = backbone.unet.tokens
+    assert tokens.grad.abs().sum() > 0
+    tokens.data += 1
+    saved = backbone.state_dict()
+    assert ("unet.net.conv_in.weight" in saved) != freeze  # left out: still the folder's
+    again = build(None, unet=unet, blocks=16, freeze=freeze, save_frozen=False)
+    again.load_state_dict(saved)
+    torch.testing.assert_close(again(images)[0], backbone(images)[0])
+
+
+def test_digest_in_place_of_frozen_weights_is_checked(folders):
+    saved = build(folders / "sd15", blocks=3, save_frozen=False).state_dict()
+    assert list(saved) == ["frozen_unet_digest"]
+    build(folders / "sd15", blocks=3, save_frozen=False).load_state_dict(saved)
+    other = build(folders / "sd15", blocks=3, save_frozen=False)
+    other.unet.vae.encoder.conv_in.bias.data += 1
+    with pytest.raises(ValueError, match="frozen U-Net"):
+        other.load_state_dict(saved)
+
+
+def test_condition_of_a_file(folders, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "condition.safetensors"
+    tokens, pooled = torch.randn(1, 5, 48), torch.randn(1, 24)
+    save_file({"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}, path)
+    unet = {"preset": f"diffusers://{folders / 'sdxl'}", "condition": str(path)}
+    backbone = build(None, unet=unet, blocks=9)
+    assert torch.equal(backbone.unet.tokens, tokens)
+    assert torch.equal(backbone.unet.pooled, pooled)
+    null = build(folders / "sdxl", blocks=9)
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert not torch.allclose(backbone(images)[0], null(images)[0])
+
+
+def test_weights_of_a_file_replace_the_folders(folders, tmp_path):
+    """CleanDIFT's files hold a whole U-Net under diffusers' names."""
+    from safetensors.torch import save_file
+
+    net = diffusers.UNet2DConditionModel.from_pretrained(folders / "sd15" / "unet")
+    weights = {name: x * 1.1 for name, x in net.state_dict().items()}
+    save_file(weights, tmp_path / "clean.safetensors")
+    backbone = build(folders / "sd15", blocks=16, checkpoint=tmp_path / "clean.safetensors")
+    own = backbone.unet.net.state_dict()
+    assert len(own) < len(weights)
+    assert all(torch.equal(x, weights[name]) for name, x in own.items())
+    torch.save(
+        {"state_dict": {f"backbone.unet.net.{n}": x for n, x in own.items()}}, tmp_path / "m.pth"
+    )
+    report = backbone.load(tmp_path / "m.pth")
+    loaded = [name for name in report.loaded if name.startswith("net.")]
+    assert (report.prefix, len(loaded)) == ("backbone.unet.net.", len(own))
+    del weights["conv_in.bias"]
+    weights["other"] = torch.zeros(1)
+    save_file(weights, tmp_path / "broken.safetensors")
+    with pytest.raises(ValueError, match=r"missing: net\.conv_in\.bias\n  unexpected: net\.other"):
+        backbone.load(tmp_path / "broken.safetensors")
+
+
+def test_budget_recomputes_blocks_and_gradients_stay(folders):
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    grads, counts = [], []
+    for budget in (None, 0.0005, 0.0):
+        backbone = build(
+            folders / "sd15", blocks=25, freeze=False, noise="fixed", activation_budget=budget
+        )
+        state = backbone.unet.start(torch.randn(1, 4, 8, 8), T, 25)
+        counts.append(len(state.recompute))
+        backbone(images)[0].square().mean().backward()
+        grads.append(backbone.unet.net.conv_in.weight.grad)
+    assert counts[0] == 0 < counts[1] < counts[2] == 25
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+@pytest.mark.parametrize("name", ["sdxl", "dit", "adm"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_close(folders, name, dtype):
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    (expected,) = build(folders / name, blocks=4)(images)
+    backbone = build(folders / name, blocks=4, dtype=dtype)
+    assert backbone.unet.weights_dtype == getattr(torch, dtype)
+    (x,) = backbone(images)
+    assert x.dtype == torch.float32
+    assert (x - expected).norm() < 0.05 * expected.norm()
+    if backbone.unet.vae is not None and dtype == "float16":
+        assert next(backbone.unet.vae.parameters()).dtype == torch.float32
+
+
+def test_fixed_noise_is_added_to_latents_and_does_not_depend_on_the_batch(folders):
+    backbone = build(folders / "sd15", blocks=16, noise="fixed")
+    images = torch.rand(2, 3, 64, 96) * 2 - 1
+    whole, alone = backbone(images)[0], backbone(images[1:])[0]
+    torch.testing.assert_close(whole[1:], alone)
+    assert not torch.allclose(whole, build(folders / "sd15", blocks=16)(images)[0])
+
+
+def test_layer_decay_spares_the_learned_condition(folders):
+    from diffbackbone.optim import layer_scales
+
+    unet = {"preset": f"diffusers://{folders / 'sd15'}", "condition": "learned"}
+    backbone = build(None, unet=unet, blocks=16, freeze=False)
+    scales = layer_scales(backbone, 0.5)
+    assert id(backbone.unet.tokens) not in scales
+    assert scales[id(backbone.unet.net.conv_in.weight)] == 0.5**16
+
+
+def refuse(tmp_path, config: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    build(tmp_path, blocks=1)
+
+
+def test_what_is_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match="FluxTransformer2DModel, which is not supported"):
+        refuse(tmp_path, {"_class_name": "FluxTransformer2DModel"})
+    skips = {"down_block_types": ["SkipDownBlock2D"], "up_block_types": ["SkipUpBlock2D"]}
+    with pytest.raises(ValueError, match="SkipDownBlock2D are not supported"):
+        refuse(tmp_path, {"_class_name": "UNet2DModel", "block_out_channels": [32], **skips})
+    with pytest.raises(ValueError, match="no text encoder"):
+        build(own_folder(folders, tmp_path), blocks=1)
+    unet = {"preset": f"diffusers://{own_folder(folders, tmp_path)}", "condition": "learned"}
+    with pytest.raises(ValueError, match="reads 4 channels, and there is no autoencoder"):
+        build(None, unet=unet, blocks=1)(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        build("/nowhere/at/all", blocks=1)
+    with pytest.raises(ValueError, match="unet has no 'conditions'"):
+        build(None, unet={"preset": f"diffusers://{folders}", "conditions": "null"})
+    with pytest.raises(ValueError, match="no cross-attention"):
+        build(
+            None,
+            unet={"preset": f"diffusers://{folders / 'ddpm'}", "condition": "learned"},
+            blocks=1,
+        )
+    with pytest.raises(ValueError, match="1-based: transformer 1-4"):
+        build(folders / "dit", blocks=5)
+    with pytest.raises(ValueError, match="give a map"):
+        build(folders / "dit", blocks=4, feedback="windowed")
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.9"):
+        build(folders / "adm", blocks=4)(torch.zeros(1, 3, 64, 64), y=torch.tensor([10]))
+
+
+def own_folder(folders, tmp_path):
+    """Copy the U-Net of a pipeline away from its pipeline."""
+    return shutil.copytree(folders / "sd15" / "unet", tmp_path / "own", dirs_exist_ok=True)
+
+
+def test_a_models_own_folder(folders, tmp_path):
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    expected = build(folders / "sd15", blocks=16)(images)[0]
+    assert torch.equal(build(folders / "sd15" / "unet", blocks=16)(images)[0], expected)
+    unet = {
+        "preset": f"diffusers://{own_folder(folders, tmp_path)}",
+        "vae": str(folders / "sd15" / "vae"),
+        "condition": "learned",
+    }
+    backbone = build(None, unet=unet, blocks=16)  # Stable Diffusion's schedule and random tokens
+    backbone.unet.tokens.data = build(folders / "sd15", blocks=16).unet.tokens
+    assert torch.equal(backbone(images)[0], expected)
+
+
+def test_pickles_are_not_read(folders, tmp_path):
+    folder = shutil.copytree(folders / "ddpm", tmp_path / "pickled")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save({"conv_in.bias": torch.zeros(1)}, file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(ValueError, match="can't be read"):
+        build(folder, blocks=3)
+
+
+def test_diffusers_is_imported_only_where_it_is_used():
+    code = """
+import sys
+sys.modules["diffusers"] = None
+import diffbackbone, diffbackbone.costs
+sys.modules.pop("diffusers")
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "diffusers" else find(name, *rest)
+try:
+    diffbackbone.DiffusionBackbone("diffusers:///folder")
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'diffbackbone[diffusers]'" in done.stdout
+
+
+def test_costs_of_stable_diffusion(folders):
+    from diffbackbone.costs import block_costs
+    from diffbackbone.models import resolve_network
+
+    config = resolve_network(f"diffusers://{folders / 'sd15'}")
+    costs = block_costs(config, 64, 64, last_block=5)
+    backbone = build(folders / "sd15", blocks=5)
+    assert costs[-1].total_parameters == sum(p.numel() for p in backbone.unet.parameters())
+    assert costs[-1].flops > costs[0].flops > 0
+    assert config.image_size == 128
+
+
+def test_detectron2_configs_take_diffusers_models(folders):
+    pytest.importorskip("detectron2")
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+
+    from diffbackbone.detectron2 import add_diffusion_config
+    from diffbackbone.detectron2.config import PIXEL_MEAN, PIXEL_STD, build_diffusion_backbone
+
+    cfg = get_cfg()
+    add_diffusion_config(cfg)
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = PIXEL_MEAN, PIXEL_STD, "RGB"
+    cfg.MODEL.DIFFUSION.UNET = f"diffusers://{folders / 'sd15'}"
+    cfg.MODEL.DIFFUSION.UNET_OPTIONS.condition = "learned"
+    cfg.MODEL.DIFFUSION.BLOCKS = (19,)
+    backbone = build_diffusion_backbone(cfg, ShapeSpec(channels=3)).eval()
+    assert backbone.unet.learned == ("tokens",)
+    maps = backbone(torch.rand(1, 3, 128, 160) * 2 - 1)
+    assert {name: tuple(x.shape) for name, x in maps.items()} == {"b19": (1, 32, 8, 10)}
+
+
+def test_openmmlab_configs_take_diffusers_models(folders, recwarn):
+    mmengine = pytest.importorskip("mmengine")
+    from diffbackbone.openmmlab import backbone as _  # noqa: F401
+
+    cfg = mmengine.Config(
+        {
+            "type": "DiffusionBackbone",
+            "unet": {"preset": f"diffusers://{folders / 'dit'}", "taps": "raw"},
+            "blocks": [2, 4],
+            "out_channels": 8,
+            "out_strides": [8, 16],
+        }
+    )
+    backbone = mmengine.MODELS.build(cfg)
+    weight = backbone.unet.net.pos_embed.proj.weight.clone()
+    backbone.init_weights()
+    assert torch.equal(backbone.unet.net.pos_embed.proj.weight, weight)
+    assert backbone.unet.raw
+    maps = backbone(torch.rand(1, 3, 64, 64) * 2 - 1)
+    assert [tuple(x.shape) for x in maps] == [(1, 8, 8, 8), (1, 8, 4, 4)]
