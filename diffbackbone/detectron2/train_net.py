@@ -18,10 +18,10 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from diffbackbone.detectron2 import launch
 from diffbackbone.detectron2.checkpoint import Checkpointer
-from diffbackbone.detectron2.config import check_supported, load_yaml
-from diffbackbone.detectron2.engine import Trainer, check_head_classes, evaluator_type
+from diffbackbone.detectron2.config import load_yaml
+from diffbackbone.detectron2.engine import Trainer
+from diffbackbone.detectron2.launch import run_training
 
 
 def run(args: argparse.Namespace) -> Any:
@@ -47,17 +47,6 @@ def run(args: argparse.Namespace) -> Any:
     return results
 
 
-def check(args: argparse.Namespace) -> None:
-    """Check the config, data and weights of a run before it starts."""
-    cfg = load_yaml(args.config_file, args.opts)
-    check_supported(cfg)
-    names = launch.check_run(args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    for name in cfg.DATASETS.TEST:
-        evaluator_type(name)
-    check_head_classes(cfg, names)
-    launch.check_weights(args, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, "MODEL.WEIGHTS")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    launch.run_training(argv, (".yaml", ".yml"), __doc__, check, run)
+    run_training(argv, (".yaml", ".yml"), __doc__, run)
