@@ -25,6 +25,7 @@ SMALL = {
     "MODEL.DIFFUSION.CHECKPOINT": "",
     "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2, 2)",
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,  # it learned too little for more
+    "TEST.DETECTIONS_PER_IMAGE": 20,
     "SEED": 7,
 }
 SHORT = {
@@ -54,6 +55,7 @@ heads.num_classes = 10
 box, mask = ShapeSpec(channels=32, height=7, width=7), ShapeSpec(channels=32, height=14, width=14)
 heads.box_head.update(input_shape=box, conv_dims=[32], fc_dims=[64])
 heads.box_predictor.update(input_shape=ShapeSpec(channels=64), test_score_thresh=0.01)
+heads.box_predictor.test_topk_per_image = 20
 heads.mask_head.update(input_shape=mask, conv_dims=[32, 32])
 
 dataloader.train.update(total_batch_size=2, num_workers=1)

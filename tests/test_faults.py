@@ -17,6 +17,7 @@ import forked
 import pytest
 
 from diffbackbone.checkpoint import read_checkpoint
+from diffbackbone.sample_data import make_sample_data
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("DIFFBACKBONE_KILLS", "2"))
@@ -29,8 +30,7 @@ UNET = {"channel_mult": (1, 1, 1, 1, 4), "num_res_blocks": 1, "attention_strides
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "sample"
-    counts = ["--train", "12", "--val", "2", "--unlabelled", "0"]
-    forked.run("tools/make_sample_data.py", "--out", root, *counts, log=root.with_name("log"))
+    make_sample_data(root, train=12, val=2, unlabelled=0)
     return root
 
 

@@ -23,16 +23,11 @@ PADDINGS = ("separate", "reflect", "keep")
 
 
 def content_sizes(images: Tensor) -> list[tuple[int, int]]:
-    """Return the sizes of the images in a batch, without Detectron2's zero padding.
+    """Return the sizes of the images in a batch (N, C, H, W), without Detectron2's zero padding.
 
     Detectron2 hands a backbone the padded batch only. With mean 127.5 no pixel of 0..255 becomes
-    zero, so rows and columns of zeros at the bottom and right are padding.
-
-    Args:
-        images: (N, C, H, W), normalized and zero-padded.
-
-    Returns:
-        Height and width of each image; those of the batch for an image of zeros only.
+    zero, so rows and columns of zeros at the bottom and right are padding. An image of zeros only
+    has the batch's size.
     """
     filled = (images != 0).any(dim=1)
     sizes = []

@@ -146,9 +146,7 @@ def _build_top_block(cfg: CfgNode, in_feature: str, in_channels: int) -> nn.Modu
 def load_yaml(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     """Load a YAML config (plain YAML, no code) on top of Detectron2's defaults, frozen.
 
-    Args:
-        config_file: Path.
-        options: Alternating keys and values, which override the file's.
+    ``options`` are alternating keys and values, which override the file's.
 
     Raises:
         UserError: The file can't be read, or a key doesn't exist.

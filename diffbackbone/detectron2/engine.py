@@ -96,14 +96,9 @@ def make_step_trainer(
     amp: bool = False,
     dtype: str = "auto",
 ) -> SimpleTrainer:
-    """Build Detectron2's trainer of single steps.
+    """Build Detectron2's trainer of single steps, with ``amp`` in mixed precision on a GPU.
 
-    Args:
-        model: In training mode, perhaps wrapped for several processes.
-        data_loader: None if it is set later.
-        optimizer: Of the model's parameters.
-        amp: Whether to train in mixed precision; without a GPU, training is in float32.
-        dtype: ``"auto"`` (bfloat16 where the GPU supports it), ``"bfloat16"`` or ``"float16"``.
+    ``dtype`` is ``"auto"`` (bfloat16 where the GPU supports it), ``"bfloat16"`` or ``"float16"``.
     """
     if amp and not torch.cuda.is_available():
         logger.warning("mixed precision needs a GPU; training in float32")

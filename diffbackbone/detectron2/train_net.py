@@ -25,11 +25,7 @@ from diffbackbone.detectron2.launch import run_training
 
 
 def run(args: argparse.Namespace) -> Any:
-    """Run one process.
-
-    Returns:
-        The results of the last evaluation.
-    """
+    """Run one process; return the results of the last evaluation."""
     cfg = load_yaml(args.config_file, args.opts)
     default_setup(cfg, args)
     if not args.eval_only:
