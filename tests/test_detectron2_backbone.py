@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,16 +18,13 @@ from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
 
 import diffbackbone
-from diffbackbone.checkpoint import CheckpointError
 from diffbackbone.detectron2 import (
     DiffusionBackbone,
     DiffusionFPN,
     DiffusionSimpleFeaturePyramid,
     add_diffusion_config,
-    content_sizes,
-    get_optimizer_params,
 )
-from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.detectron2.backbone import content_sizes
 from diffbackbone.models.guided_diffusion import UNet
 
 SFP, FPN, TAPS = (f"build_diffusion_{kind}backbone" for kind in ("sfp_", "fpn_", ""))
@@ -118,10 +113,9 @@ def train_step(model, inputs):
     return losses
 
 
-@pytest.mark.parametrize("feedback", ["", "windowed"])
 @pytest.mark.parametrize("builder", [SFP, FPN, TAPS])
-def test_maps_have_the_shapes_that_are_promised(builder, feedback):
-    backbone = make_backbone(builder, FEEDBACK=feedback)
+def test_maps_have_the_shapes_that_are_promised(builder):
+    backbone = make_backbone(builder, FEEDBACK="windowed")
     names = {TAPS: ["b30", "b24"]}.get(builder, ["p2", "p3", "p4", "p5", "p6"])
     shapes = backbone.output_shape()
     assert list(shapes) == names
@@ -148,11 +142,10 @@ def test_taps_are_the_core_backbones():
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("feedback", ["", "bottleneck"])
 @pytest.mark.parametrize("builder", [SFP, FPN, TAPS])
-def test_what_shares_a_batch_changes_nothing(builder, feedback):
-    backbone = make_backbone(builder, FEEDBACK=feedback).eval()
-    images = pictures((70, 90), (128, 64), (33, 120), (70, 90), (128, 64))
+def test_what_shares_a_batch_changes_nothing(builder):
+    backbone = make_backbone(builder, FEEDBACK="bottleneck").eval()
+    images = pictures((70, 90), (128, 64), (33, 120), (70, 90))
     with torch.no_grad():
         together = backbone(normalize(images))
         for i, image in enumerate(images):
@@ -209,45 +202,33 @@ def test_synchronized_norms_run_once_for_all(monkeypatch):
     assert backbone.eval()._effective_padding() == "separate"
 
 
-@pytest.mark.parametrize("feedback", ["", "bottleneck"])
+@pytest.mark.parametrize("instances", [(2, 2), (0, 3), (0, 0)], ids=str)
 @pytest.mark.parametrize(
-    ("meta", "builder"),
-    [("GeneralizedRCNN", SFP), ("GeneralizedRCNN", FPN), ("RetinaNet", FPN), ("PanopticFPN", FPN)],
+    ("meta", "builder", "feedback"),
+    [
+        ("GeneralizedRCNN", SFP, "bottleneck"),
+        ("GeneralizedRCNN", FPN, ""),
+        ("RetinaNet", FPN, ""),
+        ("PanopticFPN", FPN, ""),
+    ],
 )
-def test_any_size_through_whole_models(meta, builder, feedback):
+def test_any_size_through_whole_models(meta, builder, feedback, instances):
     model = build_model(make_config(builder, meta, FEEDBACK=feedback))
-    every = [((336, 500),), ((199, 251),), ((100, 70), (64, 121))]
-    for sizes in every[1 if feedback else 0 :]:
-        train_step(model, samples(*sizes))
-        model.eval()
-        with torch.no_grad():
-            results = model(samples(*sizes))
-        assert [r["instances"].image_size for r in results] == list(sizes)
-        if meta == "PanopticFPN":
-            assert [r["sem_seg"].shape[1:] for r in results] == list(sizes)
+    sizes = ((100, 70), (64, 121))
+    train_step(model, samples(*sizes, instances=instances))
+    model.eval()
+    with torch.no_grad():
+        results = model(samples(*sizes))
+    assert [r["instances"].image_size for r in results] == list(sizes)
+    if meta == "PanopticFPN":
+        assert [r["sem_seg"].shape[1:] for r in results] == list(sizes)
 
 
-@pytest.mark.parametrize("meta", ["GeneralizedRCNN", "RetinaNet"])
-@pytest.mark.parametrize("instances", [(0, 0), (0, 3)], ids=["empty", "half-empty"])
-def test_images_without_targets(meta, instances):
-    model = build_model(make_config(FPN, meta))
-    train_step(model, samples((100, 125), (100, 124), instances=instances))
-
-
-@pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN"), (700.0, "mean 127.5")])
-def test_broken_images_are_refused(value, words):
-    model = build_model(make_config()).eval()
-    with pytest.raises(ValueError, match=words):
-        model([{"image": torch.full((3, 64, 64), value)}])
-
-
-def test_tracing_is_refused():
-    with pytest.raises(RuntimeError, match="can't be traced"):
-        torch.jit.trace(make_backbone().eval(), torch.rand(1, 3, 64, 64), strict=False)
-
-
-@pytest.mark.parametrize("keys", [{}, {"FEEDBACK": "bottleneck"}, {"FREEZE": True}], ids=str)
-@pytest.mark.parametrize("builder", [SFP, FPN])
+@pytest.mark.parametrize(
+    ("builder", "keys"),
+    [(SFP, {}), (FPN, {}), (SFP, {"FEEDBACK": "bottleneck"}), (FPN, {"FREEZE": True})],
+    ids=str,
+)
 def test_no_parameter_is_unused(builder, keys):
     model = fill(build_model(make_config(builder, **keys)))
     with EventStorage():
@@ -262,73 +243,11 @@ def test_no_parameter_is_unused(builder, keys):
     assert all(p.grad.any() for p in inside)
 
 
-def test_frozen_means_frozen():
-    model = fill(build_model(make_config(FREEZE=True, FEEDBACK="windowed")))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    groups = get_optimizer_params(model, base_lr=0.01)
-    optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
-    inputs = samples((64, 64))
-    for _ in range(20):
-        optimizer.zero_grad()
-        train_step(model, inputs)
-        optimizer.step()
-    changed = {n for n, value in model.state_dict().items() if not torch.equal(before[n], value)}
-    assert not any(".unet." in name for name in changed)
-    assert any(".feedback." in name for name in changed)
-    assert any("simfp" in name for name in changed)
-    assert not model.backbone.net.unet.training
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Two files of guided-diffusion weights for the tiny U-Net."""
-    paths = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        path = tmp_path_factory.mktemp("weights") / f"unet{seed}.pt"
-        torch.save(fill(UNet(UNetConfig.from_preset("tiny"))).state_dict(), path)
-        paths.append(str(path))
-    return paths
-
-
-def test_frozen_weights_stay_out_of_checkpoints(weights, tmp_path):
-    keys = {"FREEZE": True, "CHECKPOINT": weights[0]}
-    backbone = build_backbone(make_config(**keys))
-    state = backbone.state_dict()
-    assert not any(".unet." in f".{name}" for name in state)
-    assert "net.frozen_unet_digest" in state
-    path = tmp_path / "model.pth"
-    torch.save(state, path)
-    state = torch.load(path, weights_only=True)
-
-    again = build_backbone(make_config(**keys))
-    assert again.load_state_dict(state) == ([], [])
-    x = normalize(pictures((64, 64)))
-    for a, b in zip(again.eval()(x).values(), backbone.eval()(x).values()):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-    for wrong in ({"CHECKPOINT": weights[1]}, {"CHECKPOINT": ""}):
-        other = build_backbone(make_config(**{**keys, **wrong}))
-        with pytest.raises(CheckpointError, match="frozen U-Net"):
-            other.load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    "keys", [{"FREEZE": False}, {"FREEZE": True, "SAVE_FROZEN": True}, {"CHECKPOINT": ""}], ids=str
-)
-def test_all_other_weights_are_in_checkpoints(weights, keys):
-    keys = {"FREEZE": True, "CHECKPOINT": weights[0], **keys}
-    backbone = build_backbone(make_config(**keys))
-    state = backbone.state_dict()
-    assert {f"net.unet.{name}" for name in backbone.net.unet.state_dict()} <= set(state)
-    assert build_backbone(make_config(**keys)).load_state_dict(state) == ([], [])
-
-
 def test_lazy_config_classes():
     net = LazyCall(DiffusionBackbone)(
         unet={"preset": "tiny", "dropout": 0.1}, blocks=[27, 24], feedback={24: 14}, timestep=10
     )
-    fpn = instantiate(LazyCall(DiffusionFPN)(bottom_up=net, out_channels=16, norm="GN"[:0]))
+    fpn = instantiate(LazyCall(DiffusionFPN)(bottom_up=net, out_channels=16, norm=""))
     assert {n: s.stride for n, s in fpn.output_shape().items()} == {"p3": 8, "p4": 16}
     assert fpn.bottom_up.feedback.mapping == {24: 14}
     assert fpn.bottom_up.unet.config.dropout == 0.1
@@ -345,25 +264,11 @@ def test_lazy_config_classes():
 
 
 def test_fpn_takes_taps_in_any_order_and_any_top():
-    cfg = make_config(TAPS, BLOCKS=(21, 27, 24))
+    cfg = make_config(TAPS, BLOCKS=(24, 27))
     fpn = DiffusionFPN(build_backbone(cfg), out_channels=8, top_block=LastLevelMaxPool())
-    assert {n: s.stride for n, s in fpn.output_shape().items()} == {
-        "p3": 8, "p4": 16, "p5": 32, "p6": 64
-    }  # fmt: skip
-    cfg.MODEL.DIFFUSION.BLOCKS = (24, 27)
-    fpn = DiffusionFPN(build_backbone(cfg), out_channels=8, top_block=LastLevelMaxPool())
-    maps = fpn(torch.rand(1, 3, 64, 64))
+    assert {n: s.stride for n, s in fpn.output_shape().items()} == {"p3": 8, "p4": 16, "p5": 32}
+    maps = fpn(torch.rand(1, 3, 64, 64) - 0.5)
     torch.testing.assert_close(maps["p5"], maps["p4"][..., ::2, ::2])
-
-
-@pytest.mark.parametrize("builder", [SFP, FPN, TAPS])
-def test_batches_are_looked_at_once(builder, monkeypatch):
-    backbone = make_backbone(builder)
-    calls = []
-    count = lambda images: calls.append(1) or content_sizes(images)  # noqa: E731
-    monkeypatch.setattr("diffbackbone.detectron2.backbone.content_sizes", count)
-    backbone(normalize(pictures((64, 64))))
-    assert len(calls) == 1
 
 
 def test_keys_reach_the_backbone():
@@ -388,17 +293,11 @@ def test_keys_reach_the_backbone():
     ("builder", "keys"),
     [
         (SFP, {"BLOCKS": (33,)}),  # stride 2
-        (SFP, {"BLOCKS": (27,)}),  # no p6
         (SFP, {"BLOCKS": (27, 24)}),
         (FPN, {"BLOCKS": (33, 27, 24)}),  # strides that don't double
-        (FPN, {"BLOCKS": (27, 24)}),  # no p2
         (FPN, {"TOP_BLOCK": "p5"}),
-        (TAPS, {"BLOCKS": (24, 24)}),
-        (TAPS, {"BLOCKS": (99,)}),
-        (TAPS, {"TIMESTEP": 1000}),
         (TAPS, {"FEEDBACK": "some"}),
         (TAPS, {"PADDING": "zero"}),
-        (TAPS, {"OUT_STRIDES": (4,)}),
     ],
     ids=str,
 )
@@ -426,15 +325,3 @@ def test_fpn_on_taps_that_are_resized():
     assert {n: tuple(x.shape[2:]) for n, x in maps.items()} == {
         "p2": (24, 16), "p3": (12, 8), "p4": (6, 4), "p5": (3, 2), "p6": (2, 1)
     }  # fmt: skip
-
-
-def test_missing_detectron2_is_named():
-    code = (
-        "import sys; sys.modules['detectron2'] = None\n"
-        "import diffbackbone\n"
-        "try:\n    import diffbackbone.detectron2\n"
-        "except ImportError as error:\n    print(error)\n"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "detectron2, not installed" in shown.stdout, shown.stderr
-    assert "readthedocs.io/en/latest/tutorials/install.html" in shown.stdout

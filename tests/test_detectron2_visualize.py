@@ -8,50 +8,44 @@ import pytest
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 
-from detectron2.data import DatasetCatalog
-from detectron2_runs import DIFFFEED, SHORT, options, start, write_lazy
+from detectron2_runs import DIFFFEED, SMALL, options, start, write_lazy
 from PIL import Image
 
-from diffbackbone.detectron2 import visualize
+from diffbackbone.detectron2 import datasets, engine, load_yaml, visualize
 from diffbackbone.detectron2.checkpoint import Checkpointer
 
 pytest_plugins = ["detectron2_runs"]
 pytestmark = pytest.mark.usefixtures("as_it_was")
+CONFIG = str(visualize.CONFIG_DIR / f"{DIFFFEED}.yaml")
 
 
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
-    """The folder of a run with a log and random weights."""
+    """The folder of a run, with random weights."""
     folder = tmp_path_factory.mktemp("run")
-    model = visualize.read_config(DIFFFEED, options(folder, **SHORT)).build()
-    Checkpointer(model, str(folder)).save("model_final")
-    (folder / "metrics.json").write_text('{"iteration": 19, "total_loss": 2.0, "bbox/AP50": 9.0}')
+    model = engine.Trainer.build_model(load_yaml(CONFIG, options(folder, **SMALL)))
+    Checkpointer(model, str(folder)).save("model_0000001")
     return folder
 
 
-def test_picture(folder, tmp_path):
+def test_picture(data, folder, tmp_path):
     picture = tmp_path / "pictures" / "picture.png"
     command = ["--config", DIFFFEED, "--images", "9", "--out", picture]
-    start("tools/visualize_predictions.py", *command, *options(folder, **SHORT))
+    command += options(folder, **SMALL)
+    start(data, tmp_path / "log", "tools/visualize_predictions.py", *command)
     assert [path.name for path in picture.parent.iterdir()] == [picture.name]
     with Image.open(picture) as image:
         assert image.format == "PNG"
-        height = image.height
-    weights = ["--weights", str(folder / "model_final.pth")]
-    command = [*map(str, command), *weights, *options(tmp_path / "gone", **SHORT)]
-    visualize.main(command)  # of these weights there are no curves
-    with Image.open(picture) as image:
-        assert image.height < height
+        assert image.width == 1280
 
 
 def test_predictions_and_truth_are_drawn(folder):
-    keys = {**SHORT, "TEST.DETECTIONS_PER_IMAGE": 20}
-    detector = visualize.read_config(DIFFFEED, options(folder, **keys))
-    weights = visualize.choose_weights(detector, [])
-    assert weights == str(folder / "model_final.pth")
-    found = visualize.predict(detector, weights, 9, 0.01)
-    empty = visualize.predict(detector, weights, 9, 1.0)
-    records = DatasetCatalog.get("diffbackbone_sample_val")
+    opts = tuple(options(folder, **SMALL))
+    config = visualize.VisualizeConfig(CONFIG, opts, images=9, score=0.01)
+    found = visualize.predict(config)
+    config.score = 1.0
+    empty = visualize.predict(config)
+    records = datasets.load_dicts("diffbackbone_sample_val")
     assert len(found) == len(empty) == len(records)
     for record, (truth, drawn), (same, bare) in zip(records, found, empty):
         assert (truth == same).all()
@@ -64,39 +58,13 @@ def test_predictions_and_truth_are_drawn(folder):
         assert min(distances[1:]) > distances[0] + 4
 
 
-def test_weights_of_a_picture(folder, tmp_path, refused):
+def test_weights_of_a_picture(folder, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(Checkpointer, "load", lambda self, path, *rest: loaded.append(path))
     config = write_lazy(tmp_path / "tiny.py", folder)
-    config.write_text(config.read_text() + f"\ntrain.init_checkpoint = '{tmp_path}/gone.pth'\n")
-    detector = visualize.read_config(str(config), [])
-    assert visualize.choose_weights(detector, []) == str(folder / "model_final.pth")
-    option = "train.init_checkpoint=x.pth"
-    detector = visualize.read_config(str(config), [option])
-    assert visualize.choose_weights(detector, [option]) == "x.pth"
-    assert "gone.pth" in refused("--config", config, "--weights", tmp_path / "gone.pth",
-                                 tool=visualize)  # fmt: skip
-
-
-def test_curves_of_a_resumed_run(tmp_path):
-    assert visualize.read_curves(tmp_path) == {}
-    lines = [
-        '{"iteration": 19, "total_loss": 2.0}',
-        '{"iteration": 19, "bbox/AP50": 10.0, "segm/AP50": 5.0}',
-        '{"iteration": 39, "total_loss": 9.0}',
-        '{"iteration": 39, "total_loss": 1.0}',
-        '{"iteration": 59, "tot',
-    ]
-    (tmp_path / "metrics.json").write_text("\n".join(lines))
-    curves = visualize.read_curves(tmp_path)
-    assert curves == {
-        "total_loss": [(20, 2.0), (40, 1.0)],
-        "bbox/AP50": [(20, 10.0)],
-        "segm/AP50": [(20, 5.0)],
-    }
-    panel = np.zeros((320, 320, 3), np.uint8)
-    figure = visualize.draw([(panel, panel)] * 3, curves)
-    drawn = {
-        line.get_label(): line.get_xydata().tolist() for ax in figure.axes for line in ax.lines
-    }
-    assert [*map(tuple, drawn["boxes"])] == [(20, 10.0)]
-    assert [*map(tuple, drawn["masks"])] == [(20, 5.0)]
-    assert len(figure.axes) == 6 + 2
+    config.write_text(config.read_text() + "\ntrain.init_checkpoint = 'initial.pth'\n")
+    for opts, weights in (((), None), (["train.init_checkpoint=x.pth"], None), ((), "y.pth")):
+        visualize.load_detector(visualize.VisualizeConfig(str(config), opts, weights))
+    (folder / "last_checkpoint").unlink()
+    visualize.load_detector(visualize.VisualizeConfig(str(config)))
+    assert loaded == [str(folder / "model_0000001.pth"), "x.pth", "y.pth", "initial.pth"]

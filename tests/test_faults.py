@@ -10,14 +10,14 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import forked
 import pytest
 
 from diffbackbone.checkpoint import read_checkpoint
+from diffbackbone.sample_data import make_sample_data
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("DIFFBACKBONE_KILLS", "2"))
@@ -30,8 +30,7 @@ UNET = {"channel_mult": (1, 1, 1, 1, 4), "num_res_blocks": 1, "attention_strides
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "sample"
-    counts = ["--train", "12", "--val", "2", "--unlabelled", "0"]
-    forked.run("tools/make_sample_data.py", "--out", root, *counts, log=root.with_name("log"))
+    make_sample_data(root, train=12, val=2, unlabelled=0)
     return root
 
 
@@ -92,30 +91,15 @@ def detectron2_command(scenes: Path, folder: Path) -> list:
     return ["tools/train_net.py", "--config-file", "mask_rcnn_difffeed_sample", *words]
 
 
-class Framework(NamedTuple):
-    """How a framework is asked for the same short run.
-
-    Attributes:
-        command: Makes the command from the data's and the run's folder.
-        begun: What it prints when training begins.
-        final: File name of the last weights.
-        weights: Their key in it.
-    """
-
-    command: Callable[[Path, Path], list]
-    begun: str
-    final: str
-    weights: str
-
-
+# how the run is asked for, what it prints when training begins, its last file and the weights' key
 FRAMEWORKS = {
-    "mmseg": Framework(
+    "mmseg": (
         mmseg_command, "Checkpoints will be saved to", f"iter_{ITERATIONS}.pth", "state_dict"
     ),
-    "detectron2": Framework(
+    "detectron2": (
         detectron2_command, "Starting training from iteration", "model_final.pth", "model"
     ),
-}
+}  # fmt: skip
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -158,20 +142,20 @@ def iteration(path: Path | None) -> int:
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_killed_runs_end_as_unbroken_ones(name, scenes, tmp_path):
     pytest.importorskip(name, reason=f"{name} is not installed")
-    framework = FRAMEWORKS[name]
+    make_command, begun, final, weights = FRAMEWORKS[name]
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
 
     def has_begun() -> bool:
-        return framework.begun in log.read_text("utf8", "replace")
+        return begun in log.read_text("utf8", "replace")
 
-    with started(framework.command(scenes, whole), scenes, log) as process:
+    with started(make_command(scenes, whole), scenes, log) as process:
         assert wait_for(has_begun, process, log)
-        begun = time.monotonic()
+        start = time.monotonic()
         assert process.wait(timeout=600) == 0, log.read_text()[-4000:]
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
 
     draws = random.Random(os.environ.get("DIFFBACKBONE_KILL_SEED", "0"))
-    command, done, killed = framework.command(scenes, broken), 0, []
+    command, done, killed = make_command(scenes, broken), 0, []
     for kill in range(KILLS):
         left = set(broken.glob(".*.writing"))  # by runs that were killed before
 
@@ -200,9 +184,7 @@ def test_killed_runs_end_as_unbroken_ones(name, scenes, tmp_path):
         os.utime(left, (1, 1))  # as if the next run came hours later
     with started(command, scenes, log) as process:
         assert process.wait(timeout=600) == 0, log.read_text()[-4000:]
-    a, b = (
-        read_checkpoint(folder / framework.final)[framework.weights] for folder in (whole, broken)
-    )
+    a, b = (read_checkpoint(folder / final)[weights] for folder in (whole, broken))
     assert a.keys() == b.keys()
     for key, value in a.items():
         tolerance = 1e-6 * max(1.0, float(value.abs().max()))

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import itertools
 import math
 import random
 import signal
@@ -60,10 +61,6 @@ def watched() -> Iterator[None]:
         signal.signal(signal.SIGALRM, old)
 
 
-# --------------------------------------------------------------------------------------------------
-# what is built
-
-
 def by_hand(**arguments: Any) -> None:
     DiffusionBackbone(**{**BASE, **arguments})
 
@@ -106,10 +103,6 @@ def yaml_config(node: dict[str, Any], **model: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------
-# kinds of broken configs
-
-
 def arguments(build: Callable[..., None], *more: str) -> Iterator[Attempt]:
     names = [*ARGUMENTS, *more]
     for name in [*names, "timestp"]:
@@ -131,22 +124,16 @@ def yaml_values(folder: Path) -> Iterator[Attempt]:
 
     cfg = get_cfg()
     add_diffusion_config(cfg)
-    for key in (*cfg.MODEL.DIFFUSION, "TIMESTP"):
-        for value in JUNK:
+    for value in JUNK:
+        for key in (*cfg.MODEL.DIFFUSION, "TIMESTP"):
             yield functools.partial(by_yaml, folder, yaml_config({key: value}))
-    for field in dataclasses.fields(UNetConfig):
-        for value in JUNK:
-            options = {"UNET_OPTIONS": {field.name: value}}
-            yield functools.partial(by_yaml, folder, yaml_config(options))
-    for builder, blocks in (("sfp_backbone", [24]), ("fpn_backbone", [30, 27, 24])):
-        for value in JUNK:
+        for key in cfg.MODEL.DIFFUSION.UNET_OPTIONS:
+            config = yaml_config({"UNET_OPTIONS": {key: value}})
+            yield functools.partial(by_yaml, folder, config)
+        for builder, blocks in (("sfp_backbone", [24]), ("fpn_backbone", [30, 27, 24])):
             for node, model in (
-                ({}, {"FPN": {"NORM": value}}),
-                ({}, {"FPN": {"OUT_CHANNELS": value}}),
-                ({}, {"FPN": {"FUSE_TYPE": value}}),
-                ({}, {"PIXEL_MEAN": value}),
-                ({"SCALE_FACTORS": value}, {}),
-                ({"TOP_BLOCK": value}, {}),
+                *(({}, {"FPN": {key: value}}) for key in ("NORM", "OUT_CHANNELS", "FUSE_TYPE")),
+                *(({key: value}, {}) for key in ("SCALE_FACTORS", "TOP_BLOCK")),
             ):
                 config = yaml_config({"BLOCKS": blocks, **node}, **model)
                 yield functools.partial(by_yaml, folder, config, builder)
@@ -156,41 +143,23 @@ TEXTS = (
     *("MODEL: !!python/object/apply:os.system ['touch {canary}']",
       "MODEL:\n  DIFFUSION:\n    BLOCKS: !!python/object/apply:os.mkdir [{canary}]",
       "a: !!python/object/new:subprocess.Popen [[touch, {canary}]]",
-      "a: !!python/object/apply:builtins.eval [\"open('{canary}', 'w')\"]",
       "MODEL: {{DIFFUSION: {{NOISE: !!python/name:os.system }}}}",
-      "MODEL: {{DIFFUSION: {{NOISE: !!python/module:antigravity }}}}",
-      "MODEL: {{DIFFUSION: {{NOISE: !!python/tuple [1] }}}}",
-      "MODEL: !who {{a: 1}}",
       "MODEL: {{DIFFUSION: {{BLOCKS: \"open('{canary}', 'w')\"}}}}",
       "MODEL: {{MASK_ON: \"__import__('os').mkdir('{canary}')\"}}",
       "_BASE_: !!python/object/apply:os.system ['touch {canary}']",
       "import os\nos.system('touch {canary}')"),
     *("_BASE_: nothing.yaml", "_BASE_: config.yaml", "_BASE_: .", "_BASE_: 3", "_BASE_: [a, b]"),
-    *("MODEL: [1, 2", "MODEL: 'abc", "MODEL:\n\tDIFFUSION: 1", "MODEL:\n  A: 1\n B: 2",
-      "MODEL: DIFFUSION: 1", "MODEL: *nothing", "%YAML 9.9\n---\na: 1", "a: 1\n---\nb: 2"),
-    *("- 1\n- 2", "abc", "3", "MODEL: 3", "MODEL: {{DIFFUSION: [1]}}", "MODEL: {{DIFFUSION: null}}",
-      "MODEL: {{DIFFUSION: {{BLOCKS: {{a: 1}}}}}}", "3: 4", "? [1]\n: 2", "null: 1"),
-    *("MODEL: " + "[" * 3000, "MODEL: " + "{{a: " * 3000,
-      '{{"MODEL": {{"DIFFUSION": {{"BLOCKS": "x"}}}}}}', "<html>404: Not Found</html>"),
+    *("MODEL: [1, 2", "MODEL:\n\tDIFFUSION: 1", "MODEL: *nothing", "a: 1\n---\nb: 2"),
+    *("- 1\n- 2", "abc", "MODEL: 3", "MODEL: {{DIFFUSION: null}}", "3: 4", "? [1]\n: 2"),
+    *("MODEL: " + "[" * 3000, "MODEL: " + "{{a: " * 3000, "<html>404: Not Found</html>"),
 )  # fmt: skip
 BYTES = (
     "MODEL: 1".encode("utf-16"),
     "MODEL: {DIFFUSION: {UNET: \xe9}}".encode("latin-1"),
     bytes(100),
-    b"MODEL: \x01\x02",
     b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
-    b"MODEL: \xed\xa0\x80",
 )
-PYTHON = (
-    *(
-        "model = (",
-        "model = 1\n  x = 2",
-        "if True:\n\tx = 1\n        y = 2",
-        "import no_such_module",
-    ),
-    *("from .nothing import model", "", "model = dict()", "\0\0\0", "(" * 5000),
-    "# -*- coding: nonsense -*-\nmodel = 1",
-)
+PYTHON = ("model = (", "import no_such_module", "", "model = dict()", "\0\0\0", "(" * 5000)
 
 
 def texts(folder: Path) -> Iterator[Attempt]:
@@ -203,26 +172,26 @@ def texts(folder: Path) -> Iterator[Attempt]:
     for index, text in enumerate(PYTHON):
         path = folder / f"config{index}.py"
         path.write_text(text)
-        yield functools.partial(load_lazy, str(path))
+        yield functools.partial(load_lazy, str(path), ["train.max_iter=3"])
 
 
+# how attempts are made, and which part of them is tried
 KINDS: dict[str, tuple[Callable[[Path], Iterator[Attempt]], int]] = {
-    "constructor": (lambda _: arguments(by_hand), 1000)
+    "constructor": (lambda _: arguments(by_hand), 1)
 }
 if HAS_MMSEG:
-    KINDS["OpenMMLab"] = (lambda _: arguments(by_mmengine, "init_cfg", "pretrained"), 1000)
+    KINDS["OpenMMLab"] = (lambda _: arguments(by_mmengine, "init_cfg", "pretrained"), 5)
 if HAS_DETECTRON2:
-    KINDS["LazyConfig"] = (lambda _: arguments(by_lazy_config, "padding"), 1000)
-    KINDS["YAML values"] = (yaml_values, 1000)
-    KINDS["texts"] = (texts, 50)
+    KINDS["LazyConfig"] = (lambda _: arguments(by_lazy_config, "padding"), 5)
+    KINDS["YAML values"] = (yaml_values, 5)
+    KINDS["texts"] = (texts, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_configs_neither_hang_nor_run_code(kind, tmp_path):
-    make, least = KINDS[kind]
-    count = refused = 0
-    for attempt in make(tmp_path):
-        count += 1
+    make, step = KINDS[kind]
+    refused, attempts = 0, list(itertools.islice(make(tmp_path), 0, None, step))
+    for attempt in attempts:
         try:
             with watched(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -232,8 +201,7 @@ def test_broken_configs_neither_hang_nor_run_code(kind, tmp_path):
         except Exception:
             refused += 1
         assert not (tmp_path / "canary").exists(), f"runs code: {attempt!r:.500}"
-    assert count >= least
-    assert refused > 0.8 * count
+    assert refused > 0.8 * len(attempts)
 
 
 def test_a_config_of_these_parts_is_fine(tmp_path):

@@ -10,8 +10,8 @@ YAML configs name a builder and set keys that :func:`add_diffusion_config` adds:
     cfg.merge_from_file("configs/detectron2/mask_rcnn_gd_t75_b24.yaml")
 
 Python configs take the classes, ``L(DiffusionSimpleFeaturePyramid)(net=L(DiffusionBackbone)())``.
-Importing this package also registers the sample data by name (:data:`SAMPLE_DATASETS`). Training
-is in :mod:`diffbackbone.detectron2.engine`.
+Importing this package also registers the sample data by name. Training is in
+:mod:`diffbackbone.detectron2.engine`.
 """
 
 # ruff: noqa: E402
@@ -25,11 +25,9 @@ require(
 )
 
 from diffbackbone.detectron2.backbone import (
-    PADDINGS,
     DiffusionBackbone,
     DiffusionFPN,
     DiffusionSimpleFeaturePyramid,
-    content_sizes,
 )
 from diffbackbone.detectron2.config import (
     PIXEL_MEAN,
@@ -41,19 +39,16 @@ from diffbackbone.detectron2.config import (
     load_yaml,
 )
 from diffbackbone.detectron2.datasets import (
-    SAMPLE_CLASSES,
-    SAMPLE_DATASETS,
     SAMPLE_ROOT,
     build_train_loader,
     large_scale_jitter,
     register_sample_data,
 )
-from diffbackbone.detectron2.solver import build_optimizer, get_optimizer_params
+from diffbackbone.detectron2.solver import get_optimizer_params
 
 __all__ = [
-    "PADDINGS", "PIXEL_MEAN", "PIXEL_STD", "SAMPLE_CLASSES", "SAMPLE_DATASETS", "SAMPLE_ROOT",
-    "DiffusionBackbone", "DiffusionFPN", "DiffusionSimpleFeaturePyramid", "add_diffusion_config",
-    "build_diffusion_backbone", "build_diffusion_fpn_backbone", "build_diffusion_sfp_backbone",
-    "build_optimizer", "build_train_loader", "content_sizes", "get_optimizer_params",
-    "large_scale_jitter", "load_yaml", "register_sample_data",
+    "PIXEL_MEAN", "PIXEL_STD", "SAMPLE_ROOT", "DiffusionBackbone", "DiffusionFPN",
+    "DiffusionSimpleFeaturePyramid", "add_diffusion_config", "build_diffusion_backbone",
+    "build_diffusion_fpn_backbone", "build_diffusion_sfp_backbone", "build_train_loader",
+    "get_optimizer_params", "large_scale_jitter", "load_yaml", "register_sample_data",
 ]  # fmt: skip

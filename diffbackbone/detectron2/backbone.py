@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.modeling import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from torch import Tensor, nn
 
@@ -22,90 +23,62 @@ PADDINGS = ("separate", "reflect", "keep")
 
 
 def content_sizes(images: Tensor) -> list[tuple[int, int]]:
-    """Return the sizes of the images in a batch, without Detectron2's zero padding.
+    """Return the sizes of the images in a batch (N, C, H, W), without Detectron2's zero padding.
 
     Detectron2 hands a backbone the padded batch only. With mean 127.5 no pixel of 0..255 becomes
-    zero, so rows and columns of zeros at the bottom and right are padding.
-
-    Args:
-        images: (N, C, H, W), normalized and zero-padded.
-
-    Returns:
-        Height and width of each image; those of the batch for an image of zeros only.
+    zero, so rows and columns of zeros at the bottom and right are padding. An image of zeros only
+    has the batch's size.
     """
-    filled = images != 0
-    rows, columns = filled.any(dim=3).any(dim=1), filled.any(dim=2).any(dim=1)
+    filled = (images != 0).any(dim=1)
     sizes = []
-    for used in (rows, columns):
+    for used in (filled.any(dim=2), filled.any(dim=1)):
         last = torch.arange(1, used.shape[1] + 1, device=used.device) * used
         sizes.append(last.amax(dim=1))
     height, width = images.shape[-2:]
     return [(h or height, w or width) for h, w in torch.stack(sizes, dim=1).tolist()]
 
 
-def _run_batch(
-    images: Tensor,
-    run: Callable[[Tensor], dict[str, Tensor]],
-    strides: Mapping[str, int],
-    divisibility: int,
-    padding: str,
-) -> dict[str, Tensor]:
-    """Compute the maps of a batch of zero-padded images (N, 3, H, W).
-
-    ``run`` is the network, for images whose sides are multiples of ``divisibility``. The maps are
-    (N, C, ceil(H / stride), ceil(W / stride)); with ``"separate"`` they are zero beyond an image's
-    own size, rounded up to ``divisibility``.
-    """
-    height, width = images.shape[-2:]
-    whole = [(height, width)] * len(images)
-    sizes = whole if padding == "keep" else content_sizes(images)
-    if padding == "reflect" and sizes != whole:
-        parts = [pad_to_size(x[None, :, :h, :w], height, width) for x, (h, w) in zip(images, sizes)]
-        images = torch.cat(parts)
-    if padding == "reflect":
-        sizes = whole
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, size in enumerate(sizes):
-        groups.setdefault(size, []).append(index)
-    out: dict[str, list[Tensor]] = {}
-    for (h, w), group in groups.items():
-        part = images if len(groups) == 1 else images[group]
-        for name, x in run(pad_to_multiple(part[..., :h, :w], divisibility)).items():
-            size = math.ceil(height / strides[name]), math.ceil(width / strides[name])
-            out.setdefault(name, []).append(_fit(x, *size))
-    if len(groups) == 1:
-        return {name: x for name, (x,) in out.items()}
-    order = torch.tensor(list(itertools.chain(*groups.values())), device=images.device).argsort()
-    return {name: torch.cat(parts)[order] for name, parts in out.items()}
-
-
-def _fit(x: Tensor, height: int, width: int) -> Tensor:
-    """Crop or zero-pad a map at the bottom and right."""
-    right, bottom = width - x.shape[-1], height - x.shape[-2]
-    return x if right == bottom == 0 else nn.functional.pad(x, (0, right, 0, bottom))
-
-
 class _PaddedBatches(Backbone):
     """Base of the backbones below: batches of images of any sizes."""
 
+    size_divisibility: int = 0  # replaces Backbone's property, so that __init__ can set it
     padding: str
-    divisibility: int
 
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        """Multiple in pixels that Detectron2 pads batches to."""
-        return {"size_divisibility": self.divisibility}
-
-    def _forward_batch(
+    def _run_batch(
         self, images: Tensor, run: Callable[[Tensor], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        if torch.jit.is_tracing():
-            raise RuntimeError(
-                "diffusion backbones can't be traced to TorchScript: noise, padding and the "
-                "number of passes depend on the images' sizes; use torch.compile"
+        """Compute the maps of a batch of zero-padded images (N, 3, H, W).
+
+        ``run`` is the network, for images whose sides are multiples of ``size_divisibility``. The
+        maps are (N, C, ceil(H / stride), ceil(W / stride)); with ``"separate"`` they are zero
+        beyond an image's own size, rounded up to ``size_divisibility``.
+        """
+        height, width = images.shape[-2:]
+        padding = self._effective_padding()
+        sizes = [(height, width)] * len(images)
+        if padding == "separate":
+            sizes = content_sizes(images)
+        elif padding == "reflect":
+            images = torch.cat(
+                [
+                    pad_to_size(x[None, :, :h, :w], height, width)
+                    for x, (h, w) in zip(images, content_sizes(images))
+                ]
             )
-        strides = {name: shape.stride for name, shape in self.output_shape().items()}
-        return _run_batch(images, run, strides, self.divisibility, self._effective_padding())
+        groups = {size: [i for i, other in enumerate(sizes) if other == size] for size in sizes}
+        shapes, parts = self.output_shape(), []
+        for (h, w), group in groups.items():
+            part = images if len(groups) == 1 else images[group]
+            maps = run(pad_to_multiple(part[..., :h, :w], self.size_divisibility))
+            parts.append(
+                {name: _fit(x, height, width, shapes[name].stride) for name, x in maps.items()}
+            )
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor(
+            list(itertools.chain(*groups.values())), device=images.device
+        ).argsort()
+        return {name: torch.cat([maps[name] for maps in parts])[order] for name in parts[0]}
 
     def _effective_padding(self) -> str:
         """Synchronized batch norm needs the same number of passes in all processes."""
@@ -113,6 +86,15 @@ class _PaddedBatches(Backbone):
         if several and any("SyncBatch" in type(module).__name__ for module in self.modules()):
             return "reflect" if self.padding == "separate" else self.padding
         return self.padding
+
+
+def _fit(x: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """Crop or zero-pad a map to that of a (height, width) image, at the bottom and right."""
+    bottom, right = (
+        math.ceil(height / stride) - x.shape[-2],
+        math.ceil(width / stride) - x.shape[-1],
+    )
+    return x if right == bottom == 0 else nn.functional.pad(x, (0, right, 0, bottom))
 
 
 class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
@@ -134,10 +116,8 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
         save_frozen: See :class:`diffbackbone.DiffusionBackbone`; off by default here.
 
     Raises:
-        ValueError: See :class:`diffbackbone.DiffusionBackbone`; or a block is named twice.
+        ValueError: See :class:`diffbackbone.DiffusionBackbone`.
     """
-
-    size_divisibility: int = 0  # replaces Backbone's property, so that __init__ can set it
 
     def __init__(
         self,
@@ -148,8 +128,6 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
         feedback: str | Mapping[int, int] | None = None,
         out_channels: int | None = None,
         out_strides: Sequence[int] | None = None,
-        noise: str = "fixed",
-        freeze: bool = False,
         *,
         padding: str = "separate",
         save_frozen: bool = False,
@@ -165,14 +143,10 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
             _plain(feedback),
             out_channels,
             _plain(out_strides),
-            noise,
-            freeze,
             save_frozen=save_frozen,
             **kwargs,
         )
-        if len(set(self.blocks)) != len(self.blocks):
-            raise UserError(f"blocks contains duplicates: {list(self.blocks)}")
-        self.padding, self.divisibility = padding, self.size_divisibility
+        self.padding = padding
         self._out_features = [f"b{block}" for block in self.blocks]
         self._out_feature_channels = dict(zip(self._out_features, self.channels))
         self._out_feature_strides = dict(zip(self._out_features, self.strides))
@@ -186,10 +160,10 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
         Returns:
             ``{"b<b>": (N, C_b, ceil(H / stride_b), ceil(W / stride_b))}``.
         """
-        return self._forward_batch(images, self._named_maps)
+        return self._run_batch(images, self._named_maps)
 
     def _named_maps(self, images: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self._out_features, _DiffusionBackbone.forward(self, images)))
+        return dict(zip(self._out_features, super().forward(images)))
 
 
 def _plain(value: Any) -> Any:
@@ -202,17 +176,15 @@ def _plain(value: Any) -> Any:
 
 
 class _Pyramid(_PaddedBatches):
-    """Base of the two pyramids."""
+    """Base of the two pyramids, which pad in place of the backbone inside."""
 
     def _take_over_padding(self, net: DiffusionBackbone) -> None:
-        coarsest = max(shape.stride for shape in net.output_shape().values())
-        self.divisibility = math.lcm(self._size_divisibility, net.size_divisibility, coarsest)
+        self.size_divisibility = math.lcm(self._size_divisibility, net.size_divisibility)
         self.padding, net.padding = net.padding, "keep"
 
-    @property
-    def size_divisibility(self) -> int:
-        """Multiple in pixels that Detectron2 pads batches to."""
-        return self.divisibility
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute ``{"p<l>": (N, C, ceil(H / 2^l), ceil(W / 2^l))}``, from fine to coarse."""
+        return self._run_batch(images, super().forward)
 
 
 class DiffusionSimpleFeaturePyramid(_Pyramid, SimpleFeaturePyramid):
@@ -220,48 +192,33 @@ class DiffusionSimpleFeaturePyramid(_Pyramid, SimpleFeaturePyramid):
 
     Args:
         net: The backbone, with one tapped block.
-        in_feature: Name of the tap; None takes the only one.
         out_channels: Channels of each level.
         scale_factors: Size of each level relative to the tap's, of 4, 2, 1 and 0.5.
         top_block: Block on top, for instance Detectron2's ``LastLevelMaxPool``.
         norm: Norm of the convolutions, such as ``"LN"``.
 
     Raises:
-        UserError: The backbone has several taps, or its stride can't be divided.
+        UserError: The backbone has several taps.
     """
 
     def __init__(
         self,
         net: DiffusionBackbone,
-        in_feature: str | None = None,
         out_channels: int = 256,
         scale_factors: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
         top_block: nn.Module | None = None,
         norm: str = "LN",
     ) -> None:
-        shapes = net.output_shape()
-        if in_feature is None and len(shapes) != 1:
+        if len(net.blocks) != 1:
             raise UserError(
                 f"the simple feature pyramid takes exactly one block, got {list(net.blocks)}; "
                 "for several blocks use DiffusionFPN (build_diffusion_fpn_backbone)"
             )
-        in_feature = in_feature or next(iter(shapes))
-        stride, finest = shapes[in_feature].stride, int(max(scale_factors))
-        if stride % finest:
-            raise UserError(
-                f"block {in_feature[1:]} has stride {stride}, which can't be divided by {finest}, "
-                "the largest scale factor; tools/inspect_unet.py prints the blocks' strides"
-            )
         if top_block is not None:
-            top_block.in_feature = f"p{int(math.log2(stride / scale_factors[-1]))}"
-        super().__init__(
-            net, in_feature, out_channels, list(scale_factors), top_block, norm, square_pad=0
-        )
+            top_block.in_feature = f"p{int(math.log2(net.strides[0] / scale_factors[-1]))}"
+        (in_feature,) = net.output_shape()
+        super().__init__(net, in_feature, out_channels, scale_factors, top_block, norm)
         self._take_over_padding(net)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute ``{"p<l>": (N, C, ceil(H / 2^l), ceil(W / 2^l))}``, from fine to coarse."""
-        return self._forward_batch(images, super().forward)
 
 
 class DiffusionFPN(_Pyramid, FPN):
@@ -269,7 +226,7 @@ class DiffusionFPN(_Pyramid, FPN):
 
     Args:
         bottom_up: The backbone; its maps have strides s, 2s, 4s, ...
-        in_features: Names of the taps from fine to coarse; None takes all.
+        in_features: Names of the taps from fine to coarse; None or empty takes all.
         out_channels: Channels of each level.
         norm: Norm of the convolutions; "" for none.
         top_block: Block on top.
@@ -287,11 +244,7 @@ class DiffusionFPN(_Pyramid, FPN):
     ) -> None:
         shapes = bottom_up.output_shape()
         names = list(in_features or sorted(shapes, key=lambda name: shapes[name].stride))
-        if getattr(top_block, "in_feature", None) == "p5":  # LastLevelMaxPool's default
+        if isinstance(top_block, LastLevelMaxPool):
             top_block.in_feature = f"p{int(math.log2(shapes[names[-1]].stride))}"
         super().__init__(bottom_up, names, out_channels, norm, top_block, fuse_type)
         self._take_over_padding(bottom_up)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """See :meth:`DiffusionSimpleFeaturePyramid.forward`."""
-        return self._forward_batch(images, super().forward)

@@ -6,8 +6,6 @@ import codecs
 import collections
 import os
 import pickle
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +26,8 @@ class Checkpointer(DetectionCheckpointer):
     Args:
         model: The model.
         save_dir: Folder of the checkpoints.
-        strict: Whether a checkpoint must fit the model: each key and each shape.
+        strict: Whether a checkpoint must fit the model, each key and each shape. If none is given,
+            ``model_final.pth`` in ``save_dir`` is loaded.
         **checkpointables: Objects saved beside the model.
     """
 
@@ -40,35 +39,25 @@ class Checkpointer(DetectionCheckpointer):
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the last checkpoint, which must fit; without one, load ``path``."""
-        strict = self.strict
-        self.strict = strict or (resume and self.has_checkpoint())
-        try:
-            return super().resume_or_load(path, resume=resume)
-        finally:
-            self.strict = strict
+        self.strict |= resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint, and the state of the run in it."""
+        self._parsed_url_during_load = None  # Detectron2 leaves it after an error
+        if self.strict and not path:
+            path = str(Path(self.save_dir, "model_final.pth"))
         try:
-            return super().load(os.path.expanduser(path or ""), checkpointables)
+            return super().load(path, checkpointables)
         except (CheckpointError, OSError):
             raise
         except Exception as error:  # a damaged or foreign file can fail in any way
             raise CheckpointError(
-                f"{path} is damaged, holds more than weights (nothing in it was run) or belongs "
-                f"to another model or run: {first_line(error)}"
+                f"{path} can't be loaded into this model: {type(error).__name__}: "
+                f"{first_line(error)}"
             ) from error
-        finally:
-            self._parsed_url_during_load = None  # Detectron2 leaves it after an error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pyth"):  # pycls
-            weights = {
-                key: value
-                for key, value in self._torch_load(filename)["model_state"].items()
-                if not key.endswith("num_batches_tracked")
-            }
-            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
         content = read_numbers(filename)
@@ -83,15 +72,13 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Any) -> Any:
         own = self.model.state_dict()
-        wrong_types = [
+        types = [
             f"type of {key}: {value.dtype}, expected a floating-point type"
             for key, value in checkpoint["model"].items()
             if key in own
             and own[key].is_floating_point()
             and torch.as_tensor(value).dtype not in WEIGHT_DTYPES
         ]
-        if wrong_types:
-            raise CheckpointError(f"checkpoint with non-float weights:{_listed(wrong_types)}")
         incompatible = super()._load_model(checkpoint)
         problems = [
             f"shape of {key}: {tuple(given)}, expected {tuple(wanted)}"
@@ -101,8 +88,11 @@ class Checkpointer(DetectionCheckpointer):
         problems += [f"missing: {key}" for key in incompatible.missing_keys if key not in wrong]
         nothing_fits = len(problems) >= len(own)
         problems += [f"unexpected: {some_keys([key])}" for key in incompatible.unexpected_keys]
-        if nothing_fits or (self.strict and problems):
-            raise CheckpointError(f"the checkpoint does not fit the model:{_listed(problems)}")
+        if types or nothing_fits or (self.strict and problems):
+            problems = [*types, *problems]
+            more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
+            lines = "".join(f"\n  {line}" for line in [*problems[:8], *more])
+            raise CheckpointError(f"the checkpoint does not fit the model:{lines}")
         check_finite("the checkpoint", self.model.state_dict())
         return incompatible
 
@@ -121,11 +111,6 @@ class Checkpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write ``last_checkpoint``."""
         write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
-
-
-def _listed(problems: Sequence[str]) -> str:
-    more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
-    return "".join(f"\n  {line}" for line in [*problems[:8], *more])
 
 
 class _NumbersUnpickler(pickle._Unpickler):
@@ -162,12 +147,7 @@ class CheckpointHook(PeriodicCheckpointer):
     def before_train(self) -> None:
         """Find the latest checkpoints of the resumed run."""
         super().before_train()
-        start = self.trainer.start_iter
-        if start and self.max_to_keep:
-            found = {
-                int(number[1]): str(path)
-                for path in Path(self.checkpointer.save_dir).glob(f"{self.file_prefix}_*.pth")
-                if (number := re.fullmatch(rf"{self.file_prefix}_(\d+)\.pth", path.name))
-            }
-            kept = [found[number] for number in sorted(found) if number < start]
-            self.recent_checkpoints = kept[-self.max_to_keep :]
+        found = sorted(Path(self.checkpointer.save_dir).glob("model_[0-9]*.pth"))
+        next_name = f"model_{self.trainer.start_iter:07d}.pth"
+        kept = [str(path) for path in found if path.name < next_name]
+        self.recent_checkpoints = kept[-self.max_to_keep :] if self.max_to_keep else []

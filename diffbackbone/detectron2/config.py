@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from detectron2.utils.file_io import PathManager  # noqa: F401  registers handlers of URLs
 from torch import nn
 
 from diffbackbone.detectron2.backbone import (
@@ -20,29 +18,22 @@ from diffbackbone.detectron2.backbone import (
     DiffusionFPN,
     DiffusionSimpleFeaturePyramid,
 )
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.sources import first_line
 from diffbackbone.utils import UserError
 
 PIXEL_MEAN = PIXEL_STD = (127.5, 127.5, 127.5)
 """``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` that map RGB of 0..255 to [-1, 1]."""
-UNET_OPTIONS = "MODEL.DIFFUSION.UNET_OPTIONS."
-HEADS: dict[str, dict[str, str | None]] = {
-    "GeneralizedRCNN": {"RPN": None, "ROI_HEADS": "thing_classes"},
-    "PanopticFPN": {"RPN": None, "ROI_HEADS": "thing_classes", "SEM_SEG_HEAD": "stuff_classes"},
-    "ProposalNetwork": {"RPN": None},
-    "RetinaNet": {"RETINANET": "thing_classes"},
-    "SemanticSegmentor": {"SEM_SEG_HEAD": "stuff_classes"},
-}
-"""Heads that read a pyramid's levels, by architecture, and the classes that each predicts."""
 
 
 def add_diffusion_config(cfg: CfgNode) -> None:
     """Add the keys of this package to a Detectron2 config, in place.
 
     ``MODEL.DIFFUSION`` describes the backbone; empty strings, empty tuples and 0 channels stand for
-    None, see :class:`DiffusionBackbone`. Both pyramids read ``MODEL.FPN.OUT_CHANNELS`` and
-    ``MODEL.FPN.NORM``; the feature pyramid network also ``MODEL.FPN.IN_FEATURES`` (empty: all taps)
-    and ``MODEL.FPN.FUSE_TYPE``. ``SOLVER`` and ``INPUT.LSJ`` are read by
-    :class:`diffbackbone.detectron2.engine.Trainer`, which also allows
+    None, see :class:`DiffusionBackbone`. ``UNET_OPTIONS`` changes fields of the preset; None leaves
+    them. Both pyramids read ``MODEL.FPN.OUT_CHANNELS`` and ``MODEL.FPN.NORM``; the feature pyramid
+    network also ``MODEL.FPN.IN_FEATURES`` (empty: all taps) and ``MODEL.FPN.FUSE_TYPE``. ``SOLVER``
+    and ``INPUT.LSJ`` are read by :class:`diffbackbone.detectron2.engine.Trainer`, which also allows
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model"``: the norm of all gradients together.
     """
     cfg.MODEL.DIFFUSION = CfgNode(
@@ -71,9 +62,9 @@ def add_diffusion_config(cfg: CfgNode) -> None:
             "TOP_BLOCK": "maxpool",  # on both pyramids: "maxpool", "p6p7" or "none"
         }
     )
-    cfg.MODEL.DIFFUSION.UNET_OPTIONS = CfgNode(
-        new_allowed=True
-    )  # UNetConfig's or DiffusersConfig's
+    # fields of UNetConfig, or of the configuration of another family
+    fields = {field.name: None for field in dataclasses.fields(UNetConfig)}
+    cfg.MODEL.DIFFUSION.UNET_OPTIONS = CfgNode(fields, new_allowed=True)
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "ADAMW"
     cfg.SOLVER.BETAS = (0.9, 0.999)  # AdamW's
     cfg.SOLVER.LAYER_DECAY_RATE = 1.0  # see diffbackbone.optim.layer_scales
@@ -95,8 +86,9 @@ def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DiffusionB
             f"{cfg.MODEL.PIXEL_STD} and {cfg.INPUT.FORMAT!r}"
         )
     node = cfg.MODEL.DIFFUSION
+    changes = {name: value for name, value in node.UNET_OPTIONS.items() if value is not None}
     return DiffusionBackbone(
-        unet={"preset": node.UNET, **node.UNET_OPTIONS},
+        unet={"preset": node.UNET, **changes},
         checkpoint=node.CHECKPOINT or None,
         timestep=node.TIMESTEPS or node.TIMESTEP,
         combine=node.COMBINE,
@@ -122,123 +114,59 @@ def build_diffusion_sfp_backbone(
     cfg: CfgNode, input_shape: ShapeSpec
 ) -> DiffusionSimpleFeaturePyramid:
     """Build ViTDet's simple feature pyramid on one tap; see :func:`add_diffusion_config`."""
-    net = build_diffusion_backbone(cfg, input_shape)
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    pyramid = DiffusionSimpleFeaturePyramid(
-        net,
-        out_channels=channels,
-        scale_factors=cfg.MODEL.DIFFUSION.SCALE_FACTORS,
-        top_block=_top_block(cfg.MODEL.DIFFUSION.TOP_BLOCK, channels, ("p5", channels)),
-        norm=cfg.MODEL.FPN.NORM or "LN",
+    return DiffusionSimpleFeaturePyramid(
+        build_diffusion_backbone(cfg, input_shape),
+        channels,
+        cfg.MODEL.DIFFUSION.SCALE_FACTORS,
+        _build_top_block(cfg, "p5", channels),
+        cfg.MODEL.FPN.NORM or "LN",
     )
-    _check_heads(cfg, pyramid)
-    return pyramid
 
 
 @BACKBONE_REGISTRY.register()
 def build_diffusion_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DiffusionFPN:
     """Build a feature pyramid network on several taps; see :func:`add_diffusion_config`."""
     net = build_diffusion_backbone(cfg, input_shape)
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    name, shape = max(net.output_shape().items(), key=lambda item: item[1].stride)
-    pyramid = DiffusionFPN(
+    coarsest, shape = max(net.output_shape().items(), key=lambda item: item[1].stride)
+    return DiffusionFPN(
         net,
         cfg.MODEL.FPN.IN_FEATURES,
-        channels,
+        cfg.MODEL.FPN.OUT_CHANNELS,
         cfg.MODEL.FPN.NORM,
-        _top_block(cfg.MODEL.DIFFUSION.TOP_BLOCK, channels, (name, shape.channels)),
+        _build_top_block(cfg, coarsest, shape.channels),
         cfg.MODEL.FPN.FUSE_TYPE,
     )
-    _check_heads(cfg, pyramid)
-    return pyramid
 
 
-def _top_block(name: str, channels: int, source: tuple[str, int]) -> nn.Module | None:
-    """Build a top block; ``source`` is the map and its channels that P6 is computed from."""
-    blocks = {
+def _build_top_block(cfg: CfgNode, in_feature: str, in_channels: int) -> nn.Module | None:
+    """Build the block on top of a pyramid; P6 and P7 are computed from ``in_feature``."""
+    return {
         "none": lambda: None,
         "maxpool": LastLevelMaxPool,
-        "p6p7": lambda: LastLevelP6P7(source[1], channels, source[0]),
-    }
-    return blocks[name]()
-
-
-def _check_heads(cfg: CfgNode, pyramid: Backbone) -> None:
-    heads = HEADS.get(cfg.MODEL.META_ARCHITECTURE, {})
-    check_levels(
-        pyramid, {f"MODEL.{name}.IN_FEATURES": cfg.MODEL[name].IN_FEATURES for name in heads}
-    )
-
-
-def check_levels(backbone: Backbone, wanted: Mapping[str, Sequence[str]]) -> None:
-    """Check that a pyramid has the levels that heads read, given by the config's key."""
-    levels = {name: shape.stride for name, shape in backbone.output_shape().items()}
-    for key, names in wanted.items():
-        missing = [name for name in names if name not in levels]
-        if missing:
-            raise UserError(
-                f"{key} names levels {missing}, which the pyramid lacks; its levels and strides "
-                f"are {levels}"
-            )
+        "p6p7": lambda: LastLevelP6P7(in_channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature),
+    }[cfg.MODEL.DIFFUSION.TOP_BLOCK]()
 
 
 def load_yaml(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     """Load a YAML config (plain YAML, no code) on top of Detectron2's defaults, frozen.
 
     ``options`` are alternating keys and values, which override the file's.
+
+    Raises:
+        UserError: The file can't be read, or a key doesn't exist.
     """
     cfg = get_cfg()
     add_diffusion_config(cfg)
-    options = list(options[1:] if options[:1] == ["--"] else options)
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
-        for key, value in zip(options[::2], options[1::2]):
-            if key.startswith(UNET_OPTIONS):  # yacs adds new keys from files only
-                name = key.removeprefix(UNET_OPTIONS)
-                cfg.MODEL.DIFFUSION.UNET_OPTIONS[name] = cfg._decode_cfg_value(value)
-        rest = [x for i, x in enumerate(options) if not options[i - i % 2].startswith(UNET_OPTIONS)]
-        cfg.merge_from_list(rest)
+        cfg.merge_from_list(list(options))
     except Exception as error:  # yacs and PyYAML raise many types
-        text = str(error)  # yacs may quote whole sections
-        text = text if len(text) < 600 else f"{text[:300]} ... {text[-200:]}"
-        raise UserError(f"{config_file}: {text}") from error
-    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
+        raise UserError(f"{config_file}: {first_line(error)}") from error
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError("MODEL.LOAD_PROPOSALS: proposal files are pickles, which can run code")
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        print("no GPU found: the model runs on the CPU", file=sys.stderr)
+        cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     return cfg
-
-
-@functools.cache
-def available_device(name: str) -> str:
-    """Return a device's name, ``"cpu"`` in place of a GPU that doesn't exist."""
-    if torch.device(name).type != "cuda" or torch.cuda.is_available():
-        return name
-    print("no GPU found: the model runs on the CPU", file=sys.stderr)
-    return "cpu"
-
-
-def check_supported(cfg: CfgNode) -> None:
-    """Check that the config asks for nothing that this package or Detectron2 lacks."""
-    problems = []
-    if cfg.MODEL.LOAD_PROPOSALS:
-        problems.append("MODEL.LOAD_PROPOSALS True: proposal files are pickles, which can run code")
-    diffusion = cfg.MODEL.DIFFUSION
-    feedback = bool(diffusion.FEEDBACK or diffusion.FEEDBACK_MAP)
-    if cfg.TEST.PRECISE_BN.ENABLED and feedback and diffusion.PADDING == "separate":
-        problems.append(
-            "TEST.PRECISE_BN.ENABLED True with DifFeed and MODEL.DIFFUSION.PADDING 'separate', "
-            "which runs batch norm once for each size of images"
-        )
-    if cfg.TEST.AUG.ENABLED:
-        kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-        takes_boxes = (  # PanopticFPN, an R-CNN too, does not
-            issubclass(kind, GeneralizedRCNN)
-            and "detected_instances" in inspect.signature(kind.inference).parameters
-        )
-        if not takes_boxes or cfg.MODEL.KEYPOINT_ON or not cfg.TEST.AUG.MIN_SIZES:
-            problems.append(
-                "TEST.AUG.ENABLED True: needs boxes and masks (no keypoints) of a GeneralizedRCNN "
-                f"and TEST.AUG.MIN_SIZES, got MODEL.META_ARCHITECTURE {kind.__name__}, "
-                f"MODEL.KEYPOINT_ON {cfg.MODEL.KEYPOINT_ON} and MIN_SIZES {cfg.TEST.AUG.MIN_SIZES}"
-            )
-    if problems:
-        raise UserError("not supported: " + "; ".join(problems))

@@ -21,8 +21,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.build import _train_loader_from_config
-from detectron2.data.datasets import load_coco_json, load_sem_seg
-from detectron2.data.datasets.coco_panoptic import merge_to_panoptic
+from detectron2.data.datasets import register_coco_instances, register_coco_panoptic_separated
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler
@@ -32,107 +31,56 @@ from diffbackbone.utils import UserError, seed_everything
 
 SAMPLE_ROOT = "DIFFBACKBONE_SAMPLE_DATA"
 """Environment variable: folder of ``tools/make_sample_data.py``; ``data/sample`` if unset."""
-SAMPLE_CLASSES = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
-)  # fmt: skip
-SAMPLE_DATASETS = (
-    "diffbackbone_sample_train",
-    "diffbackbone_sample_val",
-    "diffbackbone_sample_train_panoptic_separated",
-    "diffbackbone_sample_val_panoptic_separated",
-)
-"""Names of the sample data in Detectron2's catalogs."""
 
 
 def register_sample_data(root: str | os.PathLike[str] | None = None) -> None:
-    """Register the sample data in ``root`` (by default :data:`SAMPLE_ROOT`), replacing older."""
+    """Register the sample data in ``root`` (by default :data:`SAMPLE_ROOT`), replacing older.
+
+    Their names are ``diffbackbone_sample_train`` and ``diffbackbone_sample_val``, with
+    ``_panoptic_separated`` at the end those for panoptic segmentation.
+    """
     coco = Path(root or os.environ.get(SAMPLE_ROOT, "data/sample")) / "coco"
-    for name in SAMPLE_DATASETS:
-        if name in DatasetCatalog:
+    for name in DatasetCatalog.list():
+        if name.startswith("diffbackbone_sample_"):
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-    for split in ("train", "val"):
-        _register_sample_split(f"diffbackbone_sample_{split}", coco, f"{split}2017")
-
-
-def _register_sample_split(name: str, coco: Path, split: str) -> None:
-    panoptic = f"{name}_panoptic_separated"
-    images = str(coco / split)
-    instances = str(coco / "annotations" / f"instances_{split}.json")
-    stuff = str(coco / f"panoptic_stuff_{split}")
-    things = {
-        "json_file": instances,
-        "image_root": images,
-        "thing_classes": list(SAMPLE_CLASSES),
-        "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(SAMPLE_CLASSES))},
+    stuff = {
+        "stuff_classes": ["things", "background"],
+        "stuff_dataset_id_to_contiguous_id": {0: 0, 11: 1},
     }
-    DatasetCatalog.register(name, lambda: load_coco_json(instances, images, name))
-    MetadataCatalog.get(name).set(evaluator_type="coco", **things)
-    DatasetCatalog.register(
-        panoptic,
-        lambda: merge_to_panoptic(
-            load_coco_json(instances, images, panoptic), load_sem_seg(stuff, images)
-        ),
-    )
-    MetadataCatalog.get(panoptic).set(
-        evaluator_type="coco_panoptic_seg",
-        panoptic_root=str(coco / f"panoptic_{split}"),
-        panoptic_json=str(coco / "annotations" / f"panoptic_{split}.json"),
-        sem_seg_root=stuff,
-        ignore_label=255,
-        stuff_classes=["things", "background"],
-        stuff_dataset_id_to_contiguous_id={0: 0, 11: 1},
-        **things,
-    )
-
-
-def check_datasets(names: Sequence[str]) -> None:
-    """Check that datasets are registered and that their files exist."""
-    missing = []
-    for name in names:
-        if name not in DatasetCatalog:
-            missing.append(f"\n  {name}: not registered")
-            continue
-        meta = MetadataCatalog.get(name)
-        keys = ["json_file", "image_root"]
-        if meta.get("evaluator_type") in ("coco_panoptic_seg", "sem_seg"):
-            keys.append("sem_seg_root")
-        for path in map(meta.get, keys):
-            if isinstance(path, str) and "://" not in path and not os.path.exists(path):
-                missing.append(f"\n  {name}: {path}")
-    if missing:
-        raise UserError(
-            f"data do not exist:{''.join(missing)}\nSet the environment variable "
-            "DETECTRON2_DATASETS to the folder of Detectron2's datasets (now "
-            f"{os.environ.get('DETECTRON2_DATASETS', 'datasets')}), {SAMPLE_ROOT} to that of the "
-            "sample data (tools/make_sample_data.py)"
+    for part in ("train", "val"):
+        name, split = f"diffbackbone_sample_{part}", f"{part}2017"
+        images, instances = str(coco / split), str(coco / f"annotations/instances_{split}.json")
+        register_coco_instances(name, {}, instances, images)
+        register_coco_panoptic_separated(
+            f"{name}_panoptic",
+            stuff,
+            images,
+            str(coco / f"panoptic_{split}"),
+            str(coco / f"annotations/panoptic_{split}.json"),
+            str(coco / f"panoptic_stuff_{split}"),
+            instances,
         )
+
+
+@contextlib.contextmanager
+def naming_datasets(names: Sequence[str]) -> Iterator[None]:
+    """Name the datasets and their files where reading them fails."""
+    try:
+        yield
+    except Exception as error:  # a damaged file can fail in its reader in any way
+        files = [f"{name} ({MetadataCatalog.get(name).get('json_file')})" for name in names]
+        raise UserError(
+            f"can't read {', '.join(files)}: {type(error).__name__}: {first_line(error)}\n"
+            f"DETECTRON2_DATASETS names the folder of Detectron2's datasets, {SAMPLE_ROOT} that of "
+            "tools/make_sample_data.py"
+        ) from error
 
 
 def load_dicts(name: str) -> list[dict[str, Any]]:
     """Return the records of a dataset's images."""
-    source = MetadataCatalog.get(name).get("json_file", "its files")
-    try:
-        dicts = DatasetCatalog.get(name)
-    except Exception as error:  # a damaged file can fail in its reader in any way
-        raise UserError(
-            f"dataset {name!r}: {source} can't be read as annotations: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
-    if not len(dicts):
-        raise UserError(f"dataset {name!r} is empty: no images in {source}")
-    return dicts
-
-
-@contextlib.contextmanager
-def naming_damaged(names: Sequence[str]) -> Iterator[None]:
-    """Name the damaged dataset when reading several fails, by reading each alone."""
-    try:
-        yield
-    except Exception:
-        for name in names:
-            load_dicts(name)
-        raise
+    with naming_datasets([name]):
+        return get_detection_dataset_dicts([name], filter_empty=False)
 
 
 def check_classes(names: Sequence[str], key: str, count: int, kind: str) -> None:
@@ -141,18 +89,6 @@ def check_classes(names: Sequence[str], key: str, count: int, kind: str) -> None
         classes = MetadataCatalog.get(name).get(kind)
         if classes is not None and len(classes) != count:
             raise UserError(f"{key} is {count}, but dataset {name!r} has {len(classes)} {kind}")
-
-
-def load_train_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Return the training images' records, filtered as the config says."""
-    names = list(cfg.DATASETS.TRAIN)
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-    with naming_damaged(names):
-        return get_detection_dataset_dicts(
-            names,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-        )
 
 
 def large_scale_jitter(
@@ -168,13 +104,9 @@ def large_scale_jitter(
         max_scale: Largest scale.
         flip: ``"horizontal"``, ``"vertical"`` or ``"none"``.
     """
-    flips = {
-        "horizontal": [T.RandomFlip()],
-        "vertical": [T.RandomFlip(horizontal=False, vertical=True)],
-        "none": [],
-    }
+    sides = {"horizontal": flip == "horizontal", "vertical": flip == "vertical"}
     return [
-        *flips[flip],
+        *([] if flip == "none" else [T.RandomFlip(**sides)]),
         T.ResizeScale(min_scale, max_scale, size, size),
         T.FixedSizeCrop((size, size), pad=False),
     ]
@@ -213,19 +145,18 @@ class SeededStream(Dataset):
         """Return the input at ``position`` of the training run, made from image ``index``."""
         position, index = key
         seed_everything(self.seed, position, 0)
-        for _ in range(100):
+        sample = None
+        while sample is None:
             record = self.records[index]
-            name = record.get("file_name")
             try:
                 sample = self.mapper(record)
             except Exception as error:  # decoders and augmentation fail in any way
                 raise UserError(
-                    f"training image {name} can't be read or used: {first_line(error)}"
+                    f"training image {record.get('file_name')} can't be read or used: "
+                    f"{first_line(error)}"
                 ) from error
-            if sample is not None:
-                return sample
             index = random.randrange(len(self.records))
-        raise UserError(f"the mapper returned None for 100 images in a row, the last one {name}")
+        return sample
 
 
 class PositionedSampler(Sampler):
@@ -279,14 +210,21 @@ def build_train_loader(
     )
 
 
-def loader_settings(cfg: CfgNode, records: Sequence[dict], seed: int) -> dict[str, Any]:
-    """Return the arguments of :func:`build_train_loader` that a YAML config describes."""
+def loader_settings(
+    cfg: CfgNode, seed: int, records: Sequence[dict] | None = None
+) -> dict[str, Any]:
+    """Return the arguments of :func:`build_train_loader` that a YAML config describes.
+
+    ``records`` are those of the training images; None reads them.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
-    settings = _train_loader_from_config(cfg, build_train_mapper(cfg), dataset=list(records))
-    names = ("dataset", "mapper", "sampler", "total_batch_size", "num_workers")
-    return {**{name: settings[name] for name in names}, "seed": seed}
+    mapper = build_train_mapper(cfg)
+    with naming_datasets(cfg.DATASETS.TRAIN):
+        settings = _train_loader_from_config(cfg, mapper, dataset=records)
+    del settings["aspect_ratio_grouping"]
+    return {**settings, "seed": seed}
 
 
 register_sample_data()

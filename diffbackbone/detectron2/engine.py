@@ -7,6 +7,7 @@ iteration alone, so a resumed run continues as if it had never stopped.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import weakref
@@ -14,69 +15,59 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from detectron2 import evaluation
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
-    COCOEvaluator,
-    COCOPanopticEvaluator,
-    DatasetEvaluator,
-    DatasetEvaluators,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
 )
-from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from diffbackbone.detectron2.checkpoint import Checkpointer, CheckpointHook
-from diffbackbone.detectron2.config import HEADS, check_supported
 from diffbackbone.detectron2.datasets import (
     build_train_loader,
     check_classes,
-    check_datasets,
-    load_train_dicts,
+    load_dicts,
     loader_settings,
 )
 from diffbackbone.detectron2.solver import build_optimizer
-from diffbackbone.utils import UserError, seed_everything
+from diffbackbone.utils import seed_everything
 
 logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 EVALUATORS = {
-    "cityscapes_instance": CityscapesInstanceEvaluator,
-    "cityscapes_sem_seg": CityscapesSemSegEvaluator,
-    "coco": COCOEvaluator,
-    "coco_panoptic_seg": None,  # several
-    "lvis": LVISEvaluator,
-    "pascal_voc": PascalVOCDetectionEvaluator,
-    "sem_seg": SemSegEvaluator,
-}
+    "cityscapes_instance": [evaluation.CityscapesInstanceEvaluator],
+    "cityscapes_sem_seg": [evaluation.CityscapesSemSegEvaluator],
+    "coco_panoptic_seg": [
+        evaluation.SemSegEvaluator, evaluation.COCOEvaluator, evaluation.COCOPanopticEvaluator
+    ],
+    "lvis": [evaluation.LVISEvaluator],
+    "pascal_voc": [evaluation.PascalVOCDetectionEvaluator],
+    "sem_seg": [evaluation.SemSegEvaluator],
+}  # fmt: skip
 """Evaluators by the ``evaluator_type`` of datasets."""
-
-
-def evaluator_type(name: str) -> str:
-    """Return a dataset's ``evaluator_type``."""
-    kind = MetadataCatalog.get(name).get("evaluator_type")
-    if kind not in EVALUATORS:
-        raise UserError(
-            f"dataset {name!r} has evaluator_type {kind!r}; supported are {', '.join(EVALUATORS)}"
-        )
-    return kind
+CLASSES = {
+    "GeneralizedRCNN": {"ROI_HEADS": "thing_classes"},
+    "PanopticFPN": {"ROI_HEADS": "thing_classes", "SEM_SEG_HEAD": "stuff_classes"},
+    "RetinaNet": {"RETINANET": "thing_classes"},
+    "SemanticSegmentor": {"SEM_SEG_HEAD": "stuff_classes"},
+}
+"""Heads by architecture, and the classes that each predicts."""
 
 
 def check_head_classes(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Check the heads' numbers of classes against datasets'."""
-    for head, kind in HEADS.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
-        if kind is not None:
-            count = cfg.MODEL[head].NUM_CLASSES
-            check_classes(names, f"MODEL.{head}.NUM_CLASSES", count, kind)
+    """Check the heads' numbers of classes against those of datasets that were read."""
+    for head, kind in CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
+        check_classes(names, f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES, kind)
 
 
 class SeedIterations(HookBase):
@@ -105,18 +96,14 @@ def make_step_trainer(
     amp: bool = False,
     dtype: str = "auto",
 ) -> SimpleTrainer:
-    """Build Detectron2's trainer of single steps.
+    """Build Detectron2's trainer of single steps, with ``amp`` in mixed precision on a GPU.
 
-    Args:
-        model: In training mode, perhaps wrapped for several processes.
-        data_loader: None if it is set later.
-        optimizer: Of the model's parameters.
-        amp: Whether to train in mixed precision; without a GPU, training is in float32.
-        dtype: ``"auto"`` (bfloat16 where the GPU supports it), ``"bfloat16"`` or ``"float16"``.
+    ``dtype`` is ``"auto"`` (bfloat16 where the GPU supports it), ``"bfloat16"`` or ``"float16"``.
     """
-    if not amp or not torch.cuda.is_available():
-        if amp:
-            logger.warning("mixed precision needs a GPU; training in float32")
+    if amp and not torch.cuda.is_available():
+        logger.warning("mixed precision needs a GPU; training in float32")
+        amp = False
+    if not amp:
         return SimpleTrainer(model, data_loader, optimizer)
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -126,19 +113,10 @@ def make_step_trainer(
     )
 
 
-def wrap_distributed(model: nn.Module, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
-    """Wrap a model in DistributedDataParallel if there are several processes, on GPUs or CPUs."""
-    if comm.get_world_size() == 1:
-        return model
-    on_gpu = next(model.parameters()).is_cuda
-    if on_gpu:
-        kwargs.setdefault("device_ids", [comm.get_local_rank()])
-    wrapped = DistributedDataParallel(model, **kwargs)
-    if fp16_compression and on_gpu:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        wrapped.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
-    return wrapped
+def wrap_distributed(model: nn.Module, **options: Any) -> nn.Module:
+    """Wrap a model for several processes on GPUs or CPUs; see ``create_ddp_model``."""
+    device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
+    return create_ddp_model(model, device_ids=device_ids, **options)
 
 
 class Trainer(DefaultTrainer):
@@ -151,15 +129,14 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-        check_supported(cfg)
-        check_datasets(datasets)
-        self.records = load_train_dicts(cfg)
-        check_head_classes(cfg, datasets)
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        seed_everything(seed)
         self._seeding = SeedIterations(seed)
+        self._records = loader_settings(cfg, seed)["dataset"]
+        for name in cfg.DATASETS.TEST:
+            load_dicts(name)
+        check_head_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
 
+        seed_everything(seed)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         model = wrap_distributed(model, broadcast_buffers=False)
@@ -181,6 +158,7 @@ class Trainer(DefaultTrainer):
         hooks = super().build_hooks()
         hooks = [writer if isinstance(hook, PeriodicCheckpointer) else hook for hook in hooks]
         if self.cfg.TEST.AUG.ENABLED:
+            GeneralizedRCNNWithTTA(self.cfg, self.model)  # fails now where it would at the end
             # after the plain evaluation, before the results are written
             last = max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
             hooks.insert(last + 1, EvalHook(0, self._test_augmented))
@@ -199,16 +177,9 @@ class Trainer(DefaultTrainer):
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{name}_TTA": values for name, values in results.items()}
 
-    @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Build the model, and log its size in place of its hundreds of layers."""
-        model = build_model(cfg)
-        log_size(model)
-        return model
-
     def train(self) -> Any:
         """Train from ``start_iter`` to the end."""
-        settings = loader_settings(self.cfg, self.records, self._seeding.seed)
+        settings = loader_settings(self.cfg, self._seeding.seed, self._records)
         self._trainer.reset_data_loader(
             lambda: build_train_loader(start_iter=self.start_iter, **settings)
         )
@@ -222,34 +193,24 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> torch.utils.data.DataLoader:
         """Build a loader that begins at the first iteration, for Detectron2's hooks."""
-        return build_train_loader(**loader_settings(cfg, load_train_dicts(cfg), max(cfg.SEED, 0)))
+        return build_train_loader(**loader_settings(cfg, max(cfg.SEED, 0)))
 
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> DatasetEvaluator:
-        """Build the evaluator for the dataset's ``evaluator_type``."""
+    ) -> evaluation.DatasetEvaluators:
+        """Build the evaluators for the dataset's ``evaluator_type``; COCO's for unknown ones."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = evaluator_type(dataset_name)
-        if kind != "coco_panoptic_seg":
-            writes = kind in ("coco", "lvis", "sem_seg")
-            return EVALUATORS[kind](dataset_name, **({"output_dir": folder} if writes else {}))
-        evaluators = [
-            SemSegEvaluator(dataset_name, output_dir=folder),
-            COCOEvaluator(dataset_name, output_dir=folder),
-        ]
-        if importlib.util.find_spec("panopticapi") is not None:
-            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
-        else:
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        kinds = list(EVALUATORS.get(kind, [evaluation.COCOEvaluator]))
+        if kind == "coco_panoptic_seg" and importlib.util.find_spec("panopticapi") is None:
             logger.warning(
                 "panopticapi is not installed (https://github.com/cocodataset/panopticapi): boxes, "
                 "masks and semantic segmentation are evaluated, panoptic quality is not"
             )
-        return DatasetEvaluators(evaluators)
-
-
-def log_size(model: nn.Module) -> None:
-    """Log the numbers of parameters and of trained parameters."""
-    total = sum(p.numel() for p in model.parameters()) / 1e6
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    logger.info("%s: %.1fM parameters, %.1fM of them trained", type(model).__name__, total, trained)
+            kinds.remove(evaluation.COCOPanopticEvaluator)
+        evaluators = []
+        for evaluator in kinds:
+            writes = "output_dir" in inspect.signature(evaluator).parameters
+            evaluators.append(evaluator(dataset_name, **({"output_dir": folder} if writes else {})))
+        return evaluation.DatasetEvaluators(evaluators)

@@ -18,67 +18,43 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from torch import nn
 
-from diffbackbone.detectron2 import launch
 from diffbackbone.detectron2.checkpoint import Checkpointer, CheckpointHook
-from diffbackbone.detectron2.config import available_device, check_levels
-from diffbackbone.detectron2.datasets import build_train_loader, check_classes, naming_damaged
-from diffbackbone.detectron2.engine import (
-    SeedIterations,
-    log_size,
-    make_step_trainer,
-    wrap_distributed,
+from diffbackbone.detectron2.datasets import (
+    build_train_loader,
+    check_classes,
+    load_dicts,
+    naming_datasets,
 )
+from diffbackbone.detectron2.engine import SeedIterations, make_step_trainer, wrap_distributed
+from diffbackbone.detectron2.launch import run_training
 from diffbackbone.utils import UserError, seed_everything
-
-LEVELS = (
-    "proposal_generator.in_features",
-    "roi_heads.box_in_features",
-    "roi_heads.mask_in_features",
-    "head_in_features",
-)
-"""Keys below ``model`` that name the levels which R-CNNs and one-stage detectors read."""
-CLASSES = ("model.roi_heads.num_classes", "model.num_classes")
-"""Keys of the number of classes of R-CNNs and one-stage detectors."""
 
 
 def load_lazy(config_file: str, options: Sequence[str] = ()) -> Any:
-    """Load a Python config, which runs it, and apply overrides ``key=value``."""
+    """Load a Python config, which runs it, and apply overrides ``key=value``.
+
+    Raises:
+        UserError: An override's key doesn't exist; LazyConfig would add it.
+    """
     cfg = LazyConfig.load(config_file)
-    options = [option for option in options if option != "--"]
     for option in options:
-        _check_key(cfg, option)
-    cfg = LazyConfig.apply_overrides(cfg, options)
-    cfg.train.device = available_device(cfg.train.device)
-    return cfg
-
-
-def _check_key(cfg: Any, option: str) -> None:
-    """Check an override's key, which LazyConfig would add if it is unknown."""
-    key, node = option.partition("=")[0], cfg
-    for name in key.split("."):
-        is_list = OmegaConf.is_list(node)
-        allowed = list(map(str, range(len(node)))) if is_list else list(node)
-        if name not in allowed:
-            if "_target_" in allowed:
-                return  # an argument of the class
-            raise UserError(f"config key {key!r} does not exist: {name!r} is not in {allowed}")
-        node = node[int(name) if is_list else name]
-        if not OmegaConf.is_config(node):
-            node = {}
+        key = option.partition("=")[0]
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        names = list(node) if OmegaConf.is_dict(node) else []
+        if OmegaConf.is_list(node):
+            names = list(map(str, range(len(node))))
+        if name not in names and "_target_" not in names:  # else an argument of the class
+            raise UserError(f"config key {key!r} does not exist; {parent!r} has {names}")
+    return LazyConfig.apply_overrides(cfg, list(options))
 
 
 def build_model(cfg: Any) -> nn.Module:
     """Build the model."""
-    model = instantiate(cfg.model)
-    backbone = getattr(model, "backbone", model)
-    if hasattr(backbone, "output_shape"):
-        wanted = {f"model.{key}": OmegaConf.select(cfg.model, key) or () for key in LEVELS}
-        check_levels(backbone, wanted)
-    return model.to(cfg.train.device)
+    return instantiate(cfg.model).to(cfg.train.device)
 
 
 def evaluate(cfg: Any, model: nn.Module) -> Any:
@@ -93,10 +69,11 @@ def evaluate(cfg: Any, model: nn.Module) -> Any:
 
 def train(cfg: Any, resume: bool = False) -> None:
     """Train, with ``resume`` from the last checkpoint in the output folder."""
+    for name in dataset_names(cfg, "test"):
+        load_dicts(name)
     seeding = SeedIterations(cfg.dataloader.train.get("seed", 0))
     seed_everything(seeding.seed)
     model = build_model(cfg)
-    log_size(model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     model = wrap_distributed(model, **cfg.train.ddp)
@@ -118,15 +95,14 @@ def train(cfg: Any, resume: bool = False) -> None:
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     loader = cfg.dataloader.train
-    target = loader._target_  # a name if the config was saved and loaded again
-    if (locate(target) if isinstance(target, str) else target) is build_train_loader:
+    if loader._target_ is build_train_loader:
         loader.seed, loader.start_iter = seeding.seed, start
-
-    def build_loader() -> Any:
-        with naming_damaged(dataset_names(cfg, "train")):
-            return instantiate(loader)
-
-    trainer.reset_data_loader(build_loader)
+    with naming_datasets(dataset_names(cfg, "train")):
+        trainer.reset_data_loader(lambda: instantiate(loader))
+    for key in ("model.roi_heads.num_classes", "model.num_classes"):  # R-CNNs, others
+        if (count := OmegaConf.select(cfg, key)) is not None:
+            names = dataset_names(cfg, "train") + dataset_names(cfg, "test")
+            check_classes(names, key, count, "thing_classes")
     trainer.train(start, cfg.train.max_iter)
 
 
@@ -142,18 +118,6 @@ def run(args: argparse.Namespace) -> Any:
     return evaluate(cfg, model)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Check the config, data and weights of a run before it starts."""
-    cfg = load_lazy(args.config_file, args.opts)
-    names = launch.check_run(args, dataset_names(cfg, "train"), dataset_names(cfg, "test"))
-    for key in CLASSES:
-        count = OmegaConf.select(cfg, key)
-        if count is not None:
-            check_classes(names, key, count, "thing_classes")
-    train = cfg.train
-    launch.check_weights(args, train.init_checkpoint, train.output_dir, "train.init_checkpoint")
-
-
 def dataset_names(cfg: Any, part: str) -> list[str]:
     """Return the names of the datasets of ``"train"`` or ``"test"``."""
     names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or []
@@ -162,4 +126,4 @@ def dataset_names(cfg: Any, part: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    launch.run_training(argv, (".py",), __doc__, check, run)
+    run_training(argv, (".py",), __doc__, run)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
@@ -33,9 +32,6 @@ def get_optimizer_params(
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that ``SOLVER`` describes; see ``add_diffusion_config``."""
     solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
-    full_model = clip.ENABLED and clip.CLIP_TYPE == "full_model"
-    if solver.OPTIMIZER == "SGD" and solver.LAYER_DECAY_RATE == 1.0 and not full_model:
-        return build_detectron2_optimizer(cfg, model)
     params = get_optimizer_params(
         model,
         solver.LAYER_DECAY_RATE,
@@ -45,12 +41,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "foreach": True}
-    sgd = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
     kind, own = {
-        "SGD": (torch.optim.SGD, sgd),
-        "ADAMW": (torch.optim.AdamW, {"betas": tuple(solver.BETAS)}),
+        "SGD": (torch.optim.SGD, {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}),
+        "ADAMW": (torch.optim.AdamW, {"betas": solver.BETAS}),
     }[solver.OPTIMIZER]
-    if not full_model:
+    if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
         return maybe_add_gradient_clipping(cfg, kind)(params, **common, **own)
     optimizer = kind(params, **common, **own)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

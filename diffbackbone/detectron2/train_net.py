@@ -18,18 +18,14 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from diffbackbone.detectron2 import launch
 from diffbackbone.detectron2.checkpoint import Checkpointer
-from diffbackbone.detectron2.config import check_supported, load_yaml
-from diffbackbone.detectron2.engine import Trainer, check_head_classes, evaluator_type
+from diffbackbone.detectron2.config import load_yaml
+from diffbackbone.detectron2.engine import Trainer
+from diffbackbone.detectron2.launch import run_training
 
 
 def run(args: argparse.Namespace) -> Any:
-    """Run one process.
-
-    Returns:
-        The results of the last evaluation.
-    """
+    """Run one process; return the results of the last evaluation."""
     cfg = load_yaml(args.config_file, args.opts)
     default_setup(cfg, args)
     if not args.eval_only:
@@ -47,17 +43,6 @@ def run(args: argparse.Namespace) -> Any:
     return results
 
 
-def check(args: argparse.Namespace) -> None:
-    """Check the config, data and weights of a run before it starts."""
-    cfg = load_yaml(args.config_file, args.opts)
-    check_supported(cfg)
-    names = launch.check_run(args, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    for name in cfg.DATASETS.TEST:
-        evaluator_type(name)
-    check_head_classes(cfg, names)
-    launch.check_weights(args, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, "MODEL.WEIGHTS")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    launch.run_training(argv, (".yaml", ".yml"), __doc__, check, run)
+    run_training(argv, (".yaml", ".yml"), __doc__, run)
