@@ -10,11 +10,4 @@ from diffbackbone.openmmlab.repairs import prepare
 
 prepare("mmseg")
 
-from diffbackbone.openmmlab import engine, fsdp  # noqa: E402, F401  registered
-from diffbackbone.openmmlab.backbone import (  # noqa: E402
-    DiffusionBackbone,
-    DiffusionOptimWrapperConstructor,
-)
-from diffbackbone.openmmlab.checks import CheckInputsHook  # noqa: E402
-
-__all__ = ["CheckInputsHook", "DiffusionBackbone", "DiffusionOptimWrapperConstructor"]
+from diffbackbone.openmmlab import backbone, checks, engine, fsdp  # noqa: E402, F401  registered
