@@ -10,10 +10,4 @@ from diffbackbone.openmmlab.repairs import prepare
 
 prepare("mmdet")
 
-from diffbackbone.openmmlab import checks, engine, fsdp  # noqa: E402, F401  registered
-from diffbackbone.openmmlab.backbone import (  # noqa: E402
-    DiffusionBackbone,
-    DiffusionOptimWrapperConstructor,
-)
-
-__all__ = ["DiffusionBackbone", "DiffusionOptimWrapperConstructor"]
+from diffbackbone.openmmlab import backbone, checks, engine, fsdp  # noqa: E402, F401  registered

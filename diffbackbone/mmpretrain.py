@@ -6,14 +6,15 @@ Import it by a config's ``custom_imports``::
     model = dict(
         type='ImageClassifier',
         backbone=dict(type='DiffusionTaps', unet='gd256_uncond', blocks=[24], freeze=True),
-        head=dict(type='DiffusionAttentionHead', in_channels=1024, num_classes=1000, size=16),
+        head=dict(type='DiffusionHead', head='attention', in_channels=1024, num_classes=1000,
+                  size=16),
     )
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from diffbackbone.openmmlab.repairs import prepare
 
@@ -21,27 +22,11 @@ prepare("mmpretrain")
 
 from mmpretrain.models.heads import ClsHead  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from diffbackbone import heads  # noqa: E402
-from diffbackbone.openmmlab import engine, fsdp  # noqa: E402, F401  registered
-from diffbackbone.openmmlab.backbone import (  # noqa: E402
-    DiffusionBackbone,
-    DiffusionOptimWrapperConstructor,
-)
-from diffbackbone.openmmlab.checks import CheckInputsHook  # noqa: E402
-
-__all__ = [
-    "CheckInputsHook",
-    "DifFormerHead",
-    "DiffusionAttentionHead",
-    "DiffusionBackbone",
-    "DiffusionCNNHead",
-    "DiffusionLinearHead",
-    "DiffusionMLPHead",
-    "DiffusionOptimWrapperConstructor",
-    "DiffusionTaps",
-]
+from diffbackbone.heads import DifFormerHead, build_head  # noqa: E402
+from diffbackbone.openmmlab import checks, engine, fsdp  # noqa: E402, F401  registered
+from diffbackbone.openmmlab.backbone import DiffusionBackbone  # noqa: E402
 
 
 @MODELS.register_module()
@@ -79,64 +64,39 @@ class DiffusionTaps(DiffusionBackbone):
         return tuple(taps[t, b] for t in self.timesteps for b in self.blocks)
 
 
-class DiffusionClsHead(ClsHead):
-    """One of :mod:`diffbackbone.heads` with MMPretrain's loss and predictions.
+@MODELS.register_module()
+class DiffusionHead(ClsHead):
+    """One of :data:`diffbackbone.heads.HEADS` with MMPretrain's loss and predictions.
 
     Args:
-        loss: Config of the loss.
+        head: The head's name; ``"difformer"`` takes several maps, all others one.
+        loss: Config of the loss; None takes cross entropy.
         topk: Top-k accuracies that are reported in training with ``cal_acc``.
         cal_acc: Whether to report accuracies in training.
         init_cfg: MMEngine's initialization.
-        **kwargs: Arguments of the head.
+        **options: Arguments of the head.
     """
-
-    layers_type: ClassVar[type[nn.Module]]
 
     def __init__(
         self,
+        head: str,
         loss: dict | None = None,
         topk: int | tuple[int, ...] = (1,),
         cal_acc: bool = False,
         init_cfg: dict | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
         loss = loss or {"type": "CrossEntropyLoss", "loss_weight": 1.0}
         super().__init__(loss=loss, topk=topk, cal_acc=cal_acc, init_cfg=init_cfg)
-        self.layers = self.layers_type(**kwargs)
+        self.layers = build_head(head, **options)
 
-    def pre_logits(self, feats: tuple[Tensor, ...]) -> Any:
-        """Return the head's input: the only map."""
-        if len(feats) != 1:
-            raise ValueError(
-                f"{type(self).__name__} takes one map, got {len(feats)}: give the backbone one "
-                "block and one timestep, or use DifFormerHead"
-            )
-        return feats[0]
+    def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor | list[Tensor]:
+        """Return the head's input: all maps, by timestep and then by block, or the only one."""
+        if isinstance(self.layers, DifFormerHead):
+            return list(feats)
+        (x,) = feats
+        return x
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Return scores (N, num_classes) before the softmax."""
         return self.layers(self.pre_logits(feats))
-
-
-def _register(name: str, layers_type: type[nn.Module]) -> type[DiffusionClsHead]:
-    doc = f":class:`diffbackbone.heads.{layers_type.__name__}`."
-    head = type(name, (DiffusionClsHead,), {"layers_type": layers_type, "__doc__": doc})
-    head.__module__ = __name__
-    return MODELS.register_module(module=head)
-
-
-DiffusionLinearHead = _register("DiffusionLinearHead", heads.LinearHead)
-DiffusionMLPHead = _register("DiffusionMLPHead", heads.MLPHead)
-DiffusionCNNHead = _register("DiffusionCNNHead", heads.CNNHead)
-DiffusionAttentionHead = _register("DiffusionAttentionHead", heads.AttentionHead)
-
-
-@MODELS.register_module()
-class DifFormerHead(DiffusionClsHead):
-    """:class:`diffbackbone.heads.DifFormerHead`, on the maps of :class:`DiffusionTaps`."""
-
-    layers_type = heads.DifFormerHead
-
-    def pre_logits(self, feats: tuple[Tensor, ...]) -> list[Tensor]:
-        """Return all maps, by timestep and then by block."""
-        return list(feats)

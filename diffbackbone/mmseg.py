@@ -10,17 +10,10 @@ from diffbackbone.openmmlab.repairs import prepare
 
 prepare("mmseg")
 
-from diffbackbone.openmmlab import engine, fsdp  # noqa: E402, F401  registered
-from diffbackbone.openmmlab.backbone import (  # noqa: E402
-    DiffusionBackbone,
-    DiffusionOptimWrapperConstructor,
+from diffbackbone.openmmlab import (  # noqa: E402, F401  registered
+    backbone,
+    checks,
+    engine,
+    fsdp,
+    loading,
 )
-from diffbackbone.openmmlab.checks import CheckInputsHook  # noqa: E402
-from diffbackbone.openmmlab.loading import LoadDeepImage  # noqa: E402
-
-__all__ = [
-    "CheckInputsHook",
-    "DiffusionBackbone",
-    "DiffusionOptimWrapperConstructor",
-    "LoadDeepImage",
-]

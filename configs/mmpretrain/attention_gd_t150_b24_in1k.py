@@ -21,7 +21,8 @@ model = dict(
         freeze=True,
     ),
     head=dict(
-        type="DiffusionAttentionHead",
+        type="DiffusionHead",
+        head="attention",
         in_channels=1024,
         num_classes=1000,
         size=16,  # 256 px at stride 16

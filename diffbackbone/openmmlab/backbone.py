@@ -17,9 +17,6 @@ from diffbackbone.backbone import RANDOM_WEIGHTS
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone
 from diffbackbone.optim import layer_scales
 
-FSDP_PART = "_fsdp_wrapped_module"
-"""Part that FSDP adds to the names of modules."""
-
 
 @MODELS.register_module()
 class DiffusionBackbone(_DiffusionBackbone, BaseModule):
@@ -47,8 +44,7 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(unet, **kwargs)
-        weights = checkpoint if pretrained is None else pretrained
-        if weights is not None:
+        if weights := pretrained or checkpoint:
             init_cfg = {"type": "Pretrained", "checkpoint": weights}
         self.init_cfg = copy.deepcopy(init_cfg)
         if self.frozen and not self.save_frozen:
@@ -58,7 +54,7 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
     def _split_init(self) -> tuple[list[dict], list[dict]]:
         """Return the parts of ``init_cfg`` that load weights, and all others."""
         init_cfg = self.init_cfg or []
-        cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
+        cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg
         pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
         return pretrained, [cfg for cfg in cfgs if cfg not in pretrained]
 
@@ -97,15 +93,10 @@ class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
         """Add the parameters of a module to the groups, by the rules of ``paramwise_cfg``."""
-        name = ".".join(part for part in prefix.split(".") if part != FSDP_PART)
+        name = ".".join(part for part in prefix.split(".") if part != "_fsdp_wrapped_module")
         super().add_params(params, module, prefix=name, **kwargs)
         if prefix:
             return
-        if self.paramwise_cfg.get("flat_decay_mult") is not None and hasattr(module, FSDP_PART):
-            raise ValueError(
-                "paramwise_cfg has flat_decay_mult, but all of FSDP's shards have one dimension: "
-                "use norm_decay_mult and bias_decay_mult"
-            )
         scales = layer_scales(module, self.paramwise_cfg.get("layer_decay_rate", 1.0))
         groups: dict[tuple, dict] = {}
         for group in params:

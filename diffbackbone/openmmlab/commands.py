@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffbackbone.cli import (
     CONFIGS,
@@ -22,9 +21,6 @@ from diffbackbone.cli import (
 )
 from diffbackbone.openmmlab.repairs import prepare
 from diffbackbone.utils import UserError
-
-if TYPE_CHECKING:
-    from mmengine.config import Config
 
 
 def train() -> None:
@@ -39,7 +35,11 @@ def evaluate() -> None:
 
 def _run(name: str, dataloaders: Sequence[str]) -> None:
     with user_errors():
-        script = _load_script(name)
+        prepare("mmseg")
+        folder = Path(importlib.util.find_spec("mmseg").origin).parent
+        spec = importlib.util.spec_from_file_location("mmseg_tool", folder / ".mim/tools" / name)
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
         args = script.parse_args()
         script.parse_args = lambda: args
         if "checkpoint" in args:
@@ -51,35 +51,16 @@ def _run(name: str, dataloaders: Sequence[str]) -> None:
             raise UserError(strip_worker_traceback(str(error))) from error
 
 
-def _load_script(name: str) -> ModuleType:
-    prepare("mmseg")
-    path = Path(*importlib.util.find_spec("mmseg").submodule_search_locations, ".mim/tools", name)
-    spec = importlib.util.spec_from_file_location(f"mmseg_tools_{path.stem}", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 def read_config(
     name: str, options: Mapping[str, Any] | None, dataloaders: Sequence[str] = ()
-) -> Config:
-    """Read a config and check the folders of its datasets.
-
-    Args:
-        name: Path of a config, or the name of one in ``configs/mmseg``.
-        options: Changes to it.
-        dataloaders: Keys of the dataloaders to check.
-
-    Raises:
-        UserError: MMSegmentation, the config or the data are missing.
-    """
-    prepare("mmseg")
+) -> Any:
+    """Read a config, by its path or its name in ``configs/mmseg``, and check its data's folders."""
     from mmengine.config import Config
 
     from diffbackbone.openmmlab.checks import check_folders
 
     path = find_config(name, CONFIGS / "mmseg", (".py",))
-    cfg = Config.fromfile(path, import_custom_modules=False)
-    cfg.merge_from_dict(dict(options or {}))
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(options or {})
     check_folders(cfg, dataloaders)
     return cfg

@@ -8,11 +8,9 @@ place, after it has removed old ones.
 from __future__ import annotations
 
 import copy
-import math
-import os
-import re
+import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS, HOOKS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
@@ -45,38 +42,20 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # a copy on its way to a worker
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
+        return getattr(vars(self).get("dataset"), name)  # None in a copy that is not filled yet
 
-    def __getitem__(self, key: int | tuple[int, int, int]) -> Any:
-        """Return sample ``index``, or (seed, position, index) with the position's augmentation."""
-        index = key
-        if isinstance(key, tuple):
-            seed, position, index = key
-            seed_everything(seed, position, 0)
+    def __getitem__(self, key: tuple[int, int, int]) -> Any:
+        """Return the sample (seed, position, index), with the position's augmentation."""
+        seed, position, index = key
+        seed_everything(seed, position, 0)
         try:
             return self.dataset[index]
         except Exception as error:  # decoders and transforms fail in any way
-            raise ValueError(
-                f"training image {index} can't be read ({self._files(index)}): {first_line(error)}"
-            ) from error
-
-    def _files(self, index: int) -> str:
-        try:
             info = self.dataset.get_data_info(index)
-        except Exception:  # a dataset without such records
-            return "files unknown"
-        return ", ".join(info[key] for key in ("img_path", "seg_map_path") if info.get(key))
-
-
-def _positions(sampler: InfiniteSampler, seed: int, start: int) -> Iterator[tuple[int, int, int]]:
-    """Yield keys of :class:`SeededDataset`, from this process's sample number ``start`` on."""
-    rank, world = get_dist_info()
-    order = InfiniteSampler(sampler.dataset, sampler.shuffle, sampler.seed)
-    for local, index in enumerate(order):
-        if local >= start:
-            yield seed, local * world + rank, index
+            files = ", ".join(info[k] for k in ("img_path", "seg_map_path") if info.get(k))
+            raise ValueError(
+                f"training image {index} can't be read ({files}): {first_line(error)}"
+            ) from error
 
 
 def accumulated(runner: Any) -> int:
@@ -99,7 +78,7 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
     """
 
     def __init__(self, runner: Any, dataloader: Mapping[str, Any], **kwargs: Any) -> None:
-        self._own_seed = dataloader["sampler"].get("seed") is not None
+        self._sampler_seed = dataloader["sampler"].get("seed")
         dataset = {"type": SeededDataset, "dataset": dataloader["dataset"]}
         super().__init__(runner, {**dataloader, "dataset": dataset}, **kwargs)
         sampler = self.dataloader.sampler
@@ -109,53 +88,45 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
                 f"{type(sampler).__name__}; for others use "
                 "train_cfg=dict(type='IterBasedTrainLoop', ...), which does not resume exactly"
             )
-        # MMEngine's counter would start at the first image, before a checkpoint is read
-        self.dataloader_iterator = None
 
     def run(self) -> torch.nn.Module:
         """Train from the last iteration that was done."""
         counts = accumulated(self.runner)
-        if self._iter % counts and self._iter < self._max_iters:
+        finished = 0 < self._iter == self._max_iters
+        if self._iter % counts and not finished:
             raise ValueError(
                 f"the checkpoint of iteration {self._iter} can't be resumed with "
                 f"accumulative_counts={counts}: it lacks the gradients since the last step; use "
                 f"one of an iteration that is a multiple of {counts}"
             )
-        self.runner.call_hook("before_train")
-        self.runner.call_hook("before_train_epoch")
-        self._seed = self._start_data()
-        validate = self.runner.val_loop is not None
-        if 0 < self._iter == self._max_iters and validate:
+        self._start_data()
+        model = super().run()
+        if finished and self.runner.val_loop is not None:
             self.runner.val_loop.run()  # the run may have been stopped right before
-        while self._iter < self._max_iters and not self.stop_training:
-            self.runner.model.train()
-            self.run_iter(next(self.dataloader_iterator))
-            self._decide_current_val_interval()
-            due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
-            if validate and due and self._iter >= self.val_begin:
-                self.runner.val_loop.run()
-        self.runner.call_hook("after_train_epoch")
-        self.runner.call_hook("after_train")
-        return self.runner.model
+        return model
 
     def run_iter(self, data_batch: Any) -> None:
         """Run one iteration, seeded by its number."""
         seed_everything(self._seed, self._iter, 1, get_dist_info()[0])
         super().run_iter(data_batch)
 
-    def _start_data(self) -> int:
-        """Start the data at the next iteration; returns the run's seed, also of a resumed one."""
+    def _start_data(self) -> None:
+        """Start the data at the next iteration, by the run's seed, also where it was resumed."""
         seeds = [self.runner.seed]
         broadcast_object_list(seeds)
-        sampler, loader = self.dataloader.sampler, self.dataloader
-        if not self._own_seed:
-            sampler.seed = seeds[0]
-        start = self._iter * loader.batch_sampler.batch_size
-        if start:
-            print_log(f"the data go on after iteration {self._iter}", logger="current")
-        sampler.indices = _positions(sampler, seeds[0], start)
-        self.dataloader_iterator = _InfiniteDataloaderIterator(loader)
-        return seeds[0]
+        (self._seed,) = seeds
+        rank, world = get_dist_info()
+        sampler = self.dataloader.sampler
+        sampler.seed = self._seed if self._sampler_seed is None else self._sampler_seed
+        order = enumerate(InfiniteSampler(sampler.dataset, sampler.shuffle, sampler.seed))
+        start = self._iter * self.dataloader.batch_sampler.batch_size
+        sampler.indices = (
+            (self._seed, local * world + rank, index)
+            for local, index in itertools.islice(order, start, None)
+        )
+        skipped = itertools.repeat(None, self._iter)  # MMEngine discards a batch per iteration done
+        batches = _InfiniteDataloaderIterator(self.dataloader)
+        self.dataloader_iterator = itertools.chain(skipped, batches)
 
 
 @HOOKS.register_module()
@@ -163,42 +134,26 @@ class WholeCheckpointHook(CheckpointHook):
     """MMEngine's checkpoint hook, which removes old checkpoints only after writing the new one.
 
     The new checkpoint is written first, then the ``last_checkpoint`` file, and only then are old
-    ones removed. Weights that are not finite are not written. With ``max_keep_ckpts``, a resumed
-    run also counts what an interrupted one had left. Where gradients are accumulated, checkpoints
-    must fall on the optimizer's steps, as gradients are not in them.
+    ones removed. Weights that are not finite are not written. Where gradients are accumulated,
+    checkpoints must fall on the optimizer's steps, as gradients are not in them.
     """
 
     def before_train(self, runner: Any) -> None:
-        """Find the checkpoints of the resumed run."""
-        self._check_accumulation(runner)
+        """Reject intervals that fall between two steps of the optimizer."""
         super().before_train(runner)
-        if self.max_keep_ckpts < 1 or runner.iter == 0 or not os.path.isdir(str(self.out_dir)):
-            return
-        pattern = re.escape(self.filename_tmpl).replace(re.escape("{}"), r"(\d+)")
-        found = (re.fullmatch(pattern, name) for name in os.listdir(self.out_dir))
-        now = runner.epoch if self.by_epoch else runner.iter
-        steps = sorted(int(match[1]) for match in found if match and int(match[1]) <= now)
-        for step in steps[: -self.max_keep_ckpts]:
-            self._remove(self._path(step))
-        self.keep_ckpt_ids = deque(steps[-self.max_keep_ckpts :], self.max_keep_ckpts)
-
-    def _check_accumulation(self, runner: Any) -> None:
-        """Check that no checkpoint is written between two steps of the optimizer."""
         counts, loop = accumulated(runner), runner.train_loop
-        epochs = isinstance(loop, EpochBasedTrainLoop)
-        length = len(loop.dataloader) if epochs else 1
-        given = []  # key, value, iterations in its unit
-        if self.interval > 0 and (epochs or not self.by_epoch):  # else only at the end
-            unit = length if self.by_epoch else 1
-            given += [("interval", self.interval, unit), ("save_begin", self.save_begin, unit)]
+        length = len(loop.dataloader) if isinstance(loop, EpochBasedTrainLoop) else 1
+        unit = length if self.by_epoch else 1
+        given = {}
+        if self.interval > 0:
+            given = {"interval": self.interval * unit, "save_begin": self.save_begin * unit}
         if self.save_best and runner.val_loop is not None:
-            given += [("val_interval", value, length) for value in loop.dynamic_intervals]
-        for key, value, unit in given:
-            if value * unit % counts:
+            given["val_interval"] = loop.val_interval * length
+        for name, iterations in given.items():
+            if iterations % counts:
                 raise ValueError(
-                    f"with accumulative_counts={counts}, the {key} of checkpoints must be a "
-                    f"multiple of {counts // math.gcd(counts, unit)}, got {value}: gradients "
-                    "between two steps of the optimizer are not saved"
+                    f"{name} is {iterations} iterations, not a multiple of accumulative_counts="
+                    f"{counts}: checkpoints don't hold gradients between two steps of the optimizer"
                 )
 
     def _path(self, step: int) -> str:
@@ -216,12 +171,11 @@ class WholeCheckpointHook(CheckpointHook):
             raise FloatingPointError(
                 lost_loss(f"after iteration {runner.iter + 1} the weights {name} are not finite")
             )
-        outdated = None
-        if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
-            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
-                outdated = self.keep_ckpt_ids.popleft()
-            self.keep_ckpt_ids.append(step)
-            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        kept = []
+        if self.max_keep_ckpts > 0:
+            kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
+            # with those removed below, so that a run killed before that removes them when resumed
+            runner.message_hub.update_info("keep_ckpt_ids", kept)
         self.last_ckpt = self._path(step)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         runner.save_checkpoint(
@@ -237,19 +191,19 @@ class WholeCheckpointHook(CheckpointHook):
         )
         if is_main_process():
             write_text(Path(runner.work_dir, "last_checkpoint"), self.last_ckpt)
-        if outdated is not None:
-            self._remove(self._path(outdated))
+        if self.max_keep_ckpts > 0:
+            for outdated in kept[: -self.max_keep_ckpts]:
+                self._remove(self._path(outdated))
+            self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         backend, removals = self.file_backend, []
         self.file_backend = copy.copy(backend)  # records what to remove, after writing
-        self.file_backend.remove = self.file_backend.rmtree = removals.append
-        try:
-            super()._save_best_checkpoint(runner, metrics)
-        finally:
-            self.file_backend = backend
+        self.file_backend.remove = removals.append
+        super()._save_best_checkpoint(runner, metrics)
+        self.file_backend = backend
         several = getattr(self, "best_ckpt_path_dict", {})
-        written = {getattr(self, "best_ckpt_path", None), *several.values(), self.last_ckpt}
+        written = {getattr(self, "best_ckpt_path", None), *several.values()}
         for path in removals:
             if path not in written:  # a run resumed right there writes the same best again
                 self._remove(path)

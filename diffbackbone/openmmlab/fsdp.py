@@ -10,13 +10,13 @@ import torch
 from mmengine._strategy import FSDPStrategy
 from mmengine.device import get_device
 from mmengine.logging import print_log
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import FUNCTIONS, STRATEGIES
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.models.guided_diffusion import Block
-from diffbackbone.openmmlab.repairs import without_sync_batchnorm
 
 
 @FUNCTIONS.register_module()
@@ -45,21 +45,23 @@ class WholeFSDPStrategy(FSDPStrategy):
     """
 
     def __init__(self, *, state_dict_cfg: str | dict[str, Any] = "full", **kwargs: Any) -> None:
-        if (kwargs.get("env_kwargs") or {}).get("launcher") in (None, "none"):
-            raise ValueError(
-                "FSDP needs a launcher, even on one GPU: torchrun --nproc_per_node=N "
-                "tools/mmseg_train.py CONFIG --launcher pytorch, or --launcher slurm under srun"
-            )
         super().__init__(state_dict_cfg=state_dict_cfg, **kwargs)
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         self.model_wrapper = wrapper = copy.deepcopy(self.model_wrapper or {})
-        check_evaluation(model, wrapper.get("sharding_strategy"))
+        sharding = wrapper.get("sharding_strategy", "FULL_SHARD")
+        mode = getattr(model, "test_cfg", {}).get("mode")
+        if mode == "slide" and sharding in ("FULL_SHARD", "HYBRID_SHARD"):
+            raise ValueError(  # processes would wait for each other forever
+                f"sharding_strategy {sharding} gathers weights for each window of an image, and "
+                "processes evaluate different numbers of windows: use SHARD_GRAD_OP, or "
+                "model.test_cfg.mode=whole"
+            )
         for module in model.modules():
             if isinstance(module, DiffusionBackbone):
                 module.save_frozen = True  # FSDP needs all weights in its state dicts
         if get_device() == "cpu":
-            model = without_sync_batchnorm(model)
+            model = revert_sync_batchnorm(model)
             wrapper["device_id"] = torch.device("cpu")
             # offloading frees the source tensors, which from CPU to CPU are not copied
             self.state_dict_config.offload_to_cpu = False
@@ -81,12 +83,6 @@ class WholeFSDPStrategy(FSDPStrategy):
 
     def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this process's part of the optimizer's state."""
-        names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(
-                "the optimizer's state comes from a run without FSDP: continue with that run's "
-                "config, or use --cfg-options load_from=CHECKPOINT in place of --resume"
-            )
         mine = FullyShardedDataParallel.optim_state_dict_to_load(
             model=self.model,
             optim=self.optim_wrapper.optimizer,
@@ -102,23 +98,12 @@ class WholeFSDPStrategy(FSDPStrategy):
     def load_model_state_dict(
         self, state_dict: dict[str, Any], *, strict: bool = False, **kwargs: Any
     ) -> None:
-        """Load this process's part of the weights; warns of missing and unexpected ones."""
-        found = self.model.load_state_dict(state_dict, strict=strict)
-        for what, names in (("lacks", found.missing_keys), ("also has", found.unexpected_keys)):
-            if names:
-                print_log(
-                    f"the checkpoint {what} {len(names)} weights, such as {', '.join(names[:3])}",
-                    logger="current",
-                    level=logging.WARNING,
-                )
-
-
-def check_evaluation(model: nn.Module, sharding: str | ShardingStrategy | None) -> None:
-    """Reject shardings with which processes wait for each other's sliding windows forever."""
-    name = getattr(sharding, "name", sharding) or "FULL_SHARD"
-    mode = (getattr(model, "test_cfg", None) or {}).get("mode")
-    if mode == "slide" and name in ("FULL_SHARD", "HYBRID_SHARD"):
-        raise ValueError(
-            f"sharding_strategy {name} gathers weights for each window of an image, and processes "
-            "evaluate different numbers of windows: use SHARD_GRAD_OP, or model.test_cfg.mode=whole"
-        )
+        """Load this process's part of the weights; warn of missing and unexpected ones."""
+        missing, unexpected = self.model.load_state_dict(state_dict, strict=strict)
+        if missing or unexpected:
+            print_log(
+                f"the checkpoint lacks {len(missing)} weights {missing[:3]} and also has "
+                f"{len(unexpected)} {unexpected[:3]}",
+                logger="current",
+                level=logging.WARNING,
+            )

@@ -6,17 +6,15 @@ import functools
 import importlib.machinery
 import importlib.metadata
 import importlib.util
-import logging
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffbackbone._unpickle import checkpoint_globals
-from diffbackbone.utils import MissingPackageError, atomic_write, require
+from diffbackbone.utils import atomic_write, require
 
 COMPILE_MMCV = (  # about 20 minutes
     "pip uninstall -y mmcv mmcv-lite; pip install 'setuptools<82' ninja; MMCV_WITH_OPS=1 "
@@ -42,16 +40,13 @@ def prepare(package: str) -> None:
     if package == "mmdet":  # no extra can bring a compiled mmcv
         install = f"pip install mmengine==0.10.7 mmdet==3.3.0; {COMPILE_MMCV}"
     require(package, modules, install)
-    if package == "mmdet" and not has_compiled_ops():
-        raise MissingPackageError(f"mmdet needs mmcv with compiled operators: {COMPILE_MMCV}")
+    if package == "mmdet":
+        require("mmdet", ["mmcv._ext"], COMPILE_MMCV)  # compiled operators
     apply_repairs()
+    if package == "mmpretrain":  # its multimodal models import what transformers 5 dropped
+        from mmpretrain.utils import dependency
 
-
-def has_compiled_ops() -> bool:
-    """Return whether the installed mmcv was built with its operators, without importing it."""
-    spec = importlib.util.find_spec("mmcv")
-    folders = spec.submodule_search_locations if spec else None
-    return bool(folders) and bool(importlib.machinery.PathFinder.find_spec("mmcv._ext", folders))
+        dependency.WITH_MULTIMODAL &= not dependency.satisfy_requirement("transformers>=5")
 
 
 @functools.cache  # once per process
@@ -59,7 +54,7 @@ def apply_repairs() -> None:
     """Apply the repairs that this environment needs."""
     from mmengine.device import get_device
 
-    if importlib.util.find_spec("mmcv") and not has_compiled_ops():
+    if importlib.util.find_spec("mmcv._ext") is None:
         replace_mmcv_ops()
     allow_checkpoint_globals()
     write_atomically()
@@ -96,11 +91,7 @@ def replace_mmcv_ops() -> types.ModuleType:
 
 
 def allow_checkpoint_globals() -> None:
-    """Let ``torch.load(weights_only=True)`` read MMEngine's training checkpoints.
-
-    They hold the history of the logged scalars (``HistoryBuffer`` of numpy arrays) and numpy scores
-    beside the weights.
-    """
+    """Let ``torch.load(weights_only=True)`` read the logged scalars in MMEngine's checkpoints."""
     import mmengine.logging  # noqa: F401 - its own HistoryBuffer, not a stand-in for it
 
     torch.serialization.add_safe_globals(list(checkpoint_globals()))
@@ -126,51 +117,23 @@ def write_atomically() -> None:
 
 
 def distribute_on_cpu() -> None:
-    """Let MMEngine's launchers start several CPU processes on a machine without accelerator.
+    """Let torchrun start several MMEngine processes on a machine without a GPU.
 
-    MMEngine selects a CUDA device and the config's backend (``nccl``) whatever the machine has, and
-    hands a device index to DistributedDataParallel, which refuses it for CPU modules.
+    MMEngine selects a CUDA device and the config's backend (``nccl``) on any machine, and passes a
+    device index to DistributedDataParallel, which rejects it for CPU modules. SyncBN has no CPU
+    kernel: each process normalizes by its own batches.
     """
     from mmengine.dist import utils
-    from mmengine.model import MMDistributedDataParallel
+    from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 
-    for launcher in ("pytorch", "slurm", "mpi"):
-        name = f"_init_dist_{launcher}"
-        setattr(utils, name, init_dist_with_gloo(getattr(utils, name)))
+    def init_dist(backend: str, init_backend: str = "torch", **kwargs: Any) -> None:
+        torch.distributed.init_process_group("gloo", **kwargs)
+
+    utils._init_dist_pytorch = init_dist
     original = MMDistributedDataParallel.__init__
 
     def init(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         kwargs.update(device_ids=None, output_device=None)
-        original(self, without_sync_batchnorm(module), *args, **kwargs)
+        original(self, revert_sync_batchnorm(module), *args, **kwargs)
 
     MMDistributedDataParallel.__init__ = init
-
-
-def init_dist_with_gloo(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap one of MMEngine's launchers: gloo in place of nccl, and no CUDA device."""
-
-    def init_dist(backend: str, *args: Any, **kwargs: Any) -> None:
-        set_device = torch.cuda.set_device
-        torch.cuda.set_device = lambda device: None
-        try:
-            original("gloo" if backend == "nccl" else backend, *args, **kwargs)
-        finally:
-            torch.cuda.set_device = set_device
-
-    return init_dist
-
-
-def without_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Replace synchronized batch norm, which has no CPU kernel, by each process's own; warn."""
-    from mmengine.logging import print_log
-    from mmengine.model import revert_sync_batchnorm
-
-    if not any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
-        return module
-    print_log(  # on the first rank, and only once: MMEngine drops repeated warnings
-        "SyncBN has no CPU kernel: in this distributed run without GPU, each process normalizes "
-        "by its own batches, and results will differ from a GPU run",
-        logger="current",
-        level=logging.WARNING,
-    )
-    return revert_sync_batchnorm(module)

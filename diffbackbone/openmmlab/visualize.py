@@ -3,57 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
-from diffbackbone.cli import check_checkpoint, run_command
+from diffbackbone.cli import check_checkpoint, user_errors
 from diffbackbone.images import read_image, to_uint8
 from diffbackbone.openmmlab.commands import read_config
+from diffbackbone.openmmlab.repairs import prepare
 from diffbackbone.utils import save_figure
 
 COLUMNS = 2  # images beside each other, each with truth and prediction
 
 
-@dataclasses.dataclass
-class VisualizeConfig:
-    """Draw a segmentor's predictions: images, truth and prediction side by side in one picture."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    with user_errors():
+        prepare("mmseg")
+        from mmengine.config import DictAction
 
-    config: tyro.conf.Positional[str]
-    """Config file, or the name of one in configs/mmseg."""
-    checkpoint: tyro.conf.Positional[str]
-    """Weights written in training."""
-    out: Path = Path("predictions.png")
-    """Picture to write."""
-    images: int = 8
-    """Number of images, spread evenly over the test set."""
-    cfg_options: tuple[str, ...] = ()
-    """Changes to the config, KEY=VALUE each, as for MMSegmentation's scripts."""
-
-
-def run(config: VisualizeConfig) -> None:
-    """Write the picture."""
-    check_checkpoint(config.checkpoint)
-    cfg = read_config(config.config, parse_options(config.cfg_options), ["test_dataloader"])
-    save_figure(draw(*predict(cfg, config.checkpoint, config.images)), config.out)
-    print(f"{config.out}: images, truth and prediction side by side")
-
-
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Parse ``KEY=VALUE`` as MMSegmentation's scripts do."""
-    from mmengine.config import DictAction
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--options", nargs="*", action=DictAction)
-    return parser.parse_args(["--options", *options]).options
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.add_argument("config", help="config file, or the name of one in configs/mmseg")
+        parser.add_argument("checkpoint", help="weights written in training")
+        parser.add_argument("--out", default="predictions.png", help="picture to write")
+        parser.add_argument(
+            "--images", type=int, default=8, help="number of images, spread over the test set"
+        )
+        parser.add_argument(
+            "--cfg-options", nargs="+", action=DictAction, help="changes to the config, KEY=VALUE"
+        )
+        args = parser.parse_args(argv)
+        check_checkpoint(args.checkpoint)
+        cfg = read_config(args.config, args.cfg_options, ["test_dataloader"])
+        save_figure(draw(*predict(cfg, args.checkpoint, args.images)), args.out)
+        print(f"{args.out}: images, truth and prediction side by side")
 
 
 def predict(cfg: Any, checkpoint: str, count: int) -> tuple[list[tuple], Any, Any]:
@@ -61,12 +49,9 @@ def predict(cfg: Any, checkpoint: str, count: int) -> tuple[list[tuple], Any, An
     from mmengine.dataset import pseudo_collate
     from mmengine.registry import init_default_scope
     from mmengine.runner import load_checkpoint
-    from mmengine.utils import import_modules_from_strings
     from mmseg.registry import DATASETS, MODELS
 
-    if cfg.get("custom_imports"):
-        import_modules_from_strings(**cfg.custom_imports)
-    init_default_scope(cfg.get("default_scope", "mmseg"))
+    init_default_scope("mmseg")
     model = MODELS.build(cfg.model)  # mmseg's init_model drops init_cfg, hence frozen weights
     load_checkpoint(model, checkpoint, map_location="cpu")
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -103,8 +88,3 @@ def draw(
     handles = [Patch(color=colors[i] / 255, label=classes[i]) for i in found if i < len(classes)]
     figure.legend(handles=handles, loc="outside lower center", ncols=10)
     return figure
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    run_command(VisualizeConfig, run, argv)
