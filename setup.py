@@ -38,6 +38,8 @@ TOOLS = [  # sample data, evaluation, pretraining, benchmarks, plots
     "tqdm",
     "tyro>=0.9",
 ]
+HF = ["transformers>=5.24", "accelerate>=1.1", "pillow", "torchvision"]  # diffbackbone.transformers
+TIMM = ["timm>=1.0.20"]  # diffbackbone.timm
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py --format onnx
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
@@ -57,10 +59,14 @@ setup(
         "mmpretrain": MMPRETRAIN,
         "detectron2": DETECTRON2,
         "tools": TOOLS,
+        "hf": HF,
+        "timm": TIMM,
         "export": EXPORT,
         "docs": DOCS,
         "dev": [
             *TOOLS,
+            *HF,
+            *TIMM,
             *EXPORT,
             *DOCS,
             "import-linter>=2.1",
