@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
-
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-
-
-def run_snippet(page, heading):
-    """Run the Python block of a section and return its names."""
-    section = (DOCS / page).read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names = {"__name__": "snippet"}
-    exec(compile(code, f"{page}: {heading}", "exec"), names)
-    return names
+from snippets import run_snippet
 
 
 def test_mask_rcnn():

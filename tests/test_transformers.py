@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from snippets import run_snippet
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -283,3 +284,9 @@ class TestImageProcessor:
         (found,) = processor.post_process_semantic_segmentation(output, [(40, 40)])
         assert found.shape == (40, 40)
         assert found.unique().tolist() == [0, 1, 2]
+
+
+def test_documented_snippet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_snippet("huggingface.md", "In your own code")
+    assert names["model"](**names["inputs"]).logits.shape == (1, 12, 96, 128)
