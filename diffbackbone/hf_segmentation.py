@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -96,7 +97,9 @@ def build_model(config: SegmentationConfig, classes: Sequence[str]) -> torch.nn.
         id2label=dict(enumerate(classes)),
         label2id={name: index for index, name in enumerate(classes)},
     )
-    return transformers.UperNetForSemanticSegmentation(upernet)
+    model = transformers.UperNetForSemanticSegmentation(upernet)
+    model.accepts_loss_kwargs = False  # its loss is a mean, which the Trainer must know
+    return model
 
 
 class SegmentationTrainer(transformers.Trainer):
@@ -115,6 +118,7 @@ class SegmentationTrainer(transformers.Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the mean IoU and that of each class; processes share the images."""
+        broadcast(list(self.model.buffers()))  # batch norm's statistics differ between processes
         classes = self.model.config.id2label
         metric = MulticlassConfusionMatrix(len(classes), ignore_index=VOID).to(self.args.device)
         for index in range(self.args.process_index, len(self.eval_dataset), self.args.world_size):
@@ -171,6 +175,7 @@ def run(config: SegmentationConfig) -> dict[str, float]:
         "train_sampling_strategy": "sequential",  # the data set shuffles
         "dataloader_num_workers": 1,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
         "remove_unused_columns": False,
         "logging_steps": 20,
         "eval_strategy": "steps",
@@ -184,10 +189,13 @@ def run(config: SegmentationConfig) -> dict[str, float]:
         settings[name] = yaml.safe_load(value)
     transformers.set_seed(config.seed)
     args = transformers.TrainingArguments(**settings)
+    model = build_model(config, classes)
+    if args.world_size > 1 and args.device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     count = config.steps * args.train_batch_size * args.gradient_accumulation_steps
     crops = {"augment": random_crop(config.crop, config.augment), "count": count * args.world_size}
     trainer = SegmentationTrainer(
-        build_model(config, classes),
+        model,
         args,
         train_dataset=Scenes(training, len(classes), ignore_zero, **crops, seed=config.seed),
         eval_dataset=Scenes(validation, len(classes), ignore_zero),

@@ -34,7 +34,7 @@ def sample(tmp_path_factory):
 def finished(sample, tmp_path_factory):
     """A run of four steps."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run(sample, out, trainer=["save_total_limit=9"])
+    run(sample, out, trainer=["save_total_limit=9", "logging_steps=1"])
     return out
 
 
@@ -180,3 +180,12 @@ def test_training_lowers_the_loss(tmp_path):
     assert losses[-1] < 0.7 * losses[0]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["eval_iou_1"] > 50
+
+
+def test_accumulated_batches_are_averaged(finished, sample, tmp_path):
+    run(sample, tmp_path, steps=1, trainer=["gradient_accumulation_steps=3", "logging_steps=1"])
+    losses = []
+    for checkpoint in (finished / "checkpoint-4", tmp_path / "checkpoint-1"):
+        log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        losses.append(next(entry["loss"] for entry in log if "loss" in entry))
+    assert losses[1] == pytest.approx(losses[0], rel=0.3)
