@@ -38,8 +38,8 @@ TOOLS = [  # sample data, evaluation, pretraining, benchmarks, plots
     "tqdm",
     "tyro>=0.9",
 ]
-HF = ["transformers>=5.24", "accelerate>=1.1", "pillow", "torchvision"]  # diffbackbone.transformers
-TIMM = ["timm>=1.0.20"]  # diffbackbone.timm
+HF = ["transformers>=5.6", "accelerate>=1.1", "pillow", "torchvision"]  # diffbackbone.transformers
+TIMM = ["timm>=1.0.9"]  # diffbackbone.timm
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py --format onnx
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 

@@ -30,7 +30,7 @@ OPTIONS = {
     if name not in ("checkpoint", "dtype", "schedule", "save_frozen")
 }
 """Arguments of :class:`diffbackbone.DiffusionBackbone` that a config holds, with their defaults."""
-_OF_LOADING = ("_name_or_path", "attn_implementation", "experts_implementation")
+_OF_LOADING = ("attn_implementation", "experts_implementation")
 
 
 class DiffusionBackboneConfig(BackboneConfigMixin, transformers.PreTrainedConfig):
@@ -67,7 +67,8 @@ class DiffusionBackboneConfig(BackboneConfigMixin, transformers.PreTrainedConfig
             kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         )
         # transformers would keep a misspelled argument without a word
-        unknown = [name for name in kwargs if name not in dir(self) and name not in _OF_LOADING]
+        unknown = kwargs.keys() - {*dir(self), *_OF_LOADING}
+        unknown = sorted(name for name in unknown if not name.startswith("_"))
         if unknown:
             warnings.warn(
                 f"DiffusionBackboneConfig does not know {', '.join(unknown)}; its arguments are "
