@@ -289,4 +289,4 @@ class TestImageProcessor:
 def test_documented_snippet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run_snippet("huggingface.md", "In your own code")
-    assert names["model"](**names["inputs"]).logits.shape == (1, 12, 96, 128)
+    assert names["model"](**names["inputs"]).logits.shape == (2, 12, 96, 128)
