@@ -204,6 +204,7 @@ def run(config: SegmentationConfig) -> dict[str, float]:
     trainer.save_model(str(config.out / "model"))
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
+        (config.out / "model" / "training_args.bin").unlink()  # a pickle with local paths
         DiffusionImageProcessor(do_resize=False).save_pretrained(config.out / "model")
         write_json(config.out / "metrics.json", metrics)
         save_figure(draw(trainer), config.out / "predictions.png")
