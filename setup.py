@@ -38,7 +38,8 @@ TOOLS = [  # sample data, evaluation, pretraining, benchmarks, plots
     "tqdm",
     "tyro>=0.9",
 ]
-TIMM = ["timm>=1.0.9"]  # networks to compare with
+HF = ["transformers>=5.6", "accelerate>=1.1", "pillow", "torchvision"]  # diffbackbone.transformers
+TIMM = ["timm>=1.0.9"]  # diffbackbone.timm, and networks to compare with
 DIFFUSERS = [  # unet="diffusers://..."
     "diffusers>=0.30",
     "transformers>=4.40",  # text encoders, for the empty prompt's embedding
@@ -63,12 +64,14 @@ setup(
         "mmpretrain": MMPRETRAIN,
         "detectron2": DETECTRON2,
         "tools": TOOLS,
+        "hf": HF,
         "timm": TIMM,
         "diffusers": DIFFUSERS,
         "export": EXPORT,
         "docs": DOCS,
         "dev": [
             *TOOLS,
+            *HF,
             *TIMM,
             *DIFFUSERS,
             *EXPORT,

@@ -256,8 +256,9 @@ class DiffusionBackbone(nn.Module):
             module.requires_grad_(False)
 
     def _warn_random(self) -> None:
-        """Warn that no weights were loaded."""
-        warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
+        """Warn that no weights were loaded, unless there are shapes only (on the meta device)."""
+        if not next(self.unet.parameters()).is_meta:
+            warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
         """Load weights into the network; see :func:`load_checkpoint`."""
