@@ -44,21 +44,14 @@ def export(backbone, path=None, x=None) -> torch.export.ExportedProgram:
     return program
 
 
-# Two passes through 36 blocks take long to save: small ones are saved below.
-@pytest.mark.parametrize(
-    ("feedback", "size", "blocks", "saved"),
-    [(None, (64, 96), (16, 10), True), ("bottleneck", (50, 70), (24, 16), False)],
-)
-def test_tiny_exports(tmp_path, feedback, size, blocks, saved):
-    backbone = build("tiny", blocks=blocks, out_strides=(8, 32), feedback=feedback)
-    path = tmp_path / "tiny.pt2" if saved else None
-    program = export(backbone, path, images(0, 2, *size)).module()
-    for seed in (1, 2):
-        x = images(seed, 2, *size)
-        with torch.no_grad():
-            assert difference(program(x), backbone(x)) < 1e-5
+def test_tiny_exports(tmp_path):
+    backbone = build("tiny", blocks=(16, 10), out_strides=(8, 32))
+    program = export(backbone, tmp_path / "tiny.pt2", images(0, 2, 64, 96)).module()
+    x = images(1, 2, 64, 96)
+    with torch.no_grad():
+        assert difference(program(x), backbone(x)) < 1e-5
     with pytest.raises(Exception, match=r"size\(\)|shape"):  # another size is refused
-        program(images(0, 2, size[0], size[1] + 32))
+        program(images(0, 2, 64, 128))
 
 
 LABELLED = {"unet": SMALL.replace(num_classes=5), "class_label": 3}
@@ -103,7 +96,6 @@ def test_kept_noise_becomes_a_constant():
         return any("__xor__" in str(node.target) for node in program.graph.nodes)
 
     backbone = build(blocks=(4,), out_strides=(4,))
-    assert hashes(export(backbone))
     with torch.no_grad():
         backbone(images(0))  # keeps the noise of this size
     for height, seed, constant in ((50, 0, True), (100, 0, False), (50, 1, False)):

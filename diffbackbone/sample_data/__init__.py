@@ -1,11 +1,8 @@
 """Sample data made from scikit-learn's digits and photographs, without a download."""
 
-try:
-    from diffbackbone.sample_data.dataset import make_sample_data
-    from diffbackbone.sample_data.digits import make_digits
-    from diffbackbone.sample_data.scenes import DIGIT_NAMES, SceneConfig, load_pools, make_scene
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}; pip install 'diffbackbone[tools]'") from error
+from diffbackbone.sample_data.dataset import make_sample_data
+from diffbackbone.sample_data.digits import make_digits
+from diffbackbone.sample_data.scenes import DIGIT_NAMES, SceneConfig, load_pools, make_scene
 
 __all__ = [
     "DIGIT_NAMES",

@@ -8,7 +8,6 @@ set starts with the scenes of a smaller one.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,7 @@ from tqdm import tqdm
 from diffbackbone.cli import run_command
 from diffbackbone.sample_data import scenes, writers
 from diffbackbone.sample_data.folder import write_folder
-from diffbackbone.utils import UserError, save_figure, settings_of
-
-MANIFEST = "sample_data.json"
+from diffbackbone.utils import UserError, settings_of
 
 
 @dataclass
@@ -45,8 +42,6 @@ class SampleDataConfig:
     """Largest side of a scene."""
     digits: tuple[int, int] = (3, 7)
     """Fewest and most digits drawn for a scene."""
-    force: bool = False
-    """Replace sample data made with other options, or by another version."""
 
 
 def make_sample_data(out: str | os.PathLike[str], **options: Any) -> str:
@@ -56,7 +51,6 @@ def make_sample_data(out: str | os.PathLike[str], **options: Any) -> str:
 
 def run(config: SampleDataConfig) -> str:
     """Write the data set, whole or not at all, and return a sentence about it."""
-    out = config.out.resolve()
     look = scenes.SceneConfig(config.min_size, config.max_size, *config.digits)
     counts = {split: getattr(config, split) for split in scenes.SPLITS}
     if min(config.seed, *counts.values()) < 0:
@@ -70,37 +64,24 @@ def run(config: SampleDataConfig) -> str:
         "train_scan_share": scenes.TRAIN_SCAN_SHARE,
         "train_photo_share": scenes.TRAIN_PHOTO_SHARE,
     }
-    write = functools.partial(_write, counts=counts, look=look, seed=config.seed)
-    if not write_folder(out, MANIFEST, parameters, write, config.force):
-        return f"{out} already holds this sample data; nothing to do"
-    return f"{out}: {', '.join(f'{count} {split}' for split, count in counts.items())} scenes"
 
+    def write(root: Path) -> None:
+        pools = scenes.load_pools(config.seed)
 
-def _write(
-    root: Path, counts: dict[str, int], look: scenes.SceneConfig, seed: int
-) -> dict[str, dict[str, list[int]]]:
-    """Write scenes and contact sheet; return the scans of each split."""
-    pools = scenes.load_pools(seed)
+        def make(split: str) -> Iterator[scenes.Scene]:
+            for index in tqdm(range(counts[split]), split, unit="scene", disable=None):
+                yield scenes.make_scene(pools[split], look, config.seed, split, index)
 
-    def make(split: str, count: int) -> Iterator[scenes.Scene]:
-        for index in tqdm(range(count), split, unit="scene", disable=None):
-            yield scenes.make_scene(pools[split], look, seed, split, index)
+        for split in ("train", "val"):
+            writers.write_labelled(root, split, make(split))
+        (root / "unlabelled").mkdir()
+        for number, scene in enumerate(make("unlabelled"), 1):
+            writers.save_jpeg(scene.image, root / "unlabelled" / f"{number:08d}.jpg")
 
-    pixels = {
-        split: writers.write_labelled(root, split, make(split, counts[split]))
-        for split in ("train", "val")
-    }
-    writers.write_object_info(root, pixels)
-    (root / "unlabelled").mkdir()
-    for number, scene in enumerate(make("unlabelled", counts["unlabelled"]), 1):
-        writers.save_jpeg(scene.image, root / "unlabelled" / f"{number:08d}.jpg")
-    shown = [
-        (f"{split} {number}", scene)
-        for split, most in (("train", 8), ("val", 4))
-        for number, scene in enumerate(make(split, min(most, counts[split])), 1)
-    ]
-    save_figure(writers.draw_contact_sheet(shown), root / "contact_sheet.png")
-    return {"scans": {split: pools[split].indices.tolist() for split in ("train", "val")}}
+    if not write_folder(config.out, "sample_data.json", parameters, write):
+        return f"{config.out} already holds this sample data; nothing to do"
+    numbers = ", ".join(f"{count} {split}" for split, count in counts.items())
+    return f"{config.out}: {numbers} scenes"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,8 +32,6 @@ class DigitsConfig:
     """Maximum number of images of each class and split."""
     seed: int = 0
     """Seed of the division into training and validation."""
-    force: bool = False
-    """Replace digits made with other options."""
 
 
 def make_digits(out: str | os.PathLike[str], **options: Any) -> str:
@@ -47,7 +45,7 @@ def run(config: DigitsConfig) -> str:
         raise UserError(f"size must be at least {MIN_SIZE}, seed 0 and limit 1, got {config}")
     counts = {"train": 0, "val": 0}
 
-    def write(root: Path) -> dict[str, Any]:
+    def write(root: Path) -> None:
         digits = load_digits()
         for split, indices in split_scans(digits.target, config.seed).items():
             for digit, name in enumerate(DIGIT_NAMES):
@@ -56,14 +54,13 @@ def run(config: DigitsConfig) -> str:
                 for index in indices[digits.target[indices] == digit][: config.limit]:
                     enlarge(digits.images[index], config.size).save(folder / f"{index:04d}.png")
                     counts[split] += 1
-        return {}
 
-    out = config.out.resolve()
     parameters = {"tool": "diffbackbone make_sample_digits", "version": 1, "size": config.size}
     parameters |= {"limit": config.limit, "seed": config.seed}
-    if not write_folder(out, "sample_digits.json", parameters, write, config.force):
-        return f"{out} already holds these digits; nothing to do"
-    return f"{out}: {counts['train']} training and {counts['val']} validation images of digits"
+    if not write_folder(config.out, "sample_digits.json", parameters, write):
+        return f"{config.out} already holds these digits; nothing to do"
+    numbers = f"{counts['train']} training and {counts['val']} validation"
+    return f"{config.out}: {numbers} images of digits"
 
 
 def enlarge(scan: np.ndarray, size: int) -> Image.Image:

@@ -8,7 +8,6 @@ left part (training) and a right part (validation).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -25,7 +24,6 @@ DIGIT_NAMES = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 )  # fmt: skip
 UNLABELLED, BACKGROUND, FIRST_DIGIT = 0, 1, 2  # values of the label maps
-CLASS_NAMES = ("unlabelled", "background", *DIGIT_NAMES)
 
 MIN_SCENE_SIZE = 32
 _SCAN_SPLIT_KEY = (1000,)  # scenes have keys of two numbers
@@ -54,14 +52,11 @@ class SceneConfig:
     max_tries: int = 40  # places tried for a digit
 
     def __post_init__(self) -> None:
-        if not MIN_SCENE_SIZE <= self.min_size <= self.max_size:
+        sizes = MIN_SCENE_SIZE <= self.min_size <= self.max_size
+        if not sizes or not 1 <= self.min_digits <= self.max_digits:
             raise UserError(
-                f"scene sizes need {MIN_SCENE_SIZE} <= min-size <= max-size, "
-                f"got {self.min_size} and {self.max_size}"
-            )
-        if not 1 <= self.min_digits <= self.max_digits:
-            raise UserError(
-                f"digits need 1 <= MIN <= MAX, got {self.min_digits} and {self.max_digits}"
+                f"scenes need {MIN_SCENE_SIZE} <= min-size <= max-size and 1 <= fewest <= most "
+                f"digits, got {self}"
             )
 
 
@@ -71,7 +66,6 @@ class Pool:
 
     scans: np.ndarray  # (N, 8, 8), ink from 0 to 1
     classes: np.ndarray  # digit that each scan shows
-    indices: np.ndarray  # index of each scan in `load_digits`
     photos: tuple[np.ndarray, ...]  # the split's part of each photograph, (H, W, 3) RGB bytes
 
 
@@ -80,7 +74,6 @@ class PastedDigit:
     """A digit in a scene."""
 
     digit: int  # 0 to 9
-    scan: int  # index of its scan in `load_digits`
     mask: np.ndarray  # (H, W), True where a pixel belongs to it
 
 
@@ -103,27 +96,20 @@ def split_scans(classes: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     return {"train": np.sort(train), "val": np.setdiff1d(np.arange(len(classes)), train)}
 
 
-def build_pools(
-    scans: np.ndarray, classes: np.ndarray, photos: Sequence[np.ndarray], seed: int
-) -> dict[str, Pool]:
-    """Divide scans and photographs among the splits; "unlabelled" shares the pool of "train"."""
+def load_pools(seed: int) -> dict[str, Pool]:
+    """Divide scikit-learn's scans and photographs among `SPLITS`; "unlabelled" shares "train"'s."""
+    digits, photos = load_digits(), load_sample_images().images
+    scans = (digits.images / 16.0).astype(np.float32)
     cuts = [round(TRAIN_PHOTO_SHARE * photo.shape[1]) for photo in photos]
     parts = {
         "train": tuple(photo[:, :cut] for photo, cut in zip(photos, cuts)),
         "val": tuple(photo[:, cut:] for photo, cut in zip(photos, cuts)),
     }
     pools = {
-        split: Pool(scans[indices], classes[indices], indices, parts[split])
-        for split, indices in split_scans(classes, seed).items()
+        split: Pool(scans[indices], digits.target[indices], parts[split])
+        for split, indices in split_scans(digits.target, seed).items()
     }
     return {**pools, "unlabelled": pools["train"]}
-
-
-def load_pools(seed: int) -> dict[str, Pool]:
-    """Return a pool of scikit-learn's scans and photographs for each of `SPLITS`."""
-    digits = load_digits()
-    scans = (digits.images / 16.0).astype(np.float32)
-    return build_pools(scans, digits.target, load_sample_images().images, seed)
 
 
 def make_scene(pool: Pool, config: SceneConfig, seed: int, split: str, index: int) -> Scene:
@@ -152,7 +138,7 @@ def make_scene(pool: Pool, config: SceneConfig, seed: int, split: str, index: in
         mask = np.zeros((height, width), bool)
         mask[box] = alpha > config.mask_threshold
         labels[mask] = FIRST_DIGIT + digit
-        digits.append(PastedDigit(digit, int(pool.indices[member]), mask))
+        digits.append(PastedDigit(digit, mask))
     rim = (opacity > config.rim_threshold) & (opacity <= config.mask_threshold)
     labels[rim] = UNLABELLED
     pixels = np.clip(np.rint(image), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Write scenes as ADE20K (SceneParse150) and COCO (instances and panoptic), and draw them.
+"""Write scenes as ADE20K (SceneParse150) and COCO (instances and panoptic).
 
 Labels of the ADE20K maps: 0 unlabelled (the soft rim of a digit), 1 background, 2 to 11 the digits
 0 to 9. Categories of the COCO files: 1 to 10, the digits 0 to 9 (things), and in the panoptic ones
@@ -8,48 +8,25 @@ Detectron2's `register_coco_panoptic_separated` reads: 0 things, 1 background, 2
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from PIL import Image
 
-from diffbackbone.sample_data.scenes import (
-    BACKGROUND,
-    CLASS_NAMES,
-    DIGIT_NAMES,
-    FIRST_DIGIT,
-    Scene,
-)
-from diffbackbone.utils import write_json, write_text
+from diffbackbone.sample_data.scenes import BACKGROUND, DIGIT_NAMES, Scene
+from diffbackbone.utils import write_json
 
 FORMAT_VERSION = 2  # 2: with COCO's panoptic files
 ADE_FOLDERS = {"train": "training", "val": "validation"}
 BACKGROUND_CATEGORY = len(DIGIT_NAMES) + 1  # of COCO, after the digits
 STUFF_OF_LABEL = np.array([255, 1, *(0 for _ in DIGIT_NAMES)], np.uint8)
-PALETTE = (
-    (236, 236, 236), (38, 44, 56), (230, 57, 70), (244, 140, 54), (255, 214, 64), (146, 200, 62),
-    (34, 160, 107), (64, 196, 220), (58, 110, 230), (142, 84, 233), (232, 94, 190), (160, 108, 74),
-)  # fmt: skip
-SUBJECT = "handwritten digits on photographs"
-INFO = {
-    "url": "",
-    "version": str(FORMAT_VERSION),
-    "year": 2026,
-    "contributor": "made by tools/make_sample_data.py from scikit-learn's data sets",
-    "date_created": "",
-}
-LICENSES = [
-    {"id": number, "name": name, "url": f"https://creativecommons.org/licenses/by/{version}/"}
-    for number, version, name in (
-        (1, "2.0", "Attribution 2.0 Generic (photographs china.jpg and flower.jpg)"),
-        (2, "4.0", "Attribution 4.0 International (UCI handwritten digits)"),
-    )
-]
+DESCRIPTION = (
+    "diffbackbone sample data: handwritten digits (UCI, CC BY 4.0) on photographs (china.jpg and "
+    "flower.jpg, CC BY 2.0) of scikit-learn"
+)
 _SEGMENT_IDS = 1 << 24
 _SEGMENT_STEP = 0x9E3779  # odd, so its multiples below _SEGMENT_IDS are distinct and never 0
 
@@ -59,8 +36,8 @@ def save_jpeg(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image).save(path, quality=95)
 
 
-def write_labelled(root: Path, split: str, scenes: Iterable[Scene]) -> np.ndarray:
-    """Write the scenes of a split in both layouts; return each scene's pixels of each class."""
+def write_labelled(root: Path, split: str, scenes: Iterable[Scene]) -> None:
+    """Write the scenes of a split in both layouts."""
     ade, coco = root / "ADEChallengeData2016", root / "coco"
     images, annotations = (ade / kind / ADE_FOLDERS[split] for kind in ("images", "annotations"))
     coco_images, segment_maps, stuff_maps = (
@@ -71,7 +48,6 @@ def write_labelled(root: Path, split: str, scenes: Iterable[Scene]) -> np.ndarra
     records: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     panoptic: list[dict[str, Any]] = []
-    pixels = []
     for number, scene in enumerate(scenes, 1):
         ade_name, coco_name = f"ADE_{split}_{number:08d}", f"{number:012d}"
         save_jpeg(scene.image, images / f"{ade_name}.jpg")
@@ -82,7 +58,7 @@ def write_labelled(root: Path, split: str, scenes: Iterable[Scene]) -> np.ndarra
         Image.fromarray(segment_map).save(segment_maps / f"{coco_name}.png")
         height, width = scene.labels.shape
         size = {"width": width, "height": height}
-        records.append({"id": number, "file_name": f"{coco_name}.jpg", **size, "license": 1})
+        records.append({"id": number, "file_name": f"{coco_name}.jpg", **size})
         panoptic.append(
             {"image_id": number, "file_name": f"{coco_name}.png", "segments_info": segments}
         )
@@ -91,45 +67,22 @@ def write_labelled(root: Path, split: str, scenes: Iterable[Scene]) -> np.ndarra
             instance["bbox"] = [float(value) for value in segment["bbox"]]
             instance["segmentation"] = mask_to_polygons(pasted.mask)
             instances.append(instance)
-        pixels.append(np.bincount(scene.labels.ravel(), minlength=len(CLASS_NAMES)))
-    for kind, entries in (("instances", instances), ("panoptic", panoptic)):
-        content = {
-            "info": {"description": f"diffbackbone sample data, {split}: {SUBJECT}", **INFO},
-            "licenses": LICENSES,
-            "images": records,
-            "annotations": entries,
-            "categories": categories(kind),
-        }
-        write_json(coco / "annotations" / f"{kind}_{split}2017.json", content, indent=None)
-    return np.array(pixels, np.int64).reshape(-1, len(CLASS_NAMES))
-
-
-def categories(kind: str) -> list[dict[str, Any]]:
-    """Return COCO's categories for "instances" or "panoptic" annotations."""
     things = [
         {"id": number, "name": name, "supercategory": "digit"}
         for number, name in enumerate(DIGIT_NAMES, 1)
     ]
-    if kind == "instances":
-        return things
     background = {"id": BACKGROUND_CATEGORY, "name": "background", "supercategory": "background"}
-    colors = (*PALETTE[FIRST_DIGIT:], PALETTE[BACKGROUND])
-    return [
-        {**category, "isthing": int(category is not background), "color": list(color)}
-        for category, color in zip((*things, background), colors)
-    ]
-
-
-def write_object_info(root: Path, pixels: Mapping[str, np.ndarray]) -> None:
-    """Write ADE20K's table of classes from each scene's pixels of each class."""
-    totals = pixels["train"].sum(0) + pixels["val"].sum(0)
-    ratios = totals / max(totals[BACKGROUND:].sum(), 1)
-    train, val = ((pixels[split] > 0).sum(0) for split in ("train", "val"))
-    lines = ["Idx\tRatio\tTrain\tVal\tStuff\tName"]
-    for label in range(BACKGROUND, len(CLASS_NAMES)):
-        counts = f"{ratios[label]:.4f}\t{train[label]}\t{val[label]}"
-        lines.append(f"{label}\t{counts}\t{int(label == BACKGROUND)}\t{CLASS_NAMES[label]}")
-    write_text(root / "ADEChallengeData2016" / "objectInfo150.txt", "\n".join(lines) + "\n")
+    both = [*({**thing, "isthing": 1} for thing in things), {**background, "isthing": 0}]
+    for kind, entries, categories in (
+        ("instances", instances, things), ("panoptic", panoptic, both)
+    ):  # fmt: skip
+        content = {
+            "info": {"description": DESCRIPTION},
+            "images": records,
+            "annotations": entries,
+            "categories": categories,
+        }
+        write_json(coco / "annotations" / f"{kind}_{split}2017.json", content, indent=None)
 
 
 def draw_segments(scene: Scene) -> tuple[np.ndarray, list[dict[str, Any]]]:
@@ -196,28 +149,3 @@ def _outline(piece: np.ndarray) -> list[float]:
     steps = np.roll(points, -1, axis=0) - points
     corners = (steps != np.roll(steps, 1, axis=0)).any(axis=1)
     return points[corners].astype(float).ravel().tolist()
-
-
-def draw_contact_sheet(scenes: Sequence[tuple[str, Scene]]) -> Figure:
-    """Draw captioned scenes beside their label maps, with a legend of the colors."""
-    rows = max(1, -(-len(scenes) // 3))
-    figure = Figure(figsize=(10.2, 1.9 * rows + 0.8), layout="constrained")
-    figure.suptitle("Sample scenes and their labels")
-    axes = figure.subplots(rows, 6, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for (name, scene), (left, right) in zip(scenes, axes.reshape(-1, 2)):
-        height, width = scene.labels.shape
-        left.imshow(scene.image)
-        ordered = sorted(scene.digits, key=lambda pasted: pasted.mask.any(axis=0).argmax())
-        shown = " ".join(str(pasted.digit) for pasted in ordered)
-        left.set_title(f"{name}: {shown}", loc="left", size=8)
-        right.imshow(np.array(PALETTE, np.uint8)[scene.labels], interpolation="nearest")
-        right.set_title(f"{width} x {height}", loc="right", size=8, color="gray")
-    names = ("unlabelled rim", "background", *range(10))
-    patches = [
-        Patch(facecolor=np.divide(color, 255), edgecolor="gray", label=str(name))
-        for name, color in zip(names, PALETTE)
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=12, fontsize=8, frameon=False)
-    return figure
