@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,13 @@ from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_processes
 from omegaconf.errors import OmegaConfBaseException
 
-from diffbackbone.cli import CONFIGS, check_checkpoint, find_config, strip_worker_traceback
+from diffbackbone.cli import (
+    CONFIGS,
+    check_checkpoint,
+    end_with_parent,
+    find_config,
+    strip_worker_traceback,
+)
 from diffbackbone.detectron2.datasets import check_datasets, load_dicts
 from diffbackbone.utils import UserError, lost_loss
 
@@ -121,13 +124,3 @@ def _run_process(run: Callable[[argparse.Namespace], Any], args: argparse.Namesp
     end_with_parent()
     with user_errors():
         run(args)
-
-
-def end_with_parent() -> None:
-    """End this process when its parent ends, however that ends (Linux only).
-
-    Torch sends SIGINT, which background jobs of a shell script ignore: orphans would train on and
-    write checkpoints beside those of the resumed run.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
