@@ -106,26 +106,22 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name[0] != "."}
 
 
-def test_extraction_pools_down_only_and_rounds(backbone, images):
+def test_extraction_pools_rounds_and_fills_up(backbone, images, monkeypatch):
     raw = backbone.forward_taps(images[:3], (150,), (24, 19))
     found = FeatureSpec((150,), (24, 19), SIZE, pool=1).extract(backbone, images[:3])
     assert found[150, 24].dtype == torch.float16
     assert torch.equal(found[150, 24], F.adaptive_avg_pool2d(raw[150, 24], 1).half())
-    whole = FeatureSpec((150,), (24,), SIZE, pool=7, dtype="float32").extract(backbone, images[:3])
-    assert torch.equal(whole[150, 24], raw[150, 24])
     assert not found[150, 24].requires_grad
-
-
-def test_small_batches_are_filled_up(backbone, images, monkeypatch):
-    sizes = []
-    original = backbone.forward_taps
+    whole = FeatureSpec((150,), (24,), SIZE, pool=7, dtype="float32").extract(backbone, images[:3])
+    assert torch.equal(whole[150, 24], raw[150, 24])  # never pooled up
+    sizes, original = [], backbone.forward_taps
     monkeypatch.setattr(
         backbone, "forward_taps", lambda x, *args: sizes.append(len(x)) or original(x, *args)
     )
     spec = FeatureSpec((150,), (24,), SIZE, dtype="float32", batch=5)
-    found = spec.extract(backbone, images[:3])[150, 24]
-    assert sizes == [5]
-    assert torch.equal(found, spec.extract(backbone, images)[150, 24][:3])
+    few = spec.extract(backbone, images[:3])[150, 24]
+    assert sizes == [5]  # a small batch is filled up
+    assert torch.equal(few, spec.extract(backbone, images)[150, 24][:3])
 
 
 @pytest.mark.parametrize("bias", [1e6, float("nan")])

@@ -118,6 +118,10 @@ def test_planted_cell_is_found_and_recommended(planted):
         for tap, pool, draw in itertools.product(STRENGTH, (1, 2), draws)
     ]
     cells = summarize(records, ("linear", "knn"), {12: 10, 19: 20, 24: 30})
+    first, second = (record["linear"] for record in records[:2])
+    assert cells[0]["linear"] == pytest.approx((first + second) / 2)
+    assert cells[0]["linear_std"] == pytest.approx(abs(first - second) / 2**0.5)
+    assert summarize(records[:1], ["knn"], {12: 10})[0]["knn_std"] is None
     for name in ("linear", "knn"):
         advice = recommend(cells, name, 90, 2)
         assert (advice["best"]["t"], advice["best"]["b"]) == (90, 19)
@@ -189,14 +193,6 @@ def test_ties_go_to_the_cheapest():
     for order in (cells, cells[::-1]):
         best = recommend(order, "linear", 100, 1)["best"]
         assert (best["b"], best["t"], best["pool"], best["features"]) == (19, 90, 1, 8)
-
-
-def test_mean_and_spread_over_seeds():
-    records = [{**cell(12, 2, x), "seed": s} for s, x in enumerate((0.5, 0.6, 0.7))]
-    (found,) = summarize(records, ["linear"], {12: 10})
-    assert found["linear"] == pytest.approx(0.6)
-    assert found["linear_std"] == pytest.approx(0.1)
-    assert summarize(records[:1], ["linear"], {12: 10})[0]["linear_std"] is None
 
 
 def test_operations_are_those_of_the_padded_image():

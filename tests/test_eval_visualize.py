@@ -107,7 +107,7 @@ def test_figure_of_all_images(images, weights, tmp_path, monkeypatch):
     command += ["--device", "cpu", "--checkpoint", weights, "--out", sheet]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     runpy.run_path(str(ROOT / "tools/visualize_features.py"), run_name="__main__")
-    draw(images, checkpoint=weights, limit=1, out=tmp_path / "one.png")
+    draw(images, checkpoint=weights, limit=1, image_size=90, out=tmp_path / "one.png")
     assert np.prod(Image.open(tmp_path / "one.png").size) < np.prod(Image.open(sheet).size)
 
 
@@ -148,19 +148,11 @@ def test_trained_layers_come_from_a_classifier(images, weights, tmp_path, feedba
     assert (tmp_path / "x.png").is_file()
 
 
-def test_image_size_enlarges_small_images(tmp_path):
-    Image.new("RGB", (20, 30), "red").save(tmp_path / "small.png")
-    with pytest.raises(ValueError, match="at least 32 x 32"):
-        draw(tmp_path / "small.png")
-    draw(tmp_path / "small.png", image_size=40, out=tmp_path / "out.png")
-    assert (tmp_path / "out.png").is_file()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"blocks": (38,)}, "from 1 to 37"),
-        ({"timesteps": (5, 5)}, "each once"),
+        ({"image_size": 20}, "at least 32 x 32"),
         ({"classifier": Path("nowhere.pt")}, "nowhere.pt"),
     ],
 )

@@ -64,7 +64,7 @@ class FeatureSpec:
         """Return what the options of a command ask for, with maps pooled to ``pool``."""
         size, compute = config.image_size, config.compute_dtype(state.device)
         return cls(
-            config.timesteps, config.blocks, size or config.network_size(), pool,
+            config.timesteps, config.blocks, size or config.network().image_size, pool,
             config.feature_dtype, compute, config.batch_size,
         )  # fmt: skip
 

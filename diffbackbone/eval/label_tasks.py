@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffbackbone import UNet, UNetConfig, load_checkpoint
+from diffbackbone import UNet, UNetConfig, load_checkpoint, sample_data
 from diffbackbone.cli import CONFIGS, end_with_parent, find_config
 from diffbackbone.eval import classify
 from diffbackbone.eval.data import ImageFolder, choose_subset, list_folder
@@ -29,14 +29,6 @@ from diffbackbone.eval.label_config import Cell, LabelEfficiencyConfig
 from diffbackbone.eval.options import build_backbone
 from diffbackbone.eval.probe import Labels, measure_tap
 from diffbackbone.eval.recipes import RECIPES
-from diffbackbone.sample_data import (
-    DIGIT_NAMES,
-    SceneConfig,
-    load_pools,
-    make_digits,
-    make_sample_data,
-    make_scene,
-)
 from diffbackbone.saving import save_safetensors
 from diffbackbone.utils import RandomStream, UserError, atomic_write, write_json, write_text
 
@@ -62,15 +54,15 @@ def make_digit_scenes(out: Path, counts: Mapping[str, int], size: int) -> None:
     """
     if out.is_dir():
         return
-    look = SceneConfig(size, size, min_digits=1, max_digits=1, digit_size=DIGIT_SIZE)
-    pools = load_pools(0)
+    look = sample_data.SceneConfig(size, size, min_digits=1, max_digits=1, digit_size=DIGIT_SIZE)
+    pools = sample_data.load_pools(0)
     partial = out.with_name(f".{out.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
     for split, count in counts.items():
         for index in range(count):
-            scene = make_scene(pools[split], look, 0, split, _FIRST_DIGIT_SCENE + index)
+            scene = sample_data.make_scene(pools[split], look, 0, split, _FIRST_DIGIT_SCENE + index)
             digit = scene.digits[0].digit
-            folder = partial / split / f"{digit}_{DIGIT_NAMES[digit]}"
+            folder = partial / split / f"{digit}_{sample_data.DIGIT_NAMES[digit]}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(scene.image).save(folder / f"{index:06d}.png")
     partial.replace(out)
@@ -153,7 +145,7 @@ class LabelEfficiencyRunner:
         """Return training and validation images of one digit."""
         config, root = self.config, self.config.out / "digits"
         if config.images == "scans":
-            make_digits(root, size=config.image_size)
+            sample_data.make_digits(root, size=config.image_size)
         else:
             counts = {"train": config.digits, "val": math.ceil(config.digits / 10)}
             make_digit_scenes(root, counts, config.image_size)
@@ -228,7 +220,7 @@ class LabelEfficiencyRunner:
     def scenes(self) -> Path:
         """Return the folder of the scenes of several digits."""
         root, count = self.config.out / "scenes", self.config.scenes
-        make_sample_data(root, train=count, val=math.ceil(count / 20), unlabelled=0)
+        sample_data.make_sample_data(root, train=count, val=math.ceil(count / 20), unlabelled=0)
         return root.resolve()
 
     def upernet(self, cell: Cell) -> dict[str, Any]:

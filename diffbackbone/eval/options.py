@@ -10,6 +10,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,6 @@ from accelerate import PartialState
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.eval.data import ImageFolder, list_folder
-from diffbackbone.models.base import DiffusionModel
 from diffbackbone.models.gd_config import PRESETS, UNetConfig
 from diffbackbone.utils import UserError
 
@@ -45,15 +45,9 @@ class BackboneOptions:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU that supports it, else float32."""
 
-    def network(self) -> UNetConfig | DiffusionModel:
-        """Return the architecture; its ``blocks`` are the table of all blocks."""
+    def network(self) -> Any:
+        """Return the architecture: ``blocks``, the table of all blocks, and ``image_size``."""
         return _network(self.unet)
-
-    def network_size(self) -> int:
-        """Return the height and width of the images that the network was trained on."""
-        network = self.network()
-        size = getattr(network, "image_size", None)
-        return size or getattr(getattr(network, "config", None), "image_size", None) or 256
 
     def existing(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """Return those of some blocks that the network has."""
@@ -113,7 +107,7 @@ class CacheOptions:
 
 
 @functools.lru_cache
-def _network(unet: str) -> UNetConfig | DiffusionModel:
+def _network(unet: str) -> UNetConfig | SimpleNamespace:
     if unet in PRESETS:
         return PRESETS[unet]
     if unet.endswith(".safetensors") and "://" not in unet:
@@ -121,10 +115,12 @@ def _network(unet: str) -> UNetConfig | DiffusionModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="DiffusionBackbone: no checkpoint")
         try:
-            backbone = DiffusionBackbone(unet, blocks=(1,), out_channels=None, out_strides=None)
+            network = DiffusionBackbone(unet, blocks=(1,), out_channels=None, out_strides=None).unet
         except ValueError as error:
             raise UserError(f"--unet {unet}: {error}") from error
-    return backbone.unet
+    config = getattr(network, "config", None)
+    size = getattr(network, "image_size", None) or getattr(config, "image_size", None)
+    return SimpleNamespace(blocks=network.blocks, image_size=size or 256)
 
 
 def build_backbone(

@@ -147,7 +147,7 @@ def resolve(config: ClassifierConfig) -> ClassifierConfig:
     return replace(
         config,
         out=config.out or out,
-        image_size=config.image_size or config.network_size(),
+        image_size=config.image_size or config.network().image_size,
         head=head,
         pool=config.pool or POOLS[head],
         timesteps=timesteps,

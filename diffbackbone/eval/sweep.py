@@ -112,7 +112,7 @@ def run(config: SweepConfig) -> dict[str, Any]:
         config,
         blocks=config.blocks or config.existing(BLOCKS),
         seeds=config.seeds or (config.seed,),
-        image_size=config.image_size or config.network_size(),
+        image_size=config.image_size or config.network().image_size,
     )
     state = config.start()
     settings: dict[str, Any] = {"format": FORMAT, "batch_size": config.batch_size}
@@ -329,15 +329,14 @@ def show_grid(
     blocks, timesteps = (list(dict.fromkeys(key[i] for key in own)) for i in (0, 1))
     texts = [[_percent(own[b, t], measure) for t in timesteps] for b in blocks]
     marks = {}
-    for key, color, star, label in (
-        ("cheapest", CHEAPEST_COLOR, "*", "fewest operations within one standard error"),
-        ("best", BEST_COLOR, "**", "best of all blocks, timesteps and pools"),
+    for found, color, star, label in (
+        (advice["cheapest"], CHEAPEST_COLOR, "*", "fewest operations within one standard error"),
+        (advice["best"], BEST_COLOR, "**", "best of all blocks, timesteps and pools"),
     ):
-        found = advice[key]
-        if found["pool"] == pool and (key == "best" or found is not advice["best"]):
+        if found["pool"] == pool:
             i, j = blocks.index(found["b"]), timesteps.index(found["t"])
             marks[i, j] = color, label
-            texts[i][j] = f"{star}{texts[i][j]}{star}"
+            texts[i][j] = f"{star}{_percent(found, measure)}{star}"
     columns = ["b \\ t:", *(f"{t}:" for t in timesteps)]
     table = markdown_table(columns, ([b, *line] for b, line in zip(blocks, texts)))
     every = [100 * cell[measure] for cell in cells]

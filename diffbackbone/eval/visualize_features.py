@@ -15,7 +15,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from sklearn.decomposition import PCA
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,23 +56,6 @@ class VisualizeFeaturesConfig(BackboneOptions):
     """Images at most."""
 
 
-def principal_components(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Project vectors (N, C) onto their first three principal axes.
-
-    Returns:
-        Values (N, 3), and the share of the variance of each (3,). Those beyond the rank are 0.
-    """
-    scale = np.square(rows).mean()
-    rows = rows - rows.mean(0)
-    pca = PCA(min(3, *rows.shape), svd_solver="covariance_eigh")
-    with np.errstate(invalid="ignore", divide="ignore"):  # a single row has no variance
-        values = pca.fit_transform(rows)
-    variances, shares = np.nan_to_num([pca.explained_variance_, pca.explained_variance_ratio_])
-    kept = variances > 1e-12 * variances.max() + 1e-24 * scale  # others are rounding errors
-    missing = 3 - len(kept)
-    return np.pad(values * kept, ((0, 0), (0, missing))), np.pad(shares * kept, (0, missing))
-
-
 def colorize(maps: Sequence[Tensor]) -> tuple[list[np.ndarray], float]:
     """Color the maps (C, h_i, w_i) of one tap by the principal components of all together.
 
@@ -81,15 +63,22 @@ def colorize(maps: Sequence[Tensor]) -> tuple[list[np.ndarray], float]:
         Pixels (h_i, w_i, 3) uint8 of each image, and the share of the variance they show. A
         component without variance is gray.
     """
-    rows = torch.cat([x.double().flatten(1).T for x in maps]).numpy()
-    values, shares = principal_components(rows)
+    rows = torch.cat([x.double().flatten(1).T for x in maps])
+    centered = rows - rows.mean(0)
+    variances, axes = torch.linalg.eigh(centered.T @ centered)
+    total, variances, axes = variances.sum(), variances[-3:].flip(0), axes[:, -3:].flip(1)
+    # colors must not flip from run to run
+    axes *= axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    kept = variances > 1e-12 * variances[0] + 1e-24 * rows.square().sum()  # others are rounding
+    values = (centered @ axes * kept).numpy()
     low, high = np.percentile(values, [CUT, 100 - CUT], axis=0)
     flat = high <= low  # most values are the same
     low, high = np.where(flat, values.min(0), low), np.where(flat, values.max(0), high)
     shades = np.where(high > low, (values - low) / np.where(high > low, high - low, 1), 0.5)
     pixels = (255 * shades.clip(0, 1)).round().astype(np.uint8)
     parts = np.split(pixels, np.cumsum([x[0].numel() for x in maps])[:-1])
-    return [p.reshape(*x.shape[1:], 3) for p, x in zip(parts, maps)], float(shares.sum())
+    share = float(variances[kept].sum() / total.clamp_min(1e-300))
+    return [p.reshape(*x.shape[1:], 3) for p, x in zip(parts, maps)], share
 
 
 @torch.no_grad()
