@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,3 +92,13 @@ def strip_worker_traceback(text: str) -> str:
     if not re.match(r"Caught \w+ in DataLoader worker process", text):
         return text
     return re.sub(r"^[\w.]+: ", "", text.strip().rpartition("\n")[2])
+
+
+def end_with_parent() -> None:
+    """End this process when its parent ends, however that ends (Linux only).
+
+    Torch sends SIGINT, which background jobs of a shell script ignore: orphans would train on and
+    write checkpoints beside those of the resumed run.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

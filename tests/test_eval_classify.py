@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +15,9 @@ pytest.importorskip("accelerate")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("tyro")
 
-from image_folders import CLASSES, write_folder, write_weights
+import forked
+import image_folders
+from image_folders import CLASSES, write_folder
 
 from diffbackbone.checkpoint import CheckpointError
 from diffbackbone.eval import classify
@@ -29,11 +26,13 @@ from diffbackbone.eval.recipes import RECIPES, resolve
 from diffbackbone.heads import LinearHead
 from diffbackbone.utils import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+weights = image_folders.weights
+one_thread = image_folders.one_thread
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN, VAL = 6, 3
 SMALL = {
-    "unet": "tiny", "image_size": 32, "workers": 0, "device": "cpu", "epochs": 2, "batch_size": 10,
-    "width": 32, "num_heads": 2, "layers": 1, "log_with": "none",
+    "unet": "tiny", "image_size": 32, "blocks": (12,), "workers": 0, "device": "cpu", "epochs": 2,
+    "batch_size": 10, "width": 32, "num_heads": 2, "layers": 1, "log_with": "none",
 }  # fmt: skip
 
 
@@ -46,22 +45,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return str(write_weights(tmp_path_factory.mktemp("weights") / "tiny.pt"))
-
-
-@pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """Shared features, with mirrored copies, of linear heads on random weights."""
     return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(data, out, recipe="probe", **options):
@@ -88,11 +74,8 @@ def history(out):
 def numbers(out):
     """Everything a run reports, except times and paths."""
     results = json.loads((out / "results.json").read_text())
-    keys = ("lr", "epoch", "val", "learning_rates", "confusion", "trained_parameters")
+    keys = ("lr", "epoch", "val", "confusion", "trained_parameters")
     return history(out), {key: results[key] for key in keys}
-
-
-# ------------------------------------------------------------------------------- recipes, options
 
 
 def test_recipes_are_the_papers_protocols():
@@ -134,30 +117,22 @@ def test_recipe_gives_the_defaults_of_the_command_line(monkeypatch):
     ("options", "message"),
     [
         ({"blocks": (19, 24)}, "one block and timestep"),
-        ({"head": "attention", "timesteps": (1, 2)}, "one block and timestep"),
         ({"blocks": (38,)}, "from 1 to 37"),
-        ({"timesteps": (1000,)}, "0 to 999"),
-        ({"head": "difformer", "blocks": (24, 24)}, "differ"),
-        ({"head": "attention", "width": 33}, "--head attention"),
-        ({"hidden": (3,)}, "hidden"),
+        ({"head": "attention", "width": 33}, "33"),
         ({"lr": (0.1, 0.2), "finetune": True}, "several learning rates"),
         ({"lr": (0.1, 0.2), "select_on": "none"}, "need --select-on"),
-        ({"cache": Path("c"), "feedback": "windowed"}, "without feedback"),
+        ({"cache": Path("c"), "feedback": "windowed", "blocks": (24,)}, "without feedback"),
         ({"cache": Path("c"), "finetune": True}, "frozen"),
         ({"cache": Path("c"), "noise": "random"}, "noise"),
         ({"cache": Path("c"), "augment": "crop-flip"}, "random crops"),
-        ({"epochs": 0}, "at least 1"),
         ({"feedback": "windowed", "blocks": (3,)}, "block"),
     ],
 )
 def test_options_that_exclude_each_other(data, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         train(data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-# --------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize(
@@ -166,10 +141,8 @@ def test_options_that_exclude_each_other(data, tmp_path, monkeypatch, options, m
         {"head": "linear", "log_with": "tensorboard"},
         {"head": "mlp", "hidden": (16,), "pool": 1},
         {"head": "cnn", "hidden": (8,), "pool": 4},
-        {"head": "attention"},
         {"head": "difformer", "timesteps": (90,), "blocks": (19, 24)},
-        {"head": "difformer", "timesteps": (90,), "blocks": (24,)},
-        {"feedback": "windowed"},
+        {"feedback": "windowed", "blocks": (24,)},
         {"finetune": True, "noise": "random", "backbone_lr": 1e-5},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
@@ -187,7 +160,7 @@ def test_every_head_trains(data, tmp_path, options):
     assert history(tmp_path)[-1]["val"][0] == saved["val"]
     if "log_with" in options:
         board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-        events = board.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        events = board.EventAccumulator(str(tmp_path / "diffbackbone")).Reload()
         assert [event.step for event in events.Scalars("val_top1")] == [1, 2]
 
 
@@ -198,13 +171,11 @@ def test_a_probe_learns(data, tmp_path, cache):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("augment", ["none", "flip"])
-def test_cache_changes_no_digit(data, tmp_path, weights, augment):
-    options = {"head": "attention", "checkpoint": weights, "augment": augment}
+def test_cache_changes_no_digit(data, tmp_path, weights):
+    options = {"head": "attention", "checkpoint": weights, "augment": "flip"}
     train(data, tmp_path / "plain", **options)
     train(data, tmp_path / "cached", cache=tmp_path / "cache", **options)
-    copies = 2 if augment == "flip" else 1
-    assert len(FeatureCache(tmp_path / "cache/train")) == copies * CLASSES * TRAIN
+    assert FeatureCache(tmp_path / "cache/train").settings["copies"] == 2
     assert numbers(tmp_path / "plain") == numbers(tmp_path / "cached")
 
 
@@ -233,26 +204,22 @@ def test_selection_is_made_on_held_out_training_images(data, tmp_path, cache):
     )
     assert (results["epoch"], results["lr"]) == (-epoch, rates[-index])
     assert results["val"] == records[results["epoch"] - 1]["val"][-index]
-    assert [rate["lr"] for rate in results["learning_rates"]] == list(rates)
-    rate = results["learning_rates"][-index]
-    assert (rate["epoch"], rate["val_top1"]) == (results["epoch"], results["val"]["top1"])
     best = classify.read_checkpoint(tmp_path / "best.pt")["best"]
     assert best["lr"] == results["lr"]
-    assert best["confusion"].trace() / (CLASSES * VAL) == pytest.approx(results["val"]["top1"])
 
 
 def test_epoch_takes_every_image_once_and_half_of_them_mirrored(data, tmp_path, cache, monkeypatch):
     read = []
     original = FeatureCache.read
 
-    def spy(self, rows, taps=None):
-        read.append((self.folder.name, list(rows)))
-        return original(self, rows, taps)
+    def spy(self, row, tap):
+        read.append((self.folder.name, row))
+        return original(self, row, tap)
 
     monkeypatch.setattr(FeatureCache, "read", spy)
     train(data, tmp_path, lr=(0.01, 0.1), holdout=0.33, epochs=8, cache=cache)
     count, held = CLASSES * TRAIN, CLASSES * TRAIN // 3
-    rows = [row for name, rows in read if name == "train" for row in rows]
+    rows = [row for name, row in read if name == "train"]
     assert len(rows) == 8 * count
     epochs = [rows[i : i + count] for i in range(0, len(rows), count)]
     for epoch in epochs:
@@ -262,39 +229,27 @@ def test_epoch_takes_every_image_once_and_half_of_them_mirrored(data, tmp_path, 
     assert len({tuple(row % count for row in epoch) for epoch in epochs}) == 8
     mirrored = np.mean([row >= count for epoch in epochs for row in epoch[:-held]])
     assert 0.3 < mirrored < 0.7
-    seen = [row for name, rows in read if name == "val" for row in rows]
+    seen = [row for name, row in read if name == "val"]
     assert seen == list(range(CLASSES * VAL)) * 8
 
 
 def test_learning_rate_drops_every_step(data, tmp_path, cache):
     rates = []
-    for epochs in (1, 2, 3, 5):
+    for epochs in (2, 3, 5):
         options = {"lr": (0.08,), "step": 2, "gamma": 0.5, "cache": cache}
         train(data, tmp_path, epochs=epochs, resume=True, **options)
         saved = classify.read_checkpoint(tmp_path / "last.pt")
         rates += [group["lr"] for group in saved["optimizer"]["param_groups"]]
-    assert rates == pytest.approx([0.08, 0.08, 0.04, 0.02])
-
-
-def test_accumulated_parts_equal_a_whole_batch(data, tmp_path, weights):
-    options = {"checkpoint": weights, "head": "attention", "lr": (0.05,), "optimizer": "sgd"}
-    train(data, tmp_path / "whole", batch_size=7, **options)
-    train(data, tmp_path / "parts", batch_size=7, accumulate=3, **options)
-    for whole, parts in zip(history(tmp_path / "whole"), history(tmp_path / "parts")):
-        assert parts["train"][0] == pytest.approx(whole["train"][0], rel=1e-4)
-        assert parts["val"][0] == pytest.approx(whole["val"][0], rel=1e-4)
+    assert rates == pytest.approx([0.08, 0.04, 0.02])
 
 
 def test_resumed_run_keeps_its_own_frozen_weights(data, tmp_path, weights):
     whole = train(data, tmp_path / "whole")
     train(data, tmp_path / "parts", epochs=1)
     other = {"checkpoint": weights, "cache": tmp_path / "cache"}
-    parts = train(data, tmp_path / "parts", resume=True, **other)
-    assert parts["val"] == whole["val"]
-    best = tmp_path / "parts/best.pt"
-    for out, options in (("a", {}), ("b", other)):
-        evaluated = train(data, tmp_path / out, evaluate=best, **options)
-        assert evaluated["val"] == whole["val"]
+    assert train(data, tmp_path / "parts", resume=True, **other)["val"] == whole["val"]
+    found = train(data, tmp_path / "x", evaluate=tmp_path / "parts/best.pt", **other)
+    assert found["val"] == whole["val"]
 
 
 def test_one_diverging_rate_leaves_the_others_alone(data, tmp_path, cache):
@@ -311,8 +266,9 @@ def test_one_diverging_rate_leaves_the_others_alone(data, tmp_path, cache):
 
 def test_frozen_weights_stay_and_fine_tuned_ones_move(data, tmp_path, weights):
     original = torch.load(weights, weights_only=True)
-    options = {"checkpoint": weights, "epochs": 1, "lr": (0.01,)}
-    train(data, tmp_path / "frozen", feedback="windowed", **options)
+    options = {"checkpoint": weights, "epochs": 1, "lr": (0.01,), "subset": "50%"}
+    results = train(data, tmp_path / "frozen", feedback="windowed", blocks=(24,), **options)
+    assert results["settings"]["train_images"] == CLASSES * TRAIN // 2
     train(data, tmp_path / "tuned", finetune=True, **options)
     frozen = classify.read_checkpoint(tmp_path / "frozen/best.pt")["backbone"]
     assert not [key for key in frozen if key.startswith("unet.")]
@@ -322,16 +278,9 @@ def test_frozen_weights_stay_and_fine_tuned_ones_move(data, tmp_path, weights):
     assert "unet.input_blocks.0.0.weight" in moved
 
 
-def test_subset_trains_on_its_images(data, tmp_path):
-    results = train(data, tmp_path, subset="50%", epochs=1)
-    assert results["settings"]["train_images"] == CLASSES * TRAIN // 2
-
-
-# ------------------------------------------------------------------------------------- evaluation
-
-
 def test_saved_head_is_evaluated_alone(data, tmp_path, weights):
-    trained = train(data, tmp_path / "out", feedback="windowed", checkpoint=weights, lr=(0.01,))
+    options = {"feedback": "windowed", "blocks": (24,), "checkpoint": weights, "lr": (0.01,)}
+    trained = train(data, tmp_path / "out", **options)
     best = tmp_path / "out/best.pt"
     options = {"evaluate": best, "checkpoint": weights, "width": 999, "timesteps": (3,)}
     for out in (tmp_path / "eval", None):
@@ -352,11 +301,15 @@ def test_evaluation_leaves_the_run_alone(data, tmp_path, cache):
     train(data, None, evaluate=tmp_path / "best.pt")
     own = json.loads((tmp_path / "evaluation/best/results.json").read_text())
     assert own["val"] == json.loads(before["results.json"])["val"]
-    for options in ({"evaluate": tmp_path / "best.pt"}, {}):
+    for options in (
+        {"out": tmp_path, "evaluate": tmp_path / "best.pt"},
+        {"out": tmp_path},
+        {"out": tmp_path / "evaluation/best"},
+    ):
         with pytest.raises(UserError, match="already holds a run"):
-            train(data, tmp_path, **options)
-    with pytest.raises(UserError, match="already holds a run"):
-        train(data, tmp_path / "evaluation/best")
+            train(data, **options)
+    with pytest.raises(UserError, match=r"(?s)head: 'linear', now 'attention'.*lr: \[0.001\]"):
+        train(data, tmp_path, resume=True, lr=(0.5,), head="attention")
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
@@ -368,30 +321,15 @@ def test_head_of_the_published_code_is_evaluated(data, tmp_path, cache):
     torch.save({"model_head": published, "epoch": 1}, tmp_path / "latest.pth")
     found = train(data, None, evaluate=tmp_path / "latest.pth")
     assert found["val"] == trained["val"]
-    with pytest.raises(UserError, match="unknown"):
-        train(data, None, evaluate=tmp_path / "latest.pth", head="attention")
     torch.save({"model_head": published, "model_feedback": {"a": 1}}, tmp_path / "latest.pth")
     with pytest.raises(UserError, match="feedback"):
         train(data, None, evaluate=tmp_path / "latest.pth")
 
 
-# ---------------------------------------------------------------------------------- interruptions
-
-
-def test_run_is_not_overwritten_nor_mixed(data, tmp_path, cache):
-    train(data, tmp_path, epochs=1, cache=cache)
-    content = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(UserError, match="already holds a run"):
-        train(data, tmp_path)
-    with pytest.raises(UserError, match=r"(?s)head: 'linear', now 'attention'.*lr: \[0.001\]"):
-        train(data, tmp_path, resume=True, lr=(0.5,), head="attention")
-    assert (tmp_path / "last.pt").read_bytes() == content
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        {"feedback": "windowed", "noise": "random", "augment": "crop-flip"},
+        {"feedback": "windowed", "blocks": (24,), "noise": "random", "augment": "crop-flip"},
         {"lr": (0.01, 0.1), "optimizer": "sgd", "momentum": 0.9},
         {"finetune": True, "backbone_lr": 1e-4},
     ],
@@ -399,9 +337,9 @@ def test_run_is_not_overwritten_nor_mixed(data, tmp_path, cache):
 )
 def test_resumed_run_equals_an_unbroken_one(data, tmp_path, weights, options):
     options["checkpoint"] = weights
-    train(data, tmp_path / "whole", epochs=3, **options)
+    train(data, tmp_path / "whole", **options)
     train(data, tmp_path / "parts", epochs=1, **options)
-    train(data, tmp_path / "parts", epochs=3, resume=True, **options)
+    train(data, tmp_path / "parts", resume=True, **options)
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
@@ -409,51 +347,33 @@ def test_sigkill_costs_an_epoch_at_most(data, tmp_path, weights):
     out = tmp_path / "killed"
     options = {"head": "attention", "epochs": 5, "step": 2, "lr": (0.003,), "checkpoint": weights}
     train(data, tmp_path / "whole", **options)
-    script = [sys.executable, str(ROOT / "tools/train_classifier.py")]
-    process = subprocess.Popen(
-        [*script, *words(data=data, out=out, resume=True, **options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-    )
+    command = ["tools/train_classifier.py", *words(data=data, out=out, resume=True, **options)]
+    script = forked.Script(command, tmp_path / "log", {})
     saved, deadline = out / "last.pt", time.monotonic() + 120
-    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not saved.exists() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    script.kill()
     assert 1 <= len(classify.read_checkpoint(saved)["history"]) < 5
     train(data, out, resume=True, **options)
     assert numbers(out) == numbers(tmp_path / "whole")
 
 
-def test_full_disk_keeps_what_was_saved(data, tmp_path, cache):
-    train(data, tmp_path, epochs=1, cache=cache)
-    content = (tmp_path / "last.pt").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard))
-    try:
-        with pytest.raises(OSError, match="written|large"):
-            train(data, tmp_path, resume=True, cache=cache)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / "last.pt").read_bytes() == content
-    assert not list(tmp_path.glob("*.writing"))
-
-
-def test_two_processes_equal_one(data, tmp_path, weights):
+def test_accumulation_and_two_processes_equal_one(data, tmp_path, weights):
     options = {"head": "attention", "checkpoint": weights, "optimizer": "sgd", "lr": (0.05,)}
     options["batch_size"] = 7
     train(data, tmp_path / "one", **options)
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    train(data, tmp_path / "parts", accumulate=3, **options)
     given = words(data=data, out=tmp_path / "two", cache=tmp_path / "cache", **options)
-    done = subprocess.run(
-        [sys.executable, *command, str(ROOT / "tools/train_classifier.py"), *given],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:]
-    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
-    assert two[1]["confusion"] == one[1]["confusion"]
-    assert np.sum(two[1]["confusion"]) == CLASSES * VAL  # odd; every image counts once
-    for before, after in zip(one[0], two[0]):
-        assert after["train"][0] == pytest.approx(before["train"][0], rel=1e-3)
-        assert after["val"][0] == pytest.approx(before["val"][0], rel=1e-3)
+    scripts = [
+        forked.Script(["tools/train_classifier.py", *given], tmp_path / rank["RANK"], rank)
+        for rank in forked.ranks(2)
+    ]
+    for script in scripts:
+        script.finish(120)
+    one = numbers(tmp_path / "one")
+    assert np.sum(one[1]["confusion"]) == CLASSES * VAL  # odd; every image counts once
+    for other in (numbers(tmp_path / "parts"), numbers(tmp_path / "two")):
+        assert other[1]["confusion"] == one[1]["confusion"]
+        for before, after in zip(one[0], other[0]):
+            assert after["train"][0] == pytest.approx(before["train"][0], rel=1e-3)
+            assert after["val"][0] == pytest.approx(before["val"][0], rel=1e-3)

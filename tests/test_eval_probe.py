@@ -22,9 +22,6 @@ def normal(seed, *shape):
     return torch.randn(*shape, generator=torch.manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------ alignment
-
-
 def definition(x, y):
     """HSIC as the mean over all ordered tuples of four different images: the U-statistic."""
     k, l = (z.double() @ z.double().T for z in (x, y))  # noqa: E741
@@ -38,45 +35,30 @@ def cka(*sets, batches=1):
     found = MinibatchCKA(len(sets))
     for rows in np.array_split(np.arange(len(sets[0])), batches):
         found.add([x[rows] for x in sets])
-    return found.result()
+    return found
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-def test_cka_is_the_exact_formula(batches):
+def test_cka_is_the_exact_formula():
     sets = normal(0, 14, 5), normal(1, 14, 9) + 3
     expected = torch.zeros(2, 2, dtype=torch.float64)
-    for rows in np.array_split(np.arange(14), batches):
+    for rows in (slice(0, 7), slice(7, 14)):
         for i, j in np.ndindex(2, 2):
-            expected[i, j] += definition(sets[i][rows][:7], sets[j][rows][:7])
-    found = MinibatchCKA(2)
-    for rows in np.array_split(np.arange(14), batches):
-        found.add([x[rows][:7] for x in sets])
+            expected[i, j] += definition(sets[i][rows], sets[j][rows])
+    found = cka(*sets, batches=2)
     assert torch.allclose(found.sums, expected, rtol=1e-9)
     own = expected.diagonal().sqrt()
     assert torch.allclose(found.result(), expected / own / own[:, None], rtol=1e-9)
 
 
-@pytest.mark.parametrize("batches", [1, 4])
-def test_cka_knows_rotation_and_scale_from_chance(batches):
+def test_cka_knows_rotation_and_scale_from_chance():
     x = normal(0, 400, 30)
     rotation = torch.linalg.qr(normal(1, 30, 30))[0]
-    found = cka(x, 7 * x @ rotation - 3, normal(2, 400, 500), batches=batches)
+    found = cka(x, 7 * x @ rotation - 3, normal(2, 400, 500), torch.ones(400, 3), batches=4)
+    found = found.result()
     assert float(found[0, 1]) == pytest.approx(1, abs=1e-6)
     assert float(found[0, 2]) == pytest.approx(0, abs=0.05)
     assert float(found[0, 2]) == float(found[2, 0])
-
-
-def test_cka_of_large_means_and_constants():
-    x, y = normal(0, 60, 4), normal(1, 60, 4)
-    plain, far = cka(x, y), cka(x + 1000, y - 1000)
-    assert float(far[0, 1]) == pytest.approx(float(plain[0, 1]), abs=1e-3)
-    found = cka(x, torch.ones(60, 3))
-    assert found.isnan().tolist() == [[False, True], [True, True]]
-    with pytest.raises(ValueError, match="at least 4"):
-        MinibatchCKA(1).add([x[:3]])
-
-
-# --------------------------------------------------------------------------------- linear probe
+    assert found[3].isnan().all()
 
 
 def problem(count=60, width=12, classes=4, seed=0):
@@ -125,27 +107,19 @@ def test_probe_is_the_minimum_of_its_loss(count, width, classes, l2):
     assert found["top1"] == pytest.approx((expected.argmax(1).numpy() == truth).mean(), abs=0.04)
 
 
-def test_rotation_changes_no_product():
-    x, _ = problem(20, 50)
-    queries, _ = problem(7, 50, seed=1)
-    z, others = standardize(x, [queries])
-    assert z.shape == (20, 20)
-    plain = (queries - x.mean(0)) / x.std(0, correction=0) / 50**0.5
-    train = (x - x.mean(0)) / x.std(0, correction=0) / 50**0.5
-    np.testing.assert_allclose(others @ z.T, plain @ train.T, atol=1e-5)
-
-
-def test_features_are_standardized_by_the_training_images():
-    x = 5 + normal(0, 50, 8).double() * torch.arange(1, 9)
+@pytest.mark.parametrize("width", [8, 110])  # rotated if far wider than the training images
+def test_features_are_standardized_by_the_training_images(width):
+    x = 5 + normal(0, 50, width).double() * torch.arange(1, width + 1)
     x[:, 3] = 0.1
-    other = normal(1, 7, 8).double()
+    other = normal(1, 7, width).double()
     a, b = standardize(x, [other])
-    assert np.allclose(a.mean(0), 0, atol=1e-6)
+    assert np.allclose(a.mean(0), 0, atol=1e-5)
     assert np.square(a).sum(1).mean() == pytest.approx(1)
-    assert not a[:, 3].any()
-    kept = [0, 1, 2, 4, 5, 6, 7]
-    expected = (other - x.mean(0)) / x.std(0, correction=0) / 7**0.5
-    assert np.allclose(b[:, kept], expected[:, kept], atol=1e-5)
+    assert a.shape == (50, min(width, 50))
+    kept = [i for i in range(width) if i != 3]
+    train, plain = ((z - x.mean(0)) / x.std(0, correction=0) for z in (x, other))
+    products = plain[:, kept] @ train[:, kept].T / (width - 1)
+    np.testing.assert_allclose(b @ a.T, products, atol=1e-4)
 
 
 @pytest.mark.parametrize("folds", [1, 5])
@@ -176,38 +150,34 @@ def test_regularization_is_chosen_by_held_out_images(folds):
 
 
 @pytest.mark.parametrize(
-    ("counts", "share", "folds"),
+    ("counts", "folds"),
     [
-        ([9, 3, 50], 0.2, 3),  # each class is to be learned from each time, and chosen by
-        ([2, 2], 0.2, 2),
-        ([400, 599], 0.9, 2),
-        ([500, 500], 0.2, 1),  # enough for one share
-        ([5, 1], 0.2, 0),
+        ([9, 3, 50], 3),  # each class is to be learned from each time, and chosen by
+        ([2, 2], 2),
+        ([400, 599], 5),
+        ([500, 500], 1),  # enough for one share
+        ([5, 1], 0),
     ],
 )
-def test_folds_follow_the_number_of_images(counts, share, folds):
+def test_folds_follow_the_number_of_images(counts, folds):
     labels = np.repeat(np.arange(len(counts)), counts)
-    draw = Labels.draw(0, np.arange(len(labels)), labels, share)
+    draw = Labels.draw(0, np.arange(len(labels)), labels)
     assert len(draw.splits) == folds
     for learn, held in draw.splits:
         assert set(labels[learn]) == set(labels[held]) == set(range(len(counts)))
         assert not set(learn) & set(held)
-        assert folds != 1 or len(held) == share * len(labels)
-
-
-# ------------------------------------------------------------------------------------- figures
+        assert folds != 1 or len(held) == 0.2 * len(labels)
 
 
 def test_heatmap_shows_values_where_they_belong(tmp_path):
     values = np.array([[0.1, 0.5, 0.9], [0.3, np.nan, 0.7]])
     figure = draw_heatmap(
-        values, [19, 24], [10, 90, 300], title="accuracy", row_name="block b",
-        column_name="timestep t", marks={(0, 2): (BEST_COLOR, "best")}, limits=(0, 1),
+        values, [19, 24], [10, 90, 300], "accuracy", "block b", "timestep t", (0, 1),
+        marks={(0, 2): (BEST_COLOR, "best")},
     )  # fmt: skip
     axes = figure.axes[0]
     (picture,) = axes.images
     np.testing.assert_array_equal(np.ma.filled(picture.get_array(), np.nan), values)
-    assert picture.get_clim() == (0, 1)
     assert {text.get_position(): text.get_text() for text in axes.texts} == {
         (j, i): f"{values[i, j]:.2f}" for i, j in np.argwhere(~np.isnan(values))
     }
@@ -215,29 +185,21 @@ def test_heatmap_shows_values_where_they_belong(tmp_path):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "90", "300"]
     (frame,) = axes.patches
     assert (round(frame.get_x()), round(frame.get_y())) == (2, 0)
-    luminance = picture.cmap(picture.norm(values.ravel()))[:, :3].sum(1)
-    assert (np.diff(luminance[np.argsort(values.ravel())[:5]]) < 0).all()
     save_figure(figure, tmp_path / "a.png")
-    draw_heatmap(np.ones((1, 1)), [1], [1], title="t", row_name="r", column_name="c")
 
 
 @pytest.mark.parametrize("classes", [3, 100])
-def test_confusion_matrix(tmp_path, classes):
+def test_confusion_matrix(classes):
     counts = np.diag(np.arange(classes))
     counts[0, 2] = 5
-    figure = draw_confusion(counts, [f"class {i}" for i in range(classes)])
-    axes = figure.axes[0]
-    shares = np.asarray(axes.images[0].get_array())
-    assert (shares[0, 2], shares[0, 0], shares[2, 2]) == (1, 0, 1)
+    axes = draw_confusion(counts, [f"class {i}" for i in range(classes)]).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), counts)
     assert f"{classes * (classes - 1) // 2} of" in axes.get_title()
-    if classes == 3:
-        texts = {text.get_position(): text.get_text() for text in axes.texts}
-        assert texts == {(2, 0): "5", (1, 1): "1", (2, 2): "2"}
-        assert axes.get_ylabel() == "True label"
-    save_figure(figure, tmp_path / "a.png")
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts.get((2, 0)) == ("5" if classes == 3 else None)
 
 
-def test_taps_are_beside_their_image(tmp_path):
+def test_taps_are_beside_their_image():
     image = np.zeros((40, 64, 3), np.uint8)
     taps = {
         (t, b): (np.full((3, 4, 3), b, np.uint8), f"{t}, {b}") for b in (19, 24) for t in (10, 90)
@@ -251,4 +213,3 @@ def test_taps_are_beside_their_image(tmp_path):
         assert axes.images[0].get_extent() == [0, 64, 48, 0]
         np.testing.assert_array_equal(axes.images[0].get_array(), pixels)
         assert axes.get_subplotspec().colspan.start == (10, 90).index(key[0]) + 1
-    save_figure(figure, tmp_path / "a.png")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +52,7 @@ def run_training(
 
 def _run_process(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     if comm.get_world_size() > 1:
-        end_with_parent()
+        cli.end_with_parent()
     with user_errors():
         run(args)
 
@@ -68,13 +65,3 @@ def user_errors() -> Iterator[None]:
             yield
         except (ValueError, FloatingPointError, ProcessExitedException) as error:
             raise UserError(cli.strip_worker_traceback(str(error))) from error
-
-
-def end_with_parent() -> None:
-    """End this process when its parent ends, however that ends (Linux only).
-
-    Torch sends SIGINT, which background jobs of a shell script ignore: orphans would train on and
-    write checkpoints beside those of the resumed run.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -8,8 +8,7 @@ make a table from one cache.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import reduce
 from torch import Tensor
 
 from diffbackbone.cli import run_command
-from diffbackbone.eval.features import FeatureCache, FeatureSpec, Tap, open_splits, pool_maps
+from diffbackbone.eval.features import FeatureSpec, open_caches
 from diffbackbone.eval.options import BackboneOptions, CacheOptions, DataOptions, build_backbone
-from diffbackbone.utils import UserError, markdown_table, settings_of, write_json
-
-Reader = Callable[[int, int], Tensor]
-"""Returns the features (n, D) of the rows from the first number up to the second."""
+from diffbackbone.utils import UserError, markdown_table, settings_of, write_json, write_text
 
 
 @dataclass(kw_only=True)
@@ -43,34 +38,21 @@ class KnnConfig(DataOptions, BackboneOptions, CacheOptions):
     """Temperature of the votes."""
     pool: int = 1
     """Height and width that maps are pooled to."""
-    chunk: int = 4096
-    """Rows in memory at a time."""
-    batch_size: int = 64
-    """Images in the U-Net at a time."""
-    out: Path = Path("knn.json")
-    """Results."""
+    out: Path = Path("work_dirs/knn")
+    """Folder for the results."""
 
 
-def nearest(
-    queries: Tensor, bank: Reader, size: int, k: int, chunk: int = 4096
-) -> tuple[Tensor, Tensor]:
-    """Find the k most similar rows of a bank, by cosine.
-
-    Args:
-        queries: (Q, D).
-        bank: Reads the bank's rows.
-        size: Number of the bank's rows.
-        k: At most ``size``.
-        chunk: Rows of the bank in memory at a time.
+def nearest(queries: Tensor, bank: Tensor, k: int, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+    """Find the k rows of a bank (N, D) that are most similar by cosine to each query (Q, D).
 
     Returns:
         Similarities (Q, k), descending, and rows (Q, k).
     """
     queries = F.normalize(queries.float(), dim=1)
-    values, rows = queries.new_empty(len(queries), 0), torch.empty(0, device=queries.device).long()
-    rows = rows.expand(len(queries), 0)
-    for start in range(0, size, chunk):
-        part = bank(start, min(start + chunk, size)).to(queries.device).float()
+    values = queries.new_empty(len(queries), 0)
+    rows = values.long()
+    for start in range(0, len(bank), chunk):
+        part = bank[start : start + chunk].to(queries.device).float()
         found = (queries @ F.normalize(part, dim=1).T).topk(min(k, len(part)), dim=1)
         values = torch.cat([values, found.values], dim=1)
         rows = torch.cat([rows, found.indices + start], dim=1)
@@ -80,16 +62,9 @@ def nearest(
 
 
 def vote(similarities: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
-    """Add up the votes exp(similarity / temperature) of each class.
+    """Return each class's share of the votes exp(similarity / temperature): (Q, classes).
 
-    Args:
-        similarities: (Q, k).
-        labels: Class of each neighbor (Q, k).
-        classes: Number of classes.
-        temperature: With a small one the nearest decides.
-
-    Returns:
-        Shares of the votes (Q, classes), float64.
+    Similarities and labels are those of the neighbors (Q, k).
     """
     weights = (similarities.double() / temperature).softmax(1)
     scores = torch.zeros(len(labels), classes, dtype=torch.float64, device=labels.device)
@@ -97,14 +72,10 @@ def vote(similarities: Tensor, labels: Tensor, classes: int, temperature: float 
 
 
 def true_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return how many classes come before the true one: (N,) int64.
+    """Return how many classes come before the true one (N,), by scores (N, num_classes).
 
     Equal scores come in order of the class index, so that a constant head gets no credit; where a
     score is not finite, the true class comes last.
-
-    Args:
-        scores: (N, num_classes).
-        labels: (N,).
     """
     own = scores.gather(1, labels[:, None])
     index = torch.arange(scores.shape[1], device=scores.device)
@@ -113,135 +84,66 @@ def true_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def knn_accuracy(
-    train: Reader,
+    train: Tensor,
     train_labels: np.ndarray,
-    val: Reader,
+    val: Tensor,
     val_labels: np.ndarray,
     ks: Sequence[int],
-    classes: int,
-    *,
     temperature: float = 0.07,
-    chunk: int = 4096,
     device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
+    chunk: int = 4096,
 ) -> dict[int, dict[str, float]]:
-    """Compute the accuracy for several k from one search.
+    """Classify features (M, D) by training features (N, D) for several k <= N, from one search.
 
     A class without a vote is never correct, not even among the first five.
-
-    Args:
-        train: Reads the training features.
-        train_labels: (N,).
-        val: Reads the features to classify.
-        val_labels: (M,).
-        ks: Numbers of neighbors, at most N.
-        classes: Number of classes.
-        temperature: See :func:`vote`.
-        chunk: Rows in memory at a time.
-        device: Where to compute.
-        rank: Number of this process; the processes share the features to classify.
-        world_size: Number of processes.
 
     Returns:
         ``{k: {"top1": ..., "top5": ...}}``.
     """
     labels, truth = (torch.as_tensor(x).to(device) for x in (train_labels, val_labels))
-    if not 1 <= min(ks) <= max(ks) <= len(labels):
-        raise UserError(f"k must be from 1 to the {len(labels)} training images, got {list(ks)}")
-    if temperature <= 0:
-        raise UserError(f"the temperature must be above 0, got {temperature}")
+    classes = 1 + int(max(labels.max(), truth.max()))
     correct = torch.zeros(len(ks), 2, dtype=torch.float64)
-    last = len(truth) * (rank + 1) // world_size
-    for start in range(len(truth) * rank // world_size, last, chunk):
-        end = min(start + chunk, last)
-        similarities, rows = nearest(val(start, end).to(device), train, len(labels), max(ks), chunk)
-        own = truth[start:end]
+    for queries, own in zip(val.split(chunk), truth.split(chunk)):
+        similarities, found = nearest(queries.to(device), train, max(ks), chunk)
         for i, k in enumerate(ks):
-            scores = vote(similarities[:, :k], labels[rows[:, :k]], classes, temperature)
+            scores = vote(similarities[:, :k], labels[found[:, :k]], classes, temperature)
             voted = scores.gather(1, own[:, None])[:, 0] > 0
             ranks = true_ranks(scores, own)
             correct[i] += torch.stack([(voted & (ranks < n)).sum() for n in (1, 5)]).cpu()
-    if world_size > 1:
-        correct = reduce(correct.to(device), "sum").cpu()
-    shares = (correct / len(truth)).tolist()
+    shares = (correct / len(val)).tolist()
     return {k: {"top1": top1, "top5": top5} for k, (top1, top5) in zip(ks, shares)}
 
 
-def cache_reader(cache: FeatureCache, tap: Tap, pool: int) -> Reader:
-    """Return a reader of one tap as pooled vectors."""
-
-    def read(start: int, end: int) -> Tensor:
-        return pool_maps(cache.read(range(start, end), [tap])[tap], pool).flatten(1)
-
-    return read
-
-
 def run(config: KnnConfig) -> list[dict[str, Any]]:
-    """Compute or read the features, and evaluate every tap.
+    """Compute or read the features; return rows of Table 9: t, b, pool, k, top1 and top5.
 
-    Returns:
-        Rows of Table 9: ``t``, ``b``, ``pool``, ``k``, ``top1`` and ``top5``.
+    Of several processes, all but the first only help with the features and return none.
     """
     state = config.start()
     train, val = config.list_folders()
     if max(config.k) > len(train):
         raise UserError(f"--k {max(config.k)}: there are {len(train)} training images")
-    if config.cache is None and state.num_processes > 1:
-        raise UserError("several processes need a folder that all can write: give --cache")
-    backbone = build_backbone(config)
-    spec = FeatureSpec(
-        config.timesteps,
-        config.blocks,
-        config.image_size or config.unet_config().image_size,
-        config.pool,
-        config.feature_dtype,
-        config.compute_dtype(state.device),
-        config.batch_size,
-    )
-    with tempfile.TemporaryDirectory(prefix="knn-") as scratch:
-        caches = open_splits(
-            config.cache or Path(scratch),
-            {"train": train, "val": val},
-            backbone,
-            spec,
-            state,
-            workers=config.workers,
-            overwrite=config.overwrite_cache,
+    folders, spec = {"train": train, "val": val}, FeatureSpec.of(config, config.pool, state)
+    caches = open_caches(config, folders, build_backbone(config), spec, state)
+    if not state.is_main_process:
+        return []
+    rows, lines = [], []
+    for t, b in ((t, b) for b in config.blocks for t in config.timesteps):
+        x, queries = (cache.images((t, b)).flatten(1) for cache in caches)
+        found = knn_accuracy(
+            x, train.labels, queries, val.labels, config.k, config.temperature, state.device
         )
-        rows = []
-        for t, b in sorted(spec.taps, key=lambda tap: config.blocks.index(tap[1])):
-            readers = [cache_reader(cache, (t, b), config.pool) for cache in caches]
-            found = knn_accuracy(
-                readers[0],
-                train.labels,
-                readers[1],
-                val.labels,
-                config.k,
-                len(train.classes),
-                temperature=config.temperature,
-                chunk=config.chunk,
-                device=state.device,
-                rank=state.process_index,
-                world_size=state.num_processes,
-            )
-            row = {"t": t, "b": b, "pool": config.pool}
-            rows += [{**row, "k": k, **scores} for k, scores in found.items()]
-    state.print(table(rows))
-    if state.is_main_process:
-        write_json(config.out, {"rows": rows, "settings": settings_of(config)})
+        rows += [
+            {"t": t, "b": b, "pool": config.pool, "k": k, **shares} for k, shares in found.items()
+        ]
+        top = [share for shares in found.values() for share in shares.values()]
+        lines.append([b, t, config.pool, *(f"{100 * share:.2f}" for share in top)])
+    names = [f"Top{n}@{k}:" for k in config.k for n in (1, 5)]
+    table = markdown_table(["b:", "t:", "pool:", *names], lines)
+    print(table)
+    write_text(config.out / "summary.md", table)
+    write_json(config.out / "results.json", {"rows": rows, "settings": settings_of(config)})
     return rows
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows as Table 9, in Markdown."""
-    ks = list(dict.fromkeys(row["k"] for row in rows))
-    lines: dict[tuple[int, int], list[Any]] = {}
-    for row in rows:
-        line = lines.setdefault((row["b"], row["t"]), [row["b"], row["t"], row["pool"]])
-        line += [f"{100 * row['top1']:.2f}", f"{100 * row['top5']:.2f}"]
-    names = [f"Top{n}@{k}:" for k in ks for n in (1, 5)]
-    return markdown_table(["b:", "t:", "pool:", *names], lines.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

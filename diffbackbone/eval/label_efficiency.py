@@ -6,20 +6,18 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from matplotlib.figure import Figure
 
 from diffbackbone import UNet, UNetConfig, load_checkpoint
 from diffbackbone.cli import run_command
 from diffbackbone.eval.label_config import PRESETS, Cell, LabelEfficiencyConfig
-from diffbackbone.eval.label_tasks import TASKS, LabelEfficiencyRunner
+from diffbackbone.eval.label_tasks import TASKS, LabelEfficiencyRunner, config_file
 from diffbackbone.eval.options import BackboneOptions
 from diffbackbone.utils import (
     UserError,
@@ -33,128 +31,91 @@ from diffbackbone.utils import (
     write_text,
 )
 
-FORMAT = "diffbackbone label efficiency 3"
+FORMAT = "diffbackbone label efficiency 4"
 COLORS = {"pretrained": "tab:blue", "random": "tab:orange", "initial": "tab:gray"}
 HEADS = ("knn", "linear", "attention", "difformer", "difffeed")
 HEAD_PAIRS = (("attention", "linear"), ("difformer", "attention"), ("difffeed", "attention"))
 _MAY_CHANGE = {
-    "out", "preset", "checkpoint", "unet", "tasks", "weights", "labels", "seeds", "list",
-    "only_missing", "time_limit", "overwrite", "device",
+    "out", "preset", "checkpoint", "unet", "tasks", "weights", "labels", "seeds", "device"
 }  # fmt: skip
 
 Record = Mapping[str, Any]
 
 
-# ----------------------------------------------------------------------------------------- results
+def run(config: LabelEfficiencyConfig) -> None:
+    """Measure what is missing of the grid; a cell that fails is left out."""
+    if config.checkpoint is None and "pretrained" in config.weights:
+        raise UserError("--weights pretrained needs --checkpoint; without it use --weights random")
+    cells = [
+        Cell(task, weights, labels, seed)
+        for seed in config.seeds  # first, so that a part of the grid can be compared
+        for task in config.tasks
+        for labels in config.labels
+        for weights in config.weights
+    ]
+    unet = BackboneOptions(unet=config.unet or config.checkpoint or "tiny").network()
+    settings = grid_settings(config, unet)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with FileLock(config.out / ".lock", timeout=0):
+        records, failed = open_results(config, settings), []
+        runner = LabelEfficiencyRunner(config, unet)
+        print(f"{sum(cell in records for cell in cells)} of {len(cells)} cells are finished")
+        for cell in cells:
+            if cell in records:
+                continue
+            start = time.perf_counter()
+            try:
+                result = runner.measure(cell)
+            except UserError as error:
+                failed.append(f"{cell.name}: {error}")
+                print(f"{cell.name} FAILED: {error}")
+                continue
+            seconds = round(time.perf_counter() - start, 2)
+            records[cell] = {**dataclasses.asdict(cell), **result, "seconds": seconds}
+            write_json_lines(config.out / "results.jsonl", records.values())
+            write_report(config, list(records.values()))
+            print(f"{cell.name}: {TASKS[cell.task].score} {result['score']:.2f}, {seconds:.0f} s")
+        write_report(config, list(records.values()))
+    print(f"{config.out}: summary.md, results.jsonl and a picture for each task")
+    if failed:
+        raise UserError(f"{len(failed)} cells failed:\n  " + "\n  ".join(failed))
 
 
-class ResultsStore:
-    """The finished cells, in ``results.jsonl``, and the settings they depend on.
+def grid_settings(config: LabelEfficiencyConfig, unet: UNetConfig) -> dict[str, Any]:
+    """Return what results depend on: options, the checkpoint's weights, the configs' content."""
+    settings: dict[str, Any] = {"format": FORMAT}
+    options = settings_of(config)
+    settings.update({name: options[name] for name in options.keys() - _MAY_CHANGE})
+    settings.update({f"unet.{name}": value for name, value in dataclasses.asdict(unet).items()})
+    if config.checkpoint is not None:
+        model = UNet(unet)
+        load_checkpoint(model, config.checkpoint)
+        settings["weights"] = weights_digest(model)
+    for task in {"upernet", "maskrcnn"} & set(config.tasks):
+        content = config_file(config, task).read_bytes()
+        settings[f"content of {task}"] = hashlib.sha256(content).hexdigest()
+    return settings
 
-    Args:
-        out: Folder of the grid.
-        settings: What the results depend on. Some may be absent: those of tasks and weights that
-            were never asked for.
-        overwrite: Discard results of other settings.
 
-    Attributes:
-        records: Record of each finished cell.
-        replaced: Results of other settings were discarded.
+def open_results(
+    config: LabelEfficiencyConfig, settings: Mapping[str, Any]
+) -> dict[Cell, dict[str, Any]]:
+    """Return the records of the finished cells.
 
-    Raises:
-        UserError: The folder holds results of other settings, or damaged ones.
+    Settings of tasks and weights that were never asked for may be absent.
     """
-
-    def __init__(self, out: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        self.path = out / "results.jsonl"
-        saved = _read_json(out / "settings.json")
-        changes = changed_settings(saved, settings, saved.keys() ^ settings.keys())
-        if changes and not overwrite:
-            raise UserError(
-                f"{out} holds results of other settings:\n  "
-                + "\n  ".join(changes)
-                + "\nTake another --out, or --overwrite; without --checkpoint it goes on with the "
-                "copy in weights/"
-            )
-        self.replaced = bool(changes)
-        self.records = {} if changes else read_records(self.path)
-        self.settings = dict(settings) if changes else {**saved, **settings}
-        write_json(out / "settings.json", self.settings)
-
-    def add(self, record: Record) -> None:
-        """Keep a cell's result."""
-        self.records[cell_of(record)] = record
-        write_json_lines(self.path, self.records.values())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def cell_of(record: Record) -> Cell:
-    """Return the cell that a record belongs to."""
-    return Cell(*(record[field.name] for field in dataclasses.fields(Cell)))
-
-
-def read_records(path: Path) -> dict[Cell, Record]:
-    """Return the records of ``results.jsonl``; none if there is no such file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {cell_of(record): record for record in map(json.loads, lines)}
-
-
-def run_grid(
-    cells: Sequence[Cell],
-    store: ResultsStore,
-    measure: Callable[[Cell], Mapping[str, Any]],
-    report: Callable[[], None],
-    time_limit: float | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[str]:
-    """Measure the missing cells; a cell that fails is left out, three in a row end the run.
-
-    Args:
-        cells: The cells wanted, in order.
-        store: The finished ones.
-        measure: Measures a cell.
-        report: Called after every cell.
-        time_limit: Seconds; a cell whose task usually takes longer than is left is not started.
-        clock: Returns seconds.
-
-    Returns:
-        What failed.
-    """
-    start = clock()
-    missing = [cell for cell in cells if cell not in store.records]
-    print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished")
-    failed: list[str] = []
-    in_a_row = 0
-    for number, cell in enumerate(missing, 1):
-        begin = clock()
-        seconds = [r["seconds"] for r in store.records.values() if r["task"] == cell.task]
-        expected = statistics.median(seconds) if seconds else 0.0
-        if time_limit is not None and begin - start + expected > time_limit:
-            left = len(missing) - number + 1
-            print(f"time limit: {left} cells are left; {cell.name} would take {expected:.0f} s")
-            break
-        try:
-            result = measure(cell)
-        except UserError as error:
-            failed.append(f"{cell.name}: {error}")
-            print(f"{number}/{len(missing)} {cell.name} FAILED: {error}")
-            in_a_row += 1
-            if in_a_row == 3:
-                print("stopped: three cells in a row failed")
-                break
-            continue
-        in_a_row = 0
-        took = clock() - begin
-        store.add({**dataclasses.asdict(cell), **result, "seconds": round(took, 2)})
-        report()
-        print(
-            f"{number}/{len(missing)} {cell.name}: {TASKS[cell.task].score} {result['score']:.2f} "
-            f"({result['train_images']} labeled images, {took:.0f} s)"
+    path, results = config.out / "settings.json", config.out / "results.jsonl"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if changes := changed_settings(saved, settings, saved.keys() ^ settings.keys()):
+        raise UserError(
+            f"{config.out} holds results of other settings:\n  "
+            + "\n  ".join(changes)
+            + "\nUse another --out"
         )
-    return failed
+    write_json(path, {**saved, **settings})
+    lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
+    names = [field.name for field in dataclasses.fields(Cell)]
+    return {Cell(*(r[name] for name in names)): r for r in map(json.loads, lines)}
 
 
 # ----------------------------------------------------------------------------------------- reports
@@ -181,10 +142,8 @@ def compare(
 ) -> str:
     """Return a Markdown table: a row for each share of labels, a column for each group.
 
-    Args:
-        groups: Records by the column's name.
-        pairs: Columns whose differences, paired by seed, are added.
-        metric: What is compared; None takes the score.
+    Columns for the differences of pairs of groups, paired by seed, are added. The score is
+    compared, or a metric.
     """
     pairs = [pair for pair in pairs if set(pair) <= groups.keys()]
     rows = []
@@ -202,18 +161,15 @@ def compare(
             row.append(format_values([found[a][seed] - found[b][seed] for seed in seeds], "+"))
         rows.append(row)
     names = ["labels", "images", *groups, *(f"{a} - {b}" for a, b in pairs)]
-    return markdown_table([f"{name}:" for name in names], rows)
+    return markdown_table([f"{name}:" for name in names], rows).strip()
 
 
-def summarize(records: Sequence[Record], caption: str) -> str:
-    """Return the summary as Markdown: tables for each task, then heads against each other."""
-    parts = ["# Frozen features with few labels", caption]
+def summarize(records: Sequence[Record]) -> list[str]:
+    """Return the parts of the summary: tables for each task, then heads against each other."""
+    parts = []
     pairs = [("pretrained", other) for other in ("random", "initial")]
-    for task, info in TASKS.items():
-        own = [record for record in records if record["task"] == task]
-        groups = _group(own, "weights", COLORS)
-        if not own:
-            continue
+    for task, own in _group(records, "task", TASKS).items():
+        info, groups = TASKS[task], _group(own, "weights", COLORS)
         parts += [f"## {info.title}: {info.score} in %", compare(groups, pairs)]
         for name in info.metrics:
             parts += [f"{name} in %:", compare(groups, pairs, name)]
@@ -222,7 +178,7 @@ def summarize(records: Sequence[Record], caption: str) -> str:
         groups = _group(own, "task", HEADS)
         if len(groups) > 1:
             parts += [f"## Heads on {weights} features: top-1 in %", compare(groups, HEAD_PAIRS)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return parts
 
 
 def _group(
@@ -244,128 +200,33 @@ def draw_curves(task: str, records: Sequence[Record]) -> Figure:
     for weights, own in _group(records, "weights", COLORS).items():
         shares = _shares(own)
         spreads = [spread([r["score"] for r in own if r["labels"] == share]) for share in shares]
-        means, deviations = zip(*spreads)
         axes.errorbar(
-            shares, means, deviations, color=COLORS[weights], marker="o", capsize=4, label=weights
+            shares, *zip(*spreads), color=COLORS[weights], marker="o", capsize=4, label=weights
         )
     shares = _shares(records)
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{100 * share:g}%" for share in shares])
     axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0)
-    axes.set(title=f"{TASKS[task].title}, frozen U-Net", xlabel="share of the labels")
-    axes.set_ylabel(f"{TASKS[task].score} in %")
+    axes.set(xlabel="share of the labels", ylabel=f"{TASKS[task].score} in %")
+    axes.set_title(f"{TASKS[task].title}, frozen U-Net")
     axes.grid(axis="y", alpha=0.4)
     axes.legend()
     return figure
 
 
-def write_report(out: Path, records: Sequence[Record], caption: str) -> None:
+def write_report(config: LabelEfficiencyConfig, records: Sequence[Record]) -> None:
     """Write ``summary.md`` and the pictures."""
-    write_text(out / "summary.md", summarize(records, caption))
-    for task, own in _group(records, "task", TASKS).items():
-        save_figure(draw_curves(task, own), out / f"{task}.png")
-
-
-def list_cells(cells: Sequence[Cell], records: Mapping[Cell, Record], missing: bool) -> str:
-    """Return one line for each cell: its score, or that it is missing."""
-    lines = []
-    for cell in cells:
-        if cell not in records:
-            lines.append(f"{cell.name}: missing")
-        elif not missing:
-            score = f"{TASKS[cell.task].score} {records[cell]['score']:.2f}"
-            lines.append(f"{cell.name}: {score} ({records[cell]['seconds']:.0f} s)")
-    finished = sum(cell in records for cell in cells)
-    return "\n".join([*lines, f"{finished} of {len(cells)} cells are finished"])
-
-
-# ------------------------------------------------------------------------------------ command line
-
-
-def run(config: LabelEfficiencyConfig) -> None:
-    """Measure what is missing of the grid, or list it.
-
-    Raises:
-        UserError: The options don't fit, the folder holds other results, or cells failed.
-    """
-    out, copy = config.out, config.out / "weights" / "pretrained.safetensors"
-    if config.checkpoint is None and copy.is_file():
-        config = dataclasses.replace(config, checkpoint=str(copy))
-    cells = [
-        Cell(task, weights, labels, seed)
-        for seed in config.seeds  # first, so that a part of the grid can be compared
-        for task in config.tasks
-        for labels in config.labels
-        for weights in config.weights
-    ]
-    if config.list:
-        print(list_cells(cells, read_records(out / "results.jsonl"), config.only_missing))
-        return
-    if config.checkpoint is None and "pretrained" in config.weights:
-        raise UserError("--weights pretrained needs --checkpoint; without it take --weights random")
-    unet = BackboneOptions(unet=config.unet or config.checkpoint or "tiny").unet_config()
-    settings = grid_settings(config, unet)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            store = ResultsStore(out, settings, config.overwrite)
-            if store.replaced:
-                _clear(out, config.checkpoint)
-            runner = LabelEfficiencyRunner(config, unet)
-
-            def report() -> None:
-                write_report(out, list(store.records.values()), _caption(config))
-
-            limit = None if config.time_limit is None else 60 * config.time_limit
-            failed = run_grid(cells, store, runner.measure, report, limit)
-            report()
-    except Timeout as error:
-        raise UserError(f"another run works in {out}; take another --out") from error
-    print(f"{out}: summary.md, results.jsonl and a picture for each task")
-    if failed:
-        raise UserError(f"{len(failed)} cells failed:\n  " + "\n  ".join(failed))
-
-
-def grid_settings(config: LabelEfficiencyConfig, unet: UNetConfig) -> dict[str, Any]:
-    """Return what results depend on: options, the checkpoint's weights, the configs' content.
-
-    Raises:
-        UserError: A task's framework is not installed, or its config can't be read.
-    """
-    settings: dict[str, Any] = {"format": FORMAT}
-    options = settings_of(config)
-    settings.update({name: options[name] for name in options.keys() - _MAY_CHANGE})
-    settings.update({f"unet.{name}": value for name, value in dataclasses.asdict(unet).items()})
-    if config.checkpoint is not None:
-        model = UNet(unet)
-        load_checkpoint(model, config.checkpoint)
-        settings["weights"] = weights_digest(model)
-    for task in config.tasks:
-        if (read := TASKS[task].read) is not None:
-            try:
-                text = json.dumps(read(getattr(config, task)), sort_keys=True, default=str)
-            except (ImportError, OSError, ValueError) as error:
-                raise UserError(f"{error}\nleave {task} out of --tasks to go on") from error
-            settings[f"content of {task}"] = hashlib.sha256(text.encode()).hexdigest()
-    return settings
-
-
-def _clear(out: Path, checkpoint: str | None) -> None:
-    """Remove everything made with other settings; a checkpoint that was given stays."""
-    (out / "results.jsonl").unlink(missing_ok=True)
-    for name in ("cells", "weights", "cache", "digits", "scenes"):
-        if not (checkpoint and Path(checkpoint).is_relative_to(out / name)):
-            shutil.rmtree(out / name, ignore_errors=True)
-
-
-def _caption(config: LabelEfficiencyConfig) -> str:
-    return (
+    caption = (
         f"The U-Net is frozen. Digits: {config.image_size} px; (t, b) = {config.tap} (pretrained) "
         f"and {config.random_tap} (others), of DifFormer t = {config.timesteps} and b = "
-        f"{config.blocks}. Mean ± standard deviation over the seeds; in brackets how many where "
-        "these are fewer than three. Differences are paired by seed."
+        f"{config.blocks}. Mean ± standard deviation over the seeds; in brackets their number "
+        "where it is below three. Differences are paired by seed."
     )
+    parts = ["# Frozen features with few labels", caption, *summarize(records)]
+    write_text(config.out / "summary.md", "\n\n".join(parts) + "\n")
+    for task, own in _group(records, "task", TASKS).items():
+        save_figure(draw_curves(task, own), config.out / f"{task}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

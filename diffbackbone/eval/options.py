@@ -1,4 +1,4 @@
-"""Options shared by the evaluation commands, and what they build.
+"""Options shared by the evaluation commands, and the backbone that they describe.
 
 A command's configuration inherits from these dataclasses, so that its options are flat.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +18,6 @@ from accelerate import PartialState
 
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import read_unet_config
-from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.eval.data import ImageFolder, list_folder
 from diffbackbone.models.gd_config import PRESETS, UNetConfig
 from diffbackbone.utils import UserError
@@ -24,10 +25,11 @@ from diffbackbone.utils import UserError
 
 @dataclass(kw_only=True)
 class BackboneOptions:
-    """The features that are taken."""
+    """The network and its features."""
 
     unet: str = "gd256_uncond"
-    """A preset, or a .safetensors file of tools/pretrain.py, which tells its own architecture."""
+    """A preset, a .safetensors file of tools/pretrain.py (which contains its architecture), or
+    anything else that DiffusionBackbone takes by name."""
     checkpoint: str | None = None
     """Guided-diffusion weights; without, they are random."""
     timesteps: tuple[int, ...] = ()
@@ -37,79 +39,59 @@ class BackboneOptions:
     noise: Literal["random", "fixed", "image", "none"] = "fixed"
     """Noise added to the images: image draws it from their pixels and the seed."""
     seed: int = 0
-    """Seed of the noise, random weights and everything else that is drawn."""
+    """Seed of the noise, of random weights and of everything else that is drawn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU that supports it, else float32."""
 
-    def unet_config(self) -> UNetConfig:
-        """Return the architecture that ``unet`` names."""
-        return _unet_config(self.unet)
+    def network(self) -> Any:
+        """Return the architecture: ``blocks``, the table of all blocks, and ``image_size``."""
+        return _network(self.unet)
+
+    def existing(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """Return those of some blocks that the network has."""
+        return tuple(b for b in blocks if b in self.network().blocks)
 
     def start(self) -> PartialState:
-        """Join the processes started by torchrun or accelerate; their ``device`` is to be used.
-
-        Raises:
-            UserError: There is no GPU.
-        """
+        """Join the processes started by torchrun or accelerate; compute on their ``device``."""
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this torch finds no GPU; take auto or cpu")
+            raise UserError("--device cuda: torch finds no GPU")
         return PartialState(cpu=self.device == "cpu")
 
     def compute_dtype(self, device: torch.device) -> torch.dtype | None:
-        """Return the type that autocast computes in; None leaves float32.
-
-        Raises:
-            UserError: bfloat16 without a GPU.
-        """
-        if device.type != "cuda" and self.precision == "bfloat16":
-            raise UserError("--precision bfloat16 needs a GPU")
-        if device.type != "cuda" or self.precision == "float32":
-            return None
-        supported = self.precision == "bfloat16" or torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if supported else None
+        """Return the type for autocast; None leaves float32."""
+        supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if self.precision == "bfloat16" or (self.precision == "auto" and supported):
+            return torch.bfloat16
+        return None
 
 
 @dataclass(kw_only=True)
 class DataOptions:
     """The labeled images."""
 
-    data: Path | None = None
+    data: Path = Path()
     """Folder with train/<class>/ and val/<class>/."""
-    train_dir: Path | None = None
-    """Training images, in place of DATA/train."""
-    val_dir: Path | None = None
-    """Validation images, in place of DATA/val."""
+    train_dir: Path = Path("train")
+    """Training images: a folder in DATA, or an absolute path."""
+    val_dir: Path = Path("val")
+    """Validation images: a folder in DATA, or an absolute path."""
     image_size: int | None = None
-    """Height and width the images are brought to; default: the U-Net's."""
+    """Height and width of the images; default: the network's."""
+    batch_size: int = 64
+    """Images in the network at a time."""
     workers: int = max(0, min(4, (os.cpu_count() or 1) - 1))
     """Processes that read images."""
     value_range: tuple[float, float] | None = None
     """Values of images deeper than 8 bits that are black and white; default: 0 65535 for integers,
     0 1 for floats."""
 
-    def folder(self, split: Literal["train", "val"]) -> Path:
-        """Return the folder of training or validation images.
-
-        Raises:
-            UserError: It is not given, or does not exist.
-        """
-        given = self.train_dir if split == "train" else self.val_dir
-        if given is None:
-            if self.data is None:
-                raise UserError(f"give --data DIR (with DIR/train and DIR/val), or --{split}-dir")
-            given = self.data / split
-        folder = given.expanduser()
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder} of {split} images")
-        return folder
-
     def list_folders(self) -> tuple[ImageFolder, ImageFolder]:
         """List the training and validation images; the classes are those of training."""
-        train_root, val_root = self.folder("train"), self.folder("val")
-        train = list_folder(train_root, None, self.value_range)
-        return train, list_folder(val_root, train.classes, self.value_range)
+        root = self.data.expanduser()
+        train = list_folder(root / self.train_dir, value_range=self.value_range)
+        return train, list_folder(root / self.val_dir, train.classes, self.value_range)
 
 
 @dataclass(kw_only=True)
@@ -117,53 +99,45 @@ class CacheOptions:
     """The cache of features."""
 
     cache: Path | None = None
-    """Folder that keeps the features of a frozen U-Net for later runs."""
+    """Folder that keeps the features of a frozen network for later runs."""
     feature_dtype: Literal["float16", "float32"] = "float16"
-    """Type that features of a frozen U-Net are rounded to, with or without a cache."""
+    """Type that features of a frozen network are rounded to, with or without a cache."""
     overwrite_cache: bool = False
     """Replace a cache of other settings."""
 
 
 @functools.lru_cache
-def _unet_config(unet: str) -> UNetConfig:
+def _network(unet: str) -> UNetConfig | SimpleNamespace:
     if unet in PRESETS:
         return PRESETS[unet]
-    if not unet.endswith(".safetensors"):
-        raise UserError(
-            f"--unet {unet}: choose from {', '.join(PRESETS)}, or give a .safetensors file of "
-            "tools/pretrain.py"
-        )
-    return read_unet_config(unet)
+    if unet.endswith(".safetensors") and "://" not in unet:
+        return read_unet_config(unet)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="DiffusionBackbone: no checkpoint")
+        try:
+            network = DiffusionBackbone(unet, blocks=(1,), out_channels=None, out_strides=None).unet
+        except ValueError as error:
+            raise UserError(f"--unet {unet}: {error}") from error
+    config = getattr(network, "config", None)
+    size = getattr(network, "image_size", None) or getattr(config, "image_size", None)
+    return SimpleNamespace(blocks=network.blocks, image_size=size or 256)
 
 
 def build_backbone(
-    options: BackboneOptions,
-    feedback: str | None = None,
-    freeze: bool = True,
-    **kwargs: Any,
+    options: BackboneOptions, feedback: str | None = None, freeze: bool = True, **kwargs: Any
 ) -> DiffusionBackbone:
     """Build the backbone that the options describe; random weights follow from the seed.
 
-    Args:
-        options: With at least one block and timestep.
-        feedback: See :class:`DiffusionBackbone`.
-        freeze: See :class:`DiffusionBackbone`.
-        **kwargs: Further arguments of :class:`DiffusionBackbone`.
+    Further arguments are those of :class:`DiffusionBackbone`.
 
     Raises:
-        UserError: A block, timestep or feedback does not fit.
-        FileNotFoundError: No such checkpoint.
-        CheckpointError: The weights don't fit.
+        UserError: A block, timestep, feedback or the weights don't fit.
     """
-    config = options.unet_config()
+    network = options.network()
     torch.manual_seed(options.seed)
     try:
-        schedule = NoiseSchedule(config.noise_schedule)
-        schedule.check_timesteps(options.timesteps)
-        if len(set(options.blocks)) < len(options.blocks):
-            raise ValueError(f"blocks must differ, got {options.blocks}")
-        return DiffusionBackbone(
-            config,
+        backbone = DiffusionBackbone(
+            network if isinstance(network, UNetConfig) else options.unet,
             checkpoint=options.checkpoint,
             timestep=options.timesteps[0],
             blocks=options.blocks,
@@ -176,5 +150,7 @@ def build_backbone(
             save_frozen=False,
             **kwargs,
         )
+        backbone.schedule.check_timesteps(options.timesteps)
     except ValueError as error:
         raise UserError(str(error)) from error
+    return backbone

@@ -8,8 +8,8 @@ all training images.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from diffbackbone.eval.data import split_folds, split_holdout
+from diffbackbone.eval.data import Split, split_folds, split_holdout
 from diffbackbone.eval.features import FeatureCache, Tap, pool_maps
 from diffbackbone.eval.knn import knn_accuracy
 
 FALLBACK_L2 = 1e-3
-"""Taken where no training image can be held out to choose by: a class has a single one."""
+"""Used where a class has a single training image, so that none can be held out."""
 FEW = 1000
-"""Below so many labeled images one held-out share would choose by chance; folds are used."""
+"""Below this number of labeled images, cross-validation replaces one held-out share."""
+STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5)
+"""Strengths of regularization that are tried."""
 MEASURES = {"linear": "linear probe", "knn": "kNN"}
 
 
@@ -33,26 +35,22 @@ MEASURES = {"linear": "linear probe", "knn": "kNN"}
 class Labels:
     """The labeled images of one seed.
 
-    Attributes:
-        seed: The seed.
-        rows: Rows of the training features that have a label (N,).
-        splits: Indices into ``rows`` to fit to and to choose the regularization by, once or for
-            each fold; empty where none can be held out.
+    ``rows`` (N,) of the training features have a label; ``splits`` are indices into them to fit to
+    and to choose the regularization by, none where no image can be held out.
     """
 
     seed: int
     rows: np.ndarray
-    splits: Sequence[tuple[np.ndarray, np.ndarray]]
+    splits: Sequence[Split]
 
     @classmethod
-    def draw(cls, seed: int, rows: np.ndarray, labels: np.ndarray, share: float) -> Labels:
-        """Hold out a share; of fewer than :data:`FEW` images, one share after the other."""
-        counts = np.bincount(labels)
-        if counts[counts > 0].min() < 2:
+    def draw(cls, seed: int, rows: np.ndarray, labels: np.ndarray) -> Labels:
+        """Hold out a fifth; of fewer than :data:`FEW` images, one fifth after the other."""
+        if np.unique(labels, return_counts=True)[1].min() < 2:
             return cls(seed, rows, ())
         if len(labels) < FEW:
-            return cls(seed, rows, split_folds(labels, max(2, round(1 / share)), seed))
-        return cls(seed, rows, [split_holdout(labels, share, seed)])
+            return cls(seed, rows, split_folds(labels, 5, seed))
+        return cls(seed, rows, [split_holdout(labels, 0.2, seed)])
 
 
 def standardize(train: Tensor, others: Sequence[Tensor] = ()) -> list[np.ndarray]:
@@ -61,10 +59,6 @@ def standardize(train: Tensor, others: Sequence[Tensor] = ()) -> list[np.ndarray
     One strength of regularization then means the same for few features and for many. Where there
     are far more features than images, the vectors are rotated into the training vectors' span,
     which changes no score of a regularized linear classifier and makes fitting fast.
-
-    Args:
-        train: (N, D).
-        others: (M, D) each.
 
     Returns:
         All of them (n, R), float32, the training features first.
@@ -84,21 +78,13 @@ def linear_accuracy(
     val: Tensor,
     val_labels: np.ndarray,
     strengths: Sequence[float],
-    splits: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    splits: Sequence[Split] = (),
 ) -> dict[str, float]:
-    """Compute the top-1 accuracy of a linear probe.
+    """Fit a linear probe to features (N, D); compute its accuracy on others (M, D).
 
-    The loss is the mean cross-entropy plus ``l2 / 2`` times the squared weights; the strength with
-    the smallest held-out loss over all splits is taken.
-
-    Args:
-        train: (N, D).
-        train_labels: (N,), of at least two classes.
-        val: (M, D).
-        val_labels: (M,).
-        strengths: Values of l2.
-        splits: Training images to fit to and to choose by, of each fold. Without, the strength next
-            to :data:`FALLBACK_L2` is taken.
+    The loss is the mean cross-entropy plus ``l2 / 2`` times the squared weights. Of the strengths
+    l2 the one with the smallest held-out loss over all splits is taken; without splits, the one
+    next to :data:`FALLBACK_L2`.
 
     Returns:
         ``top1``, ``l2`` (the chosen one), and ``loss`` on the validation images.
@@ -131,76 +117,35 @@ def linear_accuracy(
     return {"top1": top1, "l2": l2, "loss": loss(queries, val_labels)}
 
 
-@dataclass
-class ProbeEvaluator:
-    """Measures taps of two caches by linear probes and nearest neighbors.
+def measure_tap(
+    train: FeatureCache,
+    val: FeatureCache,
+    tap: Tap,
+    pool: int,
+    labels: Labels,
+    measures: Sequence[str] = tuple(MEASURES),
+    k: int = 20,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Measure one tap, pooled to ``pool`` x ``pool``, by linear probe and by kNN.
 
-    Attributes:
-        train: Training features.
-        val: Validation features.
-        draws: The labeled images of each seed.
-        measures: Names from :data:`MEASURES`.
-        l2: Strengths of regularization.
-        k: Number of neighbors.
-        temperature: Temperature of the neighbors' votes.
-        device: Where to find neighbors.
+    The k neighbors are all labeled images where these are fewer; ``device`` is where to find them.
+
+    Returns:
+        ``b``, ``t``, ``pool``, ``seed``, ``features`` (their number), ``train_images``, and
+        ``linear``, ``l2``, ``loss``, ``knn`` as far as measured.
     """
-
-    train: FeatureCache
-    val: FeatureCache
-    draws: Sequence[Labels]
-    measures: Sequence[str] = tuple(MEASURES)
-    l2: Sequence[float] = (1e-2, 1e-3, 1e-4, 1e-5)
-    k: int = 20
-    temperature: float = 0.07
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def measure(self, tap: Tap, wanted: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
-        """Measure one tap.
-
-        Args:
-            tap: Timestep and block.
-            wanted: Pools and seeds.
-
-        Returns:
-            A record each: ``b``, ``t``, ``pool``, ``seed``, ``features`` (their number),
-            ``train_images``, and ``linear``, ``l2``, ``loss``, ``knn`` as far as measured.
-        """
-        maps = [
-            cache.read(range(len(cache.listing)), [tap])[tap] for cache in (self.train, self.val)
-        ]
-        draws = {draw.seed: draw for draw in self.draws}
-        known: dict[tuple[Any, ...], dict[str, float]] = {}
-        records = []
-        for pool, seed in wanted:
-            draw, size = draws[seed], min(pool, max(maps[0].shape[-2:]))
-            x, queries = (pool_maps(m, size).flatten(1) for m in (maps[0][draw.rows], maps[1]))
-            # maps no larger than several pools, and draws that are equal, are measured once
-            split = tuple(held.tobytes() for _, held in draw.splits)
-            record = {"b": tap[1], "t": tap[0], "pool": pool, "seed": seed}
-            record.update(features=x.shape[1], train_images=len(x))
-            for measure in self.measures:
-                key = (measure, size, draw.rows.tobytes(), split if measure == "linear" else ())
-                if key not in known:
-                    known[key] = getattr(self, f"_{measure}")(x, queries, draw)
-                record.update(known[key])
-            records.append(record)
-        return records
-
-    def _linear(self, x: Tensor, queries: Tensor, draw: Labels) -> dict[str, float]:
-        labels = self.train.labels[draw.rows]
-        found = linear_accuracy(x, labels, queries, self.val.labels, self.l2, draw.splits)
-        return {"linear": found.pop("top1"), **found}
-
-    def _knn(self, x: Tensor, queries: Tensor, draw: Labels) -> dict[str, float]:
-        found = knn_accuracy(
-            lambda start, end: x[start:end],
-            self.train.labels[draw.rows],
-            lambda start, end: queries[start:end],
-            self.val.labels,
-            [self.k],
-            len(self.train.listing.classes),
-            temperature=self.temperature,
-            device=self.device,
-        )
-        return {"knn": found[self.k]["top1"]}
+    x, queries = (
+        pool_maps(maps, pool).flatten(1) for maps in (train.read(labels.rows, tap), val.images(tap))
+    )
+    truth = train.labels[labels.rows]
+    record = {"b": tap[1], "t": tap[0], "pool": pool, "seed": labels.seed}
+    record.update(features=x.shape[1], train_images=len(x))
+    if "linear" in measures:
+        found = linear_accuracy(x, truth, queries, val.labels, STRENGTHS, labels.splits)
+        record.update(linear=found.pop("top1"), **found)
+    if "knn" in measures:
+        k = min(k, len(x))
+        found = knn_accuracy(x, truth, queries, val.labels, [k], device=device)
+        record["knn"] = found[k]["top1"]
+    return record

@@ -27,8 +27,18 @@ RecipeName = Literal["probe", "probe-sgd", "ablation", "semi-1", "semi-10", "fgv
 
 
 @dataclass(kw_only=True)
-class HeadOptions:
-    """The head."""
+class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
+    """Train and evaluate a classification head on the features of a diffusion U-Net.
+
+    Images are in one folder for each class: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg. The
+    recipe sets the defaults (see diffbackbone/eval/recipes.py). Nothing is selected by the
+    validation images unless --select-on val asks for it: with several learning rates, held-out
+    training images select learning rate and epoch; with one, the last epoch counts.
+
+    OUT gets last.pt (for --resume), best.pt (the selected head), metrics.jsonl (one line per
+    epoch), results.json, confusion.png and the tracker's logs. A run that was killed and resumed
+    ends with the same numbers. Several processes: torchrun or accelerate launch.
+    """
 
     head: Literal["linear", "mlp", "cnn", "attention", "difformer"] | None = None
     """Default: linear; attention with feedback."""
@@ -44,22 +54,6 @@ class HeadOptions:
     """Transformer blocks."""
     num_heads: int = 8
     """Attention heads."""
-
-
-@dataclass(kw_only=True)
-class ClassifierConfig(HeadOptions, DataOptions, BackboneOptions, CacheOptions):
-    """Train and evaluate a classification head on the features of a diffusion U-Net.
-
-    Images are in one folder for each class: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg. The
-    recipe sets the defaults (see diffbackbone/eval/recipes.py). Nothing is selected by the
-    validation images unless --select-on val asks for it: with several learning rates, held-out
-    training images select learning rate and epoch; with one, the last epoch counts.
-
-    OUT gets last.pt (for --resume), best.pt (the selected head), metrics.jsonl (one line per
-    epoch), results.json, confusion.png and the tracker's logs. A run that was killed and resumed
-    ends with the same numbers. Several processes: torchrun or accelerate launch.
-    """
-
     out: Path | None = None
     """Folder of the run; default: work_dirs/classifier, or evaluation/ beside an evaluated file."""
     recipe: RecipeName = "probe"
@@ -67,8 +61,7 @@ class ClassifierConfig(HeadOptions, DataOptions, BackboneOptions, CacheOptions):
     resume: bool = False
     """Continue from OUT/last.pt, if it exists."""
     evaluate: Path | None = None
-    """Train nothing; evaluate a best.pt, a last.pt, or a latest.pth of the published code."""
-
+    """Train nothing; evaluate a best.pt, or a latest.pth of the published code."""
     finetune: bool = False
     """Train the U-Net too."""
     epochs: int = 28
@@ -95,8 +88,8 @@ class ClassifierConfig(HeadOptions, DataOptions, BackboneOptions, CacheOptions):
     """Augmentation of the training images."""
     subset: str | None = None
     """Train on a share (1%, 0.01) or on the images of a list file."""
-    select_on: Literal["auto", "heldout", "val", "none"] = "auto"
-    """Images that select learning rate and epoch; auto: heldout with several rates, else none."""
+    select_on: Literal["heldout", "val", "none"] | None = None
+    """Images that select learning rate and epoch; default: heldout for several rates, else none."""
     holdout: float = 0.1
     """Share of the training images held out to select by."""
     eval_every: int = 1
@@ -134,48 +127,32 @@ def resolve(config: ClassifierConfig) -> ClassifierConfig:
     transformer, difformer = head in ("attention", "difformer"), head == "difformer"
     timesteps = config.timesteps or ((90, 150, 300) if difformer else (150,))
     blocks = config.blocks or ((19, 24, 30) if difformer else (24,))
+    lr = 1e-4 if transformer else 1e-3
     if config.optimizer == "sgd":
         lr = 5e-2 if transformer and not feedback else 1e-2
-    else:
-        lr = 1e-4 if transformer else 1e-3
-    select_on = config.select_on
-    if select_on == "auto":
-        select_on = "heldout" if several else "none"
     out = Path("work_dirs/classifier")
     if config.evaluate is not None:
         out = config.evaluate.parent / "evaluation" / config.evaluate.stem
-    for wrong, message in (
-        (
-            len(timesteps) * len(blocks) > 1 and not difformer,
-            f"--head {head} takes one block and timestep, got {timesteps} and {blocks}; difformer "
-            "takes several",
-        ),
-        (
-            several and (feedback or config.finetune),
-            "several learning rates share one pass through a U-Net that stays the same: give one "
-            "with --feedback or --finetune",
-        ),
-        (several and select_on == "none", "several learning rates need --select-on heldout or val"),
-        (
-            config.cache is not None and config.augment == "crop-flip",
-            "--cache: random crops change the features; take --augment flip or none",
-        ),
-        (
-            min(config.epochs, config.accumulate, config.step, config.eval_every) < 1,
-            "--epochs, --accumulate, --step and --eval-every must be at least 1",
-        ),
-    ):
-        if wrong:
-            raise UserError(message)
+    wrong = None
+    if len(timesteps) * len(blocks) > 1 and not difformer:
+        wrong = f"--head {head} takes one block and timestep, got {blocks} and {timesteps}"
+    elif several and (feedback or config.finetune):
+        wrong = "several learning rates share one frozen U-Net: give one with DifFeed or --finetune"
+    elif several and config.select_on == "none":
+        wrong = "several learning rates need --select-on heldout or val"
+    elif config.cache is not None and config.augment == "crop-flip":
+        wrong = "--cache: random crops change the features; use --augment flip or none"
+    if wrong:
+        raise UserError(wrong)
     return replace(
         config,
         out=config.out or out,
-        image_size=config.image_size or config.unet_config().image_size,
+        image_size=config.image_size or config.network().image_size,
         head=head,
         pool=config.pool or POOLS[head],
         timesteps=timesteps,
         blocks=blocks,
         batch_size=config.batch_size or (16 if feedback else 128),
         lr=config.lr or (lr,),
-        select_on=select_on,
+        select_on=config.select_on or ("heldout" if several else "none"),
     )

@@ -1,24 +1,20 @@
 """Which block, timestep and pooling suit my images? Linear probes, kNN and CKA over a whole grid.
 
-The U-Net runs over the images once; every combination is then measured on the cached taps, as in
+The network runs over the images once; every combination is then measured on the cached taps, as in
 the paper's Figures 3 and 4 and Table 9. OUT gets ``summary.md`` (the recommendation, tables and
-figures), ``results.csv`` (one line per combination and seed), ``results.json``,
-``linear_pool2.png`` and the like (block x timestep), ``cka.csv`` and ``cka/`` (Figure 5).
-
-* **linear**: see :mod:`diffbackbone.eval.probe`. A share of the training images (``--holdout``)
-  chooses the regularization; of fewer than 1,000 images, one share after the other.
-* **knn**: see :mod:`diffbackbone.eval.knn`.
-* **cka**: linear CKA between flattened maps on the validation images; it needs no labels.
+figures), ``results.json``, ``linear_pool2.png`` and the like (block x timestep), and ``cka/``
+(Figure 5): linear CKA between flattened maps of the validation images, which needs no labels.
 
 The fixed noise is the same for every image, so a large timestep costs less accuracy than with
 noise of each image's own, as in the paper's figures: choose the timestep with the noise that you
-will use it with. A run that was killed goes on from the cache and the combinations that are done.
-Pools and seeds may be added later; other blocks or timesteps need another pass of the U-Net
-(``--overwrite-cache``), but what was measured stays.
+will use it with. A run that was killed continues from the cache and the combinations that are done.
+Pools and seeds may be added later; other blocks or timesteps need another pass of the network
+(``--overwrite-cache``), but the measurements stay.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,28 +23,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.cli import run_command
-from diffbackbone.eval.cka import compare_taps, slice_file, slices, write_csv, write_slices
+from diffbackbone.costs import counting_flops
+from diffbackbone.eval.cka import compare_taps, draw_slices
 from diffbackbone.eval.data import ImageFolder, choose_subset, list_images
-from diffbackbone.eval.features import FeatureSpec, Tap, open_splits
+from diffbackbone.eval.features import FeatureSpec, open_caches
 from diffbackbone.eval.options import BackboneOptions, CacheOptions, DataOptions, build_backbone
-from diffbackbone.eval.probe import MEASURES, Labels, ProbeEvaluator
-from diffbackbone.eval.recommend import describe, flops_to, recommend, show_grid, summarize
+from diffbackbone.eval.plots import BEST_COLOR, CHEAPEST_COLOR, draw_heatmap
+from diffbackbone.eval.probe import MEASURES, Labels, measure_tap
 from diffbackbone.utils import (
     RandomStream,
     UserError,
     changed_settings,
+    markdown_table,
     save_figure,
     write_json,
     write_text,
 )
 
-FORMAT = "diffbackbone sweep 3"  # 3: scikit-learn draws folds and shares
+FORMAT = "diffbackbone sweep 4"
 BLOCKS = (6, 9, 12, 15, 18, 19, 21, 24, 27, 30, 33, 36)
-PAPER_BLOCK, PAPER_TIMESTEP = 24, 90
-"""Figure 5 compares timesteps at b = 24 and blocks at t = 90."""
 
 
 @dataclass(kw_only=True)
@@ -57,108 +56,49 @@ class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
 
     out: Path = Path("work_dirs/sweep")
     """Folder for the results."""
-    images: Path | None = None
-    """Images without labels, in place of --data: CKA only."""
     timesteps: tuple[int, ...] = (10, 30, 50, 90, 150, 300, 500, 700)
     """0-based timesteps t."""
     blocks: tuple[int, ...] = ()
-    """1-based blocks b; default: 6 9 12 15 18 19 21 24 27 30 33 36, as far as the U-Net goes."""
+    """1-based blocks b; default: 6 9 12 15 18 19 21 24 27 30 33 36, if the network has them."""
     pools: tuple[int, ...] = (1, 2, 4)
-    """Heights and widths that maps are pooled to."""
+    """Heights and widths that maps are pooled to; CKA takes the largest."""
     measures: tuple[Literal["linear", "knn"], ...] = ("linear", "knn")
     """Measures; the first one gives the recommendation."""
     subset: str | None = None
     """Labels for a share of the training images (1%, 0.01), or for those of a list file."""
     seeds: tuple[int, ...] = ()
     """Each draws the subset and the held-out images; several give mean and spread."""
-    batch_size: int = 64
-    """Images in the U-Net at a time."""
-    overwrite: bool = False
-    """Replace a sweep of other settings."""
-    l2: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5)
-    """Strengths of the linear probe's regularization."""
-    holdout: float = 0.2
-    """Share of the training images that chooses among them."""
-    k: int | None = None
-    """Number of neighbors; default: 20, or all training images if fewer."""
-    temperature: float = 0.07
-    """Temperature of the neighbors' votes."""
+    k: int = 20
+    """Number of neighbors; all training images if there are fewer."""
     cka: bool = True
     """Compute CKA."""
     cka_only: bool = False
-    """Compute CKA only; labels don't matter."""
-    cka_pool: int | None = None
-    """Height and width of the maps; default: the largest of --pools."""
-    cka_batch: int = 256
-    """Images in a minibatch at most."""
+    """Compute CKA only, of all images below DATA; they need no labels."""
     cka_images: int = 2500
-    """Images at most."""
+    """Images for CKA at most."""
+    overwrite: bool = False
+    """Replace a sweep of other settings."""
 
 
 def cache_pool(sides: Iterable[int], pools: Iterable[int]) -> int:
-    """Return the smallest grid to cache maps at from which every pool follows exactly.
+    """Return a grid to cache maps at from which every pool follows exactly.
 
-    Averages of averages are averages where windows don't overlap: a map of side s that is cached
-    at P must be P or smaller, or a multiple of it, and P a multiple of each pool.
+    Averages of averages are averages where windows don't overlap.
     """
-    sides, pools = set(sides), set(pools)
-    for size in range(max(pools), max(sides)):
-        fits = all(side <= size or side % size == 0 for side in sides)
-        if fits and all(size % pool == 0 for pool in pools):
-            return size
-    return max(*sides, *pools)
-
-
-def resolve(config: SweepConfig) -> SweepConfig:
-    """Fill in the defaults that depend on other options.
-
-    Raises:
-        UserError: A block is out of range, or a list is empty or has duplicates.
-    """
-    unet = config.unet_config()
-    config = replace(
-        config,
-        blocks=config.blocks or tuple(b for b in BLOCKS if b <= len(unet.blocks)),
-        seeds=config.seeds or (config.seed,),
-        cka_pool=config.cka_pool or max(config.pools),
-        image_size=config.image_size or unet.image_size,
-        cka_only=config.cka_only or config.images is not None,
-    )
-    try:
-        unet.blocks.check(config.blocks)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for name in ("pools", "seeds", "l2", "measures"):
-        values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
-            raise UserError(f"--{name} needs one or more different values, got {values}")
-    return config
-
-
-def list_unlabeled(config: SweepConfig) -> ImageFolder:
-    """List the images that CKA alone looks at."""
-    root = config.images or config.folder("val")
-    folder = list_images(root.expanduser(), config.value_range)
-    order = RandomStream.ORDER.generator(config.seed).permutation(len(folder))
-    return folder.subset(np.sort(order[: config.cka_images]))
+    grid, sides = math.lcm(*pools), set(sides)
+    return grid if all(side <= grid or side % grid == 0 for side in sides) else max(sides)
 
 
 def draw_labels(config: SweepConfig, train: ImageFolder) -> tuple[ImageFolder, list[Labels]]:
-    """Draw the labeled training images of each seed.
-
-    Returns:
-        The images that any seed has drawn, and each seed's rows of them.
-    """
-    row = {path: i for i, path in enumerate(train.listing.paths)}
-    chosen = {}
-    for seed in config.seeds:
-        part = choose_subset(train, config.subset, seed) if config.subset else train
-        chosen[seed] = np.array([row[path] for path in part.listing.paths])
+    """Draw each seed's labeled images; return those of any seed, and each seed's rows of them."""
+    chosen = {seed: np.arange(len(train)) for seed in config.seeds}
+    if config.subset:
+        chosen = {seed: choose_subset(train, config.subset, seed) for seed in config.seeds}
     used = np.unique(np.concatenate(list(chosen.values())))
-    draws = []
-    for seed, rows in chosen.items():
-        own = np.searchsorted(used, rows)
-        draws.append(Labels.draw(seed, own, train.labels[rows], config.holdout))
+    draws = [
+        Labels.draw(seed, np.searchsorted(used, rows), train.labels[rows])
+        for seed, rows in chosen.items()
+    ]
     return train.subset(used), draws
 
 
@@ -166,140 +106,108 @@ def run(config: SweepConfig) -> dict[str, Any]:
     """Compute or read the features, measure every combination, and report.
 
     Returns:
-        The content of ``results.json``.
+        The content of ``results.json``; nothing in processes that only help with the features.
     """
-    config = resolve(config)
+    config = replace(
+        config,
+        blocks=config.blocks or config.existing(BLOCKS),
+        seeds=config.seeds or (config.seed,),
+        image_size=config.image_size or config.network().image_size,
+    )
     state = config.start()
-    if state.num_processes > 1:
-        raise UserError("tools/sweep.py runs in one process")
-    settings: dict[str, Any] = {"format": FORMAT}
+    settings: dict[str, Any] = {"format": FORMAT, "batch_size": config.batch_size}
     draws: list[Labels] = []
     if config.cka_only:
-        folders = {"images": list_unlabeled(config)}
+        images = list_images(config.data.expanduser(), config.value_range)
+        order = RandomStream.ORDER.generator(config.seed).permutation(len(images))
+        images = images.subset(np.sort(order[: config.cka_images]))
+        folders = {"images": images}
     else:
-        train, val = config.list_folders()
+        train, images = config.list_folders()
         part, draws = draw_labels(config, train)
-        fewest = min(len(draw.rows) for draw in draws)
-        config = replace(config, k=min(20, fewest) if config.k is None else config.k)
-        if "knn" in config.measures and not 1 <= config.k <= fewest:
-            raise UserError(f"--k {config.k}: there are {fewest} training images")
-        # a cache for each draw of the labels
-        name = f"train-{part.listing.digest()[:8]}" if config.subset else "train"
-        folders = {name: part, "val": val}
-        settings["train_sha256"] = train.listing.digest()
-        for option in ("subset", "l2", "holdout", "k", "temperature", "measures"):
-            settings[option] = getattr(config, option)
-    images = list(folders.values())[-1]
+        # one cache for each draw of the labels
+        folders = {f"train-{part.digest()[:8]}" if config.subset else "train": part, "val": images}
+        settings.update(subset=config.subset, k=config.k, measures=config.measures)
+        settings["train_sha256"] = train.digest()
     if config.cka and min(len(images), config.cka_images) < 4:
         raise UserError(f"CKA needs at least 4 images, {images.root} has {len(images)}")
-    # the whole U-Net, so that its digest stays the same with other blocks
-    backbone = build_backbone(replace(config, blocks=(len(config.unet_config().blocks),)))
-    unet = backbone.unet.config
-    sides = [math.ceil(config.image_size / unet.blocks[b].stride) for b in config.blocks]
-    pools = {config.cka_pool} if config.cka_only else {*config.pools, config.cka_pool}
-    spec = FeatureSpec(
-        config.timesteps, config.blocks, config.image_size, cache_pool(sides, pools),
-        config.feature_dtype, config.compute_dtype(state.device), config.batch_size,
-    )  # fmt: skip
-    settings.update(spec.settings(backbone, images), batch_size=config.batch_size)
+    # with the last block, so that the digest of the weights is the same for other blocks
+    last = max(config.network().blocks)
+    backbone = build_backbone(replace(config, blocks=(*config.blocks, last)))
+    sides = [math.ceil(config.image_size / backbone.unet.blocks[b].stride) for b in config.blocks]
+    spec = FeatureSpec.of(config, cache_pool(sides, config.pools), state)
+    settings.update(spec.settings(backbone, images))
     del settings["timesteps"], settings["blocks"]
-    records = read_records(config, settings)
-    caches = open_splits(
-        config.cache or config.out / "cache", folders, backbone, spec, state,
-        workers=config.workers, overwrite=config.overwrite_cache,
-    )  # fmt: skip
-    write_json(config.out / "settings.json", settings)
-    results: dict[str, Any] = {"settings": settings}
-    sections = []
+    results: dict[str, Any] = {"settings": settings, "records": read_records(config, settings)}
+    caches = open_caches(config, folders, backbone, spec, state)
+    if not state.is_main_process:
+        return {}
+    weights = Path(config.checkpoint).name if config.checkpoint else "no checkpoint"
+    name = f"{Path(config.unet).name} ({weights}), {config.image_size} px, noise {config.noise}"
+    sections = [f"# Features of {name}"]
     taps = [(t, b) for b in config.blocks for t in config.timesteps]
     if not config.cka_only:
-        evaluator = ProbeEvaluator(
-            *caches, draws, config.measures, config.l2, config.k, config.temperature, state.device
-        )
-        records = measure(config, evaluator, taps, records)
-        flops = flops_to(unet, config.blocks, config.image_size)
-        found, parts = report(config, records, flops, images)
-        results.update(found)
-        sections += parts
+        done = {(r["b"], r["t"], r["pool"], r["seed"]): r for r in results["records"]}
+        for t, b in tqdm(taps, "probes", unit="tap", leave=False, disable=None):
+            for pool, draw in ((pool, draw) for pool in config.pools for draw in draws):
+                if (b, t, pool, draw.seed) not in done:
+                    done[b, t, pool, draw.seed] = measure_tap(
+                        *caches, (t, b), pool, draw, config.measures, config.k, state.device
+                    )
+            write_json(config.out / "results.json", {**results, "records": list(done.values())})
+        results["records"] = list(done.values())
+        wanted = [done[b, t, p, draw.seed] for t, b in taps for p in config.pools for draw in draws]
+        flops = flops_to(backbone, config.blocks, config.image_size)
+        sections += report(config, results, wanted, flops, images)
     if config.cka:
-        values = compare_taps(
-            caches[-1], taps, config.cka_pool, config.cka_batch, config.cka_images, config.seed
+        count = min(config.cka_images, len(images))
+        pool = max(config.pools)
+        caption = f"{count:,} images, maps pooled to {pool}x{pool}"
+        values = compare_taps(caches[-1], taps, pool, config.cka_images, config.seed)
+        results["cka"] = draw_slices(config.out, taps, values, f"{name}\n{caption}")
+        sections.append(
+            f"## Linear CKA\n\n{caption} and flattened, unbiased HSIC over minibatches."
         )
-        results["cka"] = list(slices(taps, values))
-        sections.append(report_cka(config, results, min(config.cka_images, len(images))))
+        sections += [f"![CKA]({part['file']})" for part in results["cka"]]
     write_json(config.out / "results.json", results)
-    weights = Path(config.checkpoint).name if config.checkpoint else "random weights"
-    title = f"# Features of `{Path(config.unet).name}` ({weights}), {config.image_size} px, "
-    title += f"noise {config.noise}"
-    write_text(config.out / "summary.md", "\n\n".join([title, *sections]) + "\n")
+    write_text(config.out / "summary.md", "\n\n".join(sections) + "\n")
     print(results.get("recommendation", "").replace("**", ""))
     print(f"{config.out}: summary.md and its figures, results.json")
     return results
 
 
 def read_records(config: SweepConfig, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what an earlier run has measured.
-
-    Raises:
-        UserError: It has other settings, and ``--overwrite`` is not given.
-    """
-    path = config.out / "cells.jsonl"
-    if not (config.out / "settings.json").is_file():
+    """Return the measurements of an earlier run; of other settings only if they are replaced."""
+    path = config.out / "results.json"
+    if not path.is_file():
         return []
-    changes = changed_settings(json.loads((config.out / "settings.json").read_text()), settings)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    changes = changed_settings(saved["settings"], settings)
     if changes and not config.overwrite:
         raise UserError(
             f"{config.out} holds a sweep of other settings:\n  "
             + "\n  ".join(changes)
-            + "\nTake another --out, or --overwrite"
+            + "\nUse another --out, or --overwrite"
         )
-    if changes:
-        path.unlink(missing_ok=True)
-    return list(map(json.loads, path.read_text().splitlines())) if path.is_file() else []
-
-
-def measure(
-    config: SweepConfig,
-    evaluator: ProbeEvaluator,
-    taps: Sequence[Tap],
-    records: Sequence[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Measure what is missing; each tap is saved as soon as it is done."""
-    done = {(r["b"], r["t"], r["pool"], r["seed"]): r for r in records}
-    grid = [(pool, seed) for pool in config.pools for seed in config.seeds]
-    for t, b in tqdm(taps, "probes", unit="tap", leave=False, disable=None):
-        if wanted := [(pool, seed) for pool, seed in grid if (b, t, pool, seed) not in done]:
-            for record in evaluator.measure((t, b), wanted):
-                done[b, t, record["pool"], record["seed"]] = record
-            lines = [json.dumps(record) + "\n" for record in done.values()]
-            write_text(config.out / "cells.jsonl", "".join(lines))
-    return [done[b, t, pool, seed] for t, b in taps for pool, seed in grid]
+    return [] if changes else saved["records"]
 
 
 def report(
     config: SweepConfig,
-    records: list[dict[str, Any]],
+    results: dict[str, Any],
+    records: Sequence[Mapping[str, Any]],
     flops: Mapping[int, int],
     val: ImageFolder,
-) -> tuple[dict[str, Any], list[str]]:
-    """Write the numbers and figures of the probes.
-
-    Returns:
-        Their part of ``results.json``, and of ``summary.md``.
-    """
-    rows = [
-        {**record, "gflops": round(flops[record["b"]] / 1e9, 6), "val_images": len(val)}
-        for record in records
-    ]
-    write_csv(config.out / "results.csv", rows)
-    cells, seeds = summarize(records, config.measures), len(config.seeds)
-    advices = [recommend(cells, name, flops, len(val), seeds) for name in config.measures]
+) -> list[str]:
+    """Add the recommendation to the results and draw heat maps; returns parts of ``summary.md``."""
+    cells, seeds = summarize(records, config.measures, flops), len(config.seeds)
+    advices = [recommend(cells, name, len(val), seeds) for name in config.measures]
     counts = " or ".join(f"{n:,}" for n in sorted({r["train_images"] for r in records}))
     caption = f"{counts} training and {len(val):,} validation images, {len(val.classes)} classes"
     if seeds > 1:
         caption += f", mean ± standard deviation over {seeds} seeds"
-    text = describe(advices)
-    parts = [f"{caption}.", text]
+    results.update(recommendation=describe(advices), advice=advices, cells=cells)
+    parts = [f"{caption}.", results["recommendation"]]
     for advice in advices:
         name = advice["measure"]
         for pool in config.pools:
@@ -308,31 +216,142 @@ def report(
             save_figure(figure, config.out / file)
             heading = f"## Top-1 in % by {MEASURES[name]}, pooled to {pool}x{pool}"
             parts += [heading, table.strip(), f"![{name}]({file})"]
-    parts.append(
-        "Bold: the best of all. Italic: the fewest operations within its standard error. Linear "
-        "probe: logistic regression on standardized features, l2 from "
-        f"{', '.join(f'{l2:g}' for l2 in config.l2)}, chosen by {config.holdout:.0%} of the "
-        f"training images. kNN: {config.k} neighbors by cosine, temperature "
-        f"{config.temperature:g}."
-    )
-    found = {"recommendation": text, "advice": advices, "cells": cells, "records": records}
-    return found, parts
+    return [*parts, "Bold: the best of all. Italic: the cheapest within its standard error."]
 
 
-def report_cka(config: SweepConfig, results: Mapping[str, Any], images: int) -> str:
-    """Write CKA between the taps; returns its part of ``summary.md``."""
-    caption = f"{images:,} images, maps pooled to {config.cka_pool}x{config.cka_pool}"
-    write_slices(config.out, results["cka"], f"{Path(config.unet).name}, {caption}")
-    best = results["advice"][0]["best"] if "advice" in results else {}
-    t, b = best.get("t", PAPER_TIMESTEP), best.get("b", PAPER_BLOCK)
-    nearest = (
-        slice_file("blocks", min(config.timesteps, key=lambda own: abs(own - t))),
-        slice_file("timesteps", min(config.blocks, key=lambda own: abs(own - b))),
+def flops_to(backbone: DiffusionBackbone, blocks: Sequence[int], image_size: int) -> dict[int, int]:
+    """Count the operations from a square image to each block, with the backbone's padding."""
+    backbone = copy.deepcopy(backbone).to("meta")
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    flops = {}
+    for block in blocks:
+        with counting_flops() as counter:
+            backbone.forward_taps(image, blocks=[block])
+        flops[block] = counter.get_total_flops()
+    return flops
+
+
+def summarize(
+    records: Sequence[Mapping[str, Any]], measures: Sequence[str], flops: Mapping[int, int]
+) -> list[dict[str, Any]]:
+    """Average over the seeds.
+
+    Returns:
+        For each combination ``b``, ``t``, ``pool``, ``features``, ``flops``, and for each measure
+        its mean and ``<measure>_std`` (None for a single seed).
+    """
+    groups: dict[tuple[int, int, int], list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["b"], record["t"], record["pool"]), []).append(record)
+    cells = []
+    for (b, t, pool), own in groups.items():
+        cell: dict[str, Any] = {"b": b, "t": t, "pool": pool, "features": own[0]["features"]}
+        cell["flops"] = flops[b]
+        for measure in measures:
+            values = np.array([record[measure] for record in own])
+            cell[measure] = float(values.mean())
+            cell[f"{measure}_std"] = float(values.std(ddof=1)) if len(values) > 1 else None
+        cells.append(cell)
+    return cells
+
+
+def recommend(
+    cells: Sequence[Mapping[str, Any]], measure: str, images: int, seeds: int
+) -> dict[str, Any]:
+    """Find the best combination, and the cheapest within its standard error.
+
+    The standard error is that of a share of the validation images and of the mean over the seeds.
+    Ties go to the fewest operations, then the fewest features, then the smallest timestep.
+
+    Returns:
+        ``best`` and ``cheapest`` (the same cell where no cheaper block is within the error),
+        ``standard_error`` and ``within`` (how many cells are).
+    """
+
+    def order(cell: Mapping[str, Any]) -> tuple[float, ...]:
+        return -cell[measure], cell["flops"], cell["features"], cell["pool"], cell["t"]
+
+    best = min(cells, key=order)
+    share, spread = best[measure], best[f"{measure}_std"] or 0.0
+    error = math.sqrt(share * (1 - share) / images + spread**2 / seeds)
+    good = [cell for cell in cells if cell[measure] >= share - error]
+    least = min(cell["flops"] for cell in good)
+    cheapest = best
+    if least < best["flops"]:
+        cheapest = min((cell for cell in good if cell["flops"] == least), key=order)
+    return {
+        "measure": measure,
+        "best": best,
+        "cheapest": cheapest,
+        "standard_error": error,
+        "within": len(good),
+    }
+
+
+def describe(advices: Sequence[Mapping[str, Any]]) -> str:
+    """Format the recommendation of the first measure, and the best cells of the others."""
+    advice = advices[0]
+    best, cheapest = advice["best"], advice["cheapest"]
+    lines = [
+        f"**Recommended: {_name(best, advice)}**, {best['flops'] / 1e9:.3g} GFLOPs per image. "
+        f"{advice['within'] - 1} other combinations are within one standard error "
+        f"({100 * advice['standard_error']:.1f}). The accuracy is slightly optimistic, being the "
+        "best of many: confirm it on other images."
+    ]
+    if cheapest is not best:
+        saved = 1 - cheapest["flops"] / best["flops"]
+        lines.append(f"**Cheapest within the error: {_name(cheapest, advice)}**, {saved:.0%} less.")
+    lines += [f"Best: {_name(other['best'], other)}." for other in advices[1:]]
+    return "\n\n".join(lines)
+
+
+def _name(cell: Mapping[str, Any], advice: Mapping[str, Any]) -> str:
+    measure = advice["measure"]
+    score = f"{_percent(cell, measure)}% by {MEASURES[measure]}"
+    return f"b = {cell['b']}, t = {cell['t']}, pool = {cell['pool']}, {score}"
+
+
+def _percent(cell: Mapping[str, Any], measure: str) -> str:
+    spread = cell[f"{measure}_std"]
+    text = f"{100 * cell[measure]:.1f}"
+    return text if spread is None else f"{text} ± {100 * spread:.1f}"
+
+
+def show_grid(
+    cells: Sequence[Mapping[str, Any]], pool: int, advice: Mapping[str, Any], caption: str
+) -> tuple[str, Figure]:
+    """Show one measure at one pool, blocks by timesteps, as a Markdown table and a heat map.
+
+    The best of all combinations is bold and framed, the cheapest one within its error italic.
+    """
+    measure = advice["measure"]
+    own = {(cell["b"], cell["t"]): cell for cell in cells if cell["pool"] == pool}
+    blocks, timesteps = (list(dict.fromkeys(key[i] for key in own)) for i in (0, 1))
+    texts = [[_percent(own[b, t], measure) for t in timesteps] for b in blocks]
+    marks = {}
+    for found, color, star, label in (
+        (advice["cheapest"], CHEAPEST_COLOR, "*", "fewest operations within one standard error"),
+        (advice["best"], BEST_COLOR, "**", "best of all blocks, timesteps and pools"),
+    ):
+        if found["pool"] == pool:
+            i, j = blocks.index(found["b"]), timesteps.index(found["t"])
+            marks[i, j] = color, label
+            texts[i][j] = f"{star}{_percent(found, measure)}{star}"
+    columns = ["b \\ t:", *(f"{t}:" for t in timesteps)]
+    table = markdown_table(columns, ([b, *line] for b, line in zip(blocks, texts)))
+    every = [100 * cell[measure] for cell in cells]
+    figure = draw_heatmap(
+        np.array([[100 * own[b, t][measure] for t in timesteps] for b in blocks]),
+        blocks,
+        timesteps,
+        f"{MEASURES[measure]}, top-1 in %, pooled to {pool}x{pool}\n{caption}",
+        "block b",
+        "timestep t",
+        (min(every), max(every)),
+        "{:.1f}",
+        marks,
     )
-    return (
-        f"## Linear CKA\n\n{caption} and flattened, unbiased HSIC over minibatches. All blocks "
-        "and timesteps: `cka/`, `cka.csv`.\n\n" + "\n".join(f"![CKA]({file})" for file in nearest)
-    )
+    return table, figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,19 +8,18 @@ rounding, on the number of processes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 from torchmetrics import MeanMetric
@@ -28,8 +27,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
 
 from diffbackbone.backbone import DiffusionBackbone
-from diffbackbone.eval.data import ImageFolder, RowImages, image_batches, split_holdout
-from diffbackbone.eval.features import FeatureCache, FeatureSpec, Tap
+from diffbackbone.eval.data import ImageFolder, RowImages, load_batches, split_holdout
+from diffbackbone.eval.features import CachedRows, FeatureCache, FeatureSpec, Tap
 from diffbackbone.eval.knn import true_ranks
 from diffbackbone.eval.recipes import ClassifierConfig
 from diffbackbone.heads import DifFormerHead
@@ -47,13 +46,7 @@ _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Classifier(nn.Module):
-    """A backbone with one head, or with one head for each learning rate.
-
-    Args:
-        backbone: Computes the features.
-        heads: Heads of the same architecture.
-        spec: The taps, and how those of a frozen U-Net are rounded.
-    """
+    """A backbone with a head for each learning rate; ``spec`` says which taps they take."""
 
     def __init__(
         self, backbone: DiffusionBackbone, heads: Sequence[nn.Module], spec: FeatureSpec
@@ -64,10 +57,10 @@ class Classifier(nn.Module):
         self.spec = spec
 
     def forward(self, x: Tensor | Mapping[Tap, Tensor]) -> list[Tensor]:
-        """Classify images (N, 3, H, W), or their features ``{(t, b): (N, C, h, w)}``.
+        """Return each head's logits (N, num_classes).
 
-        Returns:
-            Logits (N, num_classes) of each head.
+        Args:
+            x: Images (N, 3, H, W), or their features ``{(t, b): (N, C, h, w)}``.
         """
         if isinstance(x, Tensor) and self.backbone.frozen and self.backbone.feedback is None:
             x = self.spec.extract(self.backbone, x)
@@ -78,42 +71,35 @@ class Classifier(nn.Module):
 
 
 class Scores:
-    """Loss, accuracy and confusion matrix of several heads, over all processes.
+    """Loss, accuracy and confusion matrix of several heads, over all processes."""
 
-    Args:
-        heads: Number of heads.
-        images: Number of images over all processes.
-        device: Where to count.
-        classes: Number of classes; 0 counts no confusion matrix.
-    """
-
-    def __init__(self, heads: int, images: int, device: torch.device, classes: int = 0) -> None:
+    def __init__(self, heads: int, classes: int, device: torch.device) -> None:
         def mean() -> MeanMetric:
             return MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
 
-        self.images = images
         self.means = [{name: mean() for name in METRICS} for _ in range(heads)]
         self.matrices = [
-            MulticlassConfusionMatrix(classes, validate_args=False).to(device)
-            for _ in range(heads if classes else 0)
+            MulticlassConfusionMatrix(classes, validate_args=False).to(device) for _ in range(heads)
         ]
 
     @torch.no_grad()
     def update(self, logits: Sequence[Tensor], labels: Tensor) -> None:
         """Count a batch: logits (N, num_classes) of each head, and labels (N,)."""
-        for x, means in zip(logits, self.means):
+        for x, means, matrix in zip(logits, self.means, self.matrices):
             ranks = true_ranks(x, labels)
             means["top1"].update(ranks < 1)
             means["top5"].update(ranks < 5)
             means["loss"].update(F.cross_entropy(x, labels, reduction="none"))
-        for x, matrix in zip(logits, self.matrices):
             matrix.update(x.argmax(1), labels)
 
     def compute(self) -> list[dict[str, float]]:
-        """Return ``top1``, ``top5``, ``loss`` and ``images`` of each head."""
+        """Return ``top1``, ``top5``, ``loss`` and the number of ``images`` of each head."""
         return [
-            {"images": self.images, **{name: float(mean.compute()) for name, mean in means.items()}}
-            for means in self.means
+            {
+                "images": int(self.confusion(head).sum()),
+                **{name: float(mean.compute()) for name, mean in means.items()},
+            }
+            for head, means in enumerate(self.means)
         ]
 
     def confusion(self, head: int) -> Tensor:
@@ -122,60 +108,34 @@ class Scores:
 
 
 @dataclass
-class Source:
-    """Images, and a cache that holds their features, if there is one."""
-
-    images: ImageFolder
-    cache: FeatureCache | None = None
-
-    def read(self, rows: np.ndarray, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """Read cached features; rows from the number of images on are of mirrored images."""
-        assert self.cache is not None
-        copy, image = divmod(rows, len(self.images))
-        return self.cache.read(self._rows[image] + copy * len(self.cache.listing), taps)
-
-    @functools.cached_property
-    def _rows(self) -> np.ndarray:
-        """Rows of the images in the cache, which may hold others too."""
-        rows = {path: row for row, path in enumerate(self.cache.listing.paths)}
-        return np.array([rows[path] for path in self.images.listing.paths])
-
-
-@dataclass
 class Trainer:
     """A model, its data and the state of its training.
 
-    Attributes:
-        config: Options with all defaults filled in.
-        accelerator: The processes.
-        model: The model.
-        train: Training images.
-        val: Validation images.
-        history: Record of each epoch.
-        best: The selected head: learning rate, epoch, scores and confusion matrix.
+    ``caches`` are the features of training and validation images, if there are any; ``history`` has
+    a record of each epoch; ``best`` is the selected head: learning rate, epoch, scores, confusion.
     """
 
     config: ClassifierConfig
     accelerator: Accelerator
     model: Classifier
-    train: Source
-    val: Source
+    train: ImageFolder
+    val: ImageFolder
+    caches: Sequence[FeatureCache] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.learn_from, self.held_out = np.arange(len(self.train.images)), None
+        self.learn_from, self.held_out = np.arange(len(self.train)), None
         if self.config.select_on == "heldout":
             self.learn_from, self.held_out = split_holdout(
-                self.train.images.labels, self.config.holdout, self.config.seed
+                self.train.labels, self.config.holdout, self.config.seed
             )
 
     def prepare(self, saved: Mapping[str, Any] | None = None) -> None:
-        """Distribute the model, starting from ``last.pt`` if its content is given."""
+        """Distribute the model; with the content of ``last.pt``, load heads and optimizer."""
         if saved is not None:
             for head, weights in zip(self.model.heads, saved["heads"]):
                 head.load_state_dict(weights)
-            self.model.backbone.load_state_dict(saved["backbone"])
             self.history, self.best = saved["history"], saved["best"]
         optimizer = build_optimizer(self.config, self.model)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -193,19 +153,17 @@ class Trainer:
             record: dict[str, Any] = {"epoch": epoch + 1, "train": self._train_epoch(epoch)}
             if not any(math.isfinite(scores["loss"]) for scores in record["train"]):
                 raise UserError(
-                    f"training diverged in epoch {epoch + 1}: the loss is not finite. Take a "
-                    f"smaller --lr than {min(config.lr)}; {config.out} has the epochs before"
+                    f"training diverged in epoch {epoch + 1}: the loss is not finite; use a "
+                    f"smaller --lr than {min(config.lr)}"
                 )
-            record["seconds"] = {"train": time.perf_counter() - start}
             improved = False
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-                start = time.perf_counter()
                 if self.held_out is not None:
-                    record["heldout"] = self._evaluate(self.train, self.held_out).compute()
+                    record["heldout"] = self._evaluate(0, self.held_out).compute()
                 val = self.evaluate()
                 record["val"] = val.compute()
-                record["seconds"]["evaluate"] = time.perf_counter() - start
                 improved = self._select(record, val)
+            record["seconds"] = time.perf_counter() - start
             self.history.append(record)
             self._save(settings, improved)
             self._log(record)
@@ -214,23 +172,25 @@ class Trainer:
 
     def evaluate(self) -> Scores:
         """Evaluate each head on the validation images."""
-        return self._evaluate(self.val, np.arange(len(self.val.images)))
+        return self._evaluate(1, np.arange(len(self.val)))
 
     @torch.no_grad()
-    def _evaluate(self, source: Source, rows: np.ndarray) -> Scores:
-        classes = len(source.images.classes)
-        scores = Scores(len(self.config.lr), len(rows), self.accelerator.device, classes)
-        size = self.model.spec.batch * self.accelerator.num_processes
+    def _evaluate(self, split: int, rows: np.ndarray) -> Scores:
+        scores = self._new_scores()
         self.wrapped.eval()
-        for inputs, labels, count in self._batches(source, _cut(rows, size), "evaluation"):
+        batches = _cut(rows, self.model.spec.batch * self.accelerator.num_processes)
+        for inputs, labels, count in self._batches(split, batches):
             logits = self.wrapped(inputs)
             if count:
                 scores.update(logits, labels)
         return scores
 
+    def _new_scores(self) -> Scores:
+        return Scores(len(self.config.lr), len(self.train.classes), self.accelerator.device)
+
     def _train_epoch(self, epoch: int) -> list[dict[str, float]]:
         """Train on every image once, mirrored or not, in an order of this epoch."""
-        config, total = self.config, len(self.train.images)
+        config, total = self.config, len(self.train)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * config.gamma ** (epoch // config.step)
         order = RandomStream.PERMUTATION.generator(config.seed, epoch)
@@ -238,10 +198,9 @@ class Trainer:
         if config.augment != "none":
             flips = RandomStream.FLIPS.generator(config.seed, epoch).random(total) < 0.5
             rows = rows + total * flips[rows]
-        scores = Scores(len(config.lr), len(rows), self.accelerator.device)
-        batches = _cut(rows, config.batch_size)
-        loaded = self._batches(self.train, batches, f"epoch {epoch + 1}", epoch, config.accumulate)
+        scores, batches = self._new_scores(), _cut(rows, config.batch_size)
         self.wrapped.train()
+        loaded = self._batches(0, batches, epoch, config.accumulate)
         for number, (inputs, labels, count) in enumerate(loaded):
             batch, part = divmod(number, config.accumulate)
             last = part + 1 == config.accumulate
@@ -259,21 +218,12 @@ class Trainer:
         return scores.compute()
 
     def _batches(
-        self,
-        source: Source,
-        batches: Sequence[np.ndarray],
-        desc: str,
-        epoch: int | None = None,
-        parts: int = 1,
-    ) -> Iterator[tuple[Tensor | dict[Tap, Tensor], Tensor, int]]:
-        """Load this process's parts of the batches.
+        self, split: int, batches: Sequence[np.ndarray], epoch: int | None = None, parts: int = 1
+    ) -> Iterator[tuple[Any, Tensor, int]]:
+        """Load this process's parts of the batches, of the training (0) or validation images (1).
 
-        Args:
-            source: Where images or features come from.
-            batches: Rows of each batch, over all processes.
-            desc: Title of the progress bar.
-            epoch: Determines random crops, noise and dropout; None where there is no training.
-            parts: Number of parts that a process divides its share of a batch into.
+        The epoch determines random crops, noise and dropout. A process divides its share of a batch
+        into ``parts``.
 
         Yields:
             Images or features, labels, and how many of them count. A process takes part in each
@@ -286,22 +236,20 @@ class Trainer:
             pieces = np.array_split(batch, world * parts)[rank * parts : (rank + 1) * parts]
             own += [piece if len(piece) else batch[:1] for piece in pieces]
             counts += map(len, pieces)
-        pixels: Iterator[Tensor] = iter(())
-        if source.cache is None:
-            crop = epoch is not None and config.augment == "crop-flip"
-            rows_of = RowImages(source.images, config.image_size, config.seed if crop else None)
-            pixels = image_batches(rows_of, own, config.workers, epoch or 0)
-        labels = torch.from_numpy(source.images.labels)
+        images = (self.train, self.val)[split]
+        crop = epoch is not None and config.augment == "crop-flip"
+        if self.caches is None:
+            rows_of: Any = RowImages(images, config.image_size, config.seed if crop else None)
+        else:
+            rows_of = CachedRows(images, self.caches[split])
+        loaded = load_batches(rows_of, own, config.workers, epoch or 0)
+        labels = torch.from_numpy(images.labels)
+        desc = "evaluation" if epoch is None else f"epoch {epoch + 1}"
         disable = None if self.accelerator.is_main_process else True
         bar = tqdm(own, desc, unit="batch", leave=False, disable=disable)
-        for number, (rows, count) in enumerate(zip(bar, counts)):
+        for number, (rows, count, inputs) in enumerate(zip(bar, counts, loaded)):
             seed_everything(config.seed, epoch or 0, number, rank, RandomStream.STEP)
-            if source.cache is None:
-                inputs: Any = next(pixels).to(device, non_blocking=True)
-            else:
-                found = source.read(rows, self.model.spec.taps)
-                inputs = {tap: x.to(device, non_blocking=True) for tap, x in found.items()}
-            yield inputs, labels[rows % len(labels)].to(device), count
+            yield send_to_device(inputs, device), labels[rows % len(labels)].to(device), count
 
     def _select(self, record: Mapping[str, Any], val: Scores) -> bool:
         """Update the selected head; of equals, the earlier epoch and rate stay."""
@@ -331,7 +279,7 @@ class Trainer:
             heads = [_below(state, f"heads.{i}.") for i in range(len(self.model.heads))]
             content = {"format": FORMAT, "settings": dict(settings), "best": self.best}
             content["backbone"] = _below(state, "backbone.")
-            if self.best is not None and improved:
+            if improved:
                 best = {**content, "head": heads[self.best["index"]]}
                 atomic_write(out / "best.pt", lambda path: torch.save(best, path))
             content.update(heads=heads, history=self.history, optimizer=optimizer)
@@ -340,14 +288,14 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _start_tracker(self, settings: Mapping[str, Any]) -> None:
-        tracker, out = self.config.log_with, self.config.out
+        out = self.config.out.resolve()
+        run_id = hashlib.sha256(str(out).encode()).hexdigest()[:12]
         options: dict[str, Any] = {
             "tensorboard": {"purge_step": len(self.history)},
-            "wandb": {"dir": str(out), "id": _run_id(out), "name": out.name, "resume": "allow"},
+            "wandb": {"dir": str(out), "id": run_id, "name": out.name, "resume": "allow"},
         }
         logged = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
-        project = "diffbackbone" if tracker == "wandb" else tracker  # TensorBoard's folder
-        self.accelerator.init_trackers(project, logged, options)
+        self.accelerator.init_trackers("diffbackbone", logged, options)
 
     def _log(self, record: Mapping[str, Any]) -> None:
         splits = [split for split in ("train", "heldout", "val") if split in record]
@@ -362,8 +310,7 @@ class Trainer:
         top1 = ", ".join(f"{split} {record[split][index]['top1']:.2%}" for split in splits)
         self.accelerator.print(
             f"epoch {record['epoch']}/{self.config.epochs}, lr {self.config.lr[index]:g}: "
-            f"loss {record['train'][index]['loss']:.4f}, top-1 {top1} "
-            f"({record['seconds']['train']:.3g} s)"
+            f"loss {record['train'][index]['loss']:.4f}, top-1 {top1} ({record['seconds']:.3g} s)"
         )
 
 
@@ -385,10 +332,6 @@ def build_optimizer(config: ClassifierConfig, model: Classifier) -> torch.optim.
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, weight_decay=config.weight_decay)
     return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def _run_id(out: Path) -> str:
-    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
 
 
 def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
