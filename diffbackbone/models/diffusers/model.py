@@ -135,16 +135,12 @@ class DiffusersModel(DiffusionModel):
         """Return the latents that noise is added to: the encoder's mean, scaled.
 
         Args:
-            images: (N, 3, H, W) in [-1, 1]; H and W multiples of the autoencoder's stride.
+            images: (N, 3, H, W) in [-1, 1]; H and W multiples of the autoencoder's stride. Where
+                there is no autoencoder, what the network itself reads.
 
         Returns:
             (N, C, H/8, W/8) for Stable Diffusion; the images where there is no autoencoder.
         """
-        if self.vae is None and images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"the network reads {self.in_channels} channels, and there is no autoencoder that "
-                "makes them of images: give the pipeline's folder, or vae='<folder or id>'"
-            )
         if self.vae is None:
             return images
         config, device = self.vae.config, images.device.type
