@@ -48,7 +48,14 @@ class DiffusionTaps(DiffusionBackbone):
         blocks: Sequence[int] | int = (24,),
         **kwargs: Any,
     ) -> None:
-        super().__init__(unet, timesteps, blocks, out_channels=None, out_strides=None, **kwargs)
+        super().__init__(
+            unet,
+            timestep=timesteps,
+            blocks=blocks,
+            out_channels=None,
+            out_strides=None,
+            **kwargs,
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the taps of a batch.
