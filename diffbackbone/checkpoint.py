@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 METADATA_KEY = "unet_config"
 """Metadata of a safetensors file that hold the fields of :class:`UNetConfig` as JSON."""
+_FIRST = "input_blocks.0.0.weight"
 ANCHOR = "time_embed.0.weight"  # every guided-diffusion model has it, at its root
 _WRAPPERS = (  # averaged weights first: they are what samples and features are made from
     *("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model"),
@@ -81,7 +82,8 @@ def load_checkpoint(
 ) -> KeyReport:
     """Load guided-diffusion weights into a U-Net, in place.
 
-    A U-Net without output layer takes weights with and without a learned variance. Where the file
+    A U-Net of other than three input channels takes RGB weights by :func:`spread_channels`. One
+    without output layer takes weights with and without a learned variance. Where the file
     holds the architecture (see :func:`read_unet_config`), what shapes can't tell is checked too.
 
     Args:
@@ -106,6 +108,9 @@ def load_checkpoint(
     content = read_checkpoint(source, config)
     state_dict, prefix, foreign = find_state_dict(content, source, prefix)
     with _named(source):
+        first = state_dict.get(_FIRST)
+        if config.in_channels != 3 and first is not None and first.ndim == 4 and len(first[0]) == 3:
+            state_dict = {**state_dict, _FIRST: spread_channels(first, config.in_channels)}
         found = read_architecture(state_dict)
         if config.num_classes is None:  # a conditional model used without labels
             config = config.replace(num_classes=found.get("num_classes"))
@@ -122,6 +127,23 @@ def load_checkpoint(
         whole = UNet(config).state_dict()
     shapes = {key: tuple(value.shape) for key, value in whole.items()}
     return _load(unet, state_dict, shapes, source, prefix, foreign)
+
+
+def spread_channels(weight: Tensor, channels: int) -> Tensor:
+    """Adapt the first convolution of an RGB network to other input channels, as timm does.
+
+    Args:
+        weight: (C, 3, h, w).
+        channels: Channels of the images. For one, the weights are summed, so that a grey image
+            gives what it gives as RGB; for others they are repeated in turn and scaled by
+            3 / channels, which keeps the size of the response.
+
+    Returns:
+        (C, channels, h, w).
+    """
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, [i % 3 for i in range(channels)]] * (3 / channels)
 
 
 def _load_family(

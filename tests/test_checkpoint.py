@@ -206,6 +206,23 @@ def test_blocks_that_are_not_built_are_not_loaded(tmp_path, state_dict):
         load_checkpoint(UNet(SMALL), again)
 
 
+def test_rgb_weights_are_spread_over_other_channels(tmp_path, state_dict):
+    path, first = save(tmp_path, state_dict), "input_blocks.0.0.weight"
+    rgb, grey = UNet(SMALL, 5), UNet(SMALL.replace(in_channels=1), 5)
+    load_checkpoint(rgb, path)
+    load_checkpoint(grey, path)
+    image = torch.rand(1, 1, 64, 64) * 2 - 1
+    with torch.no_grad():  # a grey image gives what it gives as RGB
+        theirs = rgb.forward_features(image.expand(1, 3, -1, -1), 0, [5])[5]
+        assert torch.allclose(grey.forward_features(image, 0, [5])[5], theirs, atol=1e-4)
+    many = UNet(SMALL.replace(in_channels=5), 5)
+    load_checkpoint(many, path)
+    expected = 0.6 * state_dict[first][:, [0, 1, 2, 0, 1]]
+    assert torch.allclose(many.state_dict()[first], expected)
+    with pytest.raises(CheckpointError, match="expected .32, 3, 3, 3."):
+        load_checkpoint(rgb, save(tmp_path, grey.state_dict(), "grey.pt"))
+
+
 def test_label_embedding_is_left_out_without_labels(tmp_path):
     config = SMALL.replace(num_classes=7)
     path = save(tmp_path, golden.fill(UNet(config)).state_dict())
