@@ -161,7 +161,7 @@ def test_every_head_trains(data, tmp_path, options):
     if "log_with" in options:
         board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
         events = board.EventAccumulator(str(tmp_path / "diffbackbone")).Reload()
-        assert [event.step for event in events.Scalars("val_top1")] == [1, 2]
+        assert [event.step for event in events.Scalars("val_top1/0.001")] == [1, 2]
 
 
 def test_a_probe_learns(data, tmp_path, cache):

@@ -95,6 +95,8 @@ def test_bad_data_is_an_error_before_work(data):
         list_folder(data / "val", ("class0", "class1", "class2"))
     with pytest.raises(UserError, match="at least two classes"):
         list_folder(data / "..")
+    with pytest.raises(UserError, match="nowhere has no images"):
+        list_images(data / "nowhere")
     with pytest.raises(FileNotFoundError, match="test"):
         DataOptions(data=data, train_dir=Path("val"), val_dir=Path("test")).list_folders()
 

@@ -57,15 +57,6 @@ def test_neighbors_equal_brute_force(chunk):
     assert len(scores) > 2  # the protocols differ here
 
 
-def test_votes_are_weighted_by_temperature():
-    similarities, labels = torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([[2, 1, 1]])
-    assert knn.vote(similarities, labels, 4, 0.07).argmax() == 2
-    assert knn.vote(similarities, labels, 4, 1.0).argmax() == 1
-    scores = knn.vote(similarities, labels, 4, 0.07)[0]
-    assert scores[1] / scores[2] == pytest.approx(2 * np.exp(-0.1 / 0.07))
-    assert scores[[0, 3]].tolist() == [0, 0]
-
-
 def test_classes_without_a_vote_are_never_correct():
     bank = torch.tensor([[1.0, 0], [0, 1]])
     found = knn.knn_accuracy(bank, [3, 4], bank, [0, 4], [1])

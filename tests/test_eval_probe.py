@@ -82,6 +82,8 @@ def exact_probe(x, labels, l2, classes=4):
     w = torch.zeros(size[0] * size[1]).double()
     for _ in range(30):
         gradient = torch.func.grad(loss)(w)
+        if float(gradient.abs().max()) < 1e-10:
+            break
         # a constant added to all biases changes nothing
         w = w - torch.linalg.pinv(torch.func.hessian(loss)(w)) @ gradient
     assert float(gradient.abs().max()) < 1e-9
@@ -124,8 +126,8 @@ def test_features_are_standardized_by_the_training_images(width):
 
 @pytest.mark.parametrize("folds", [1, 5])
 def test_regularization_is_chosen_by_held_out_images(folds):
-    x, y = problem(80, 40, seed=5)
-    queries, truth = problem(30, 40, seed=6)
+    x, y = problem(80, 20, seed=5)
+    queries, truth = problem(30, 20, seed=6)
     splits = [split_holdout(y, 0.25, 0)] if folds == 1 else split_folds(y, folds, 0)
     strengths = [1e-4, 1e-1, 1e-2]
     found = linear_accuracy(x, y, queries, truth, strengths, splits)

@@ -303,7 +303,7 @@ def test_grid_may_grow_but_not_mix(data, tmp_path, measured):
     measured.clear()
     before = content(out)
     for others in (["--k", 3], ["--noise", "none"], ["--seed", 1], ["--subset", "50%"]):
-        with pytest.raises(UserError, match="holds a sweep of other settings"):
+        with pytest.raises(UserError, match="was made with other settings"):
             run(data, out, *options, *others, "--blocks", 12)
     with pytest.raises(UserError, match=r"blocks: \[12\], now \[12, 30\]"):
         run(data, out, *options, "--blocks", 12, 30)

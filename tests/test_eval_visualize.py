@@ -148,15 +148,9 @@ def test_trained_layers_come_from_a_classifier(images, weights, tmp_path, feedba
     assert (tmp_path / "x.png").is_file()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"blocks": (38,)}, "from 1 to 37"),
-        ({"image_size": 20}, "at least 32 x 32"),
-        ({"classifier": Path("nowhere.pt")}, "nowhere.pt"),
-    ],
-)
-def test_bad_options_are_errors(images, tmp_path, options, message):
-    with pytest.raises((ValueError, OSError), match=message):
-        draw(images / "wide.png", out=tmp_path / "out.png", **options)
+def test_bad_options_are_errors(images, tmp_path):
+    with pytest.raises(ValueError, match="from 1 to 37"):
+        draw(images / "wide.png", out=tmp_path / "out.png", blocks=(38,))
+    with pytest.raises(ValueError, match="at least 32 x 32"):
+        draw(images / "wide.png", out=tmp_path / "out.png", image_size=20)
     assert not (tmp_path / "out.png").exists()

@@ -20,12 +20,12 @@ from diffbackbone.checkpoint import read_checkpoint as read_weights
 from diffbackbone.cli import run_command
 from diffbackbone.eval.data import ImageFolder, check_images, choose_subset
 from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_caches
-from diffbackbone.eval.options import build_backbone
+from diffbackbone.eval.options import build_backbone, check_settings
 from diffbackbone.eval.plots import draw_confusion
 from diffbackbone.eval.recipes import RECIPES, ClassifierConfig, resolve
 from diffbackbone.eval.trainer import FORMAT, Classifier, Trainer
 from diffbackbone.heads import build_head, convert_published_head
-from diffbackbone.utils import UserError, changed_settings, save_figure, settings_of, write_json
+from diffbackbone.utils import UserError, save_figure, settings_of, write_json
 
 _TRAINING_FILES = ("last.pt", "best.pt", "metrics.jsonl")
 _MAY_CHANGE = {  # on resume, and between training and evaluation
@@ -65,8 +65,7 @@ def run(config: ClassifierConfig, caches: Sequence[FeatureCache] | None = None) 
     resumed = None
     if saved is None and config.resume and (config.out / "last.pt").is_file():
         resumed = read_checkpoint(config.out / "last.pt")
-        if changes := changed_settings(resumed["settings"], settings, _MAY_CHANGE):
-            raise UserError(f"{config.out} is a run of other settings:\n  " + "\n  ".join(changes))
+        check_settings(config.out, resumed["settings"], settings, _MAY_CHANGE)
     for content in filter(None, (saved, resumed)):
         if "backbone" in content:  # before features are computed with it
             model.backbone.load_state_dict(content["backbone"])

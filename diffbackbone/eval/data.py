@@ -81,7 +81,10 @@ def list_folder(
 
 def list_images(root: Path, value_range: Sequence[float] | None = None) -> ImageFolder:
     """List all images below a folder, as one class with an empty name."""
-    return _list(root, {"": 0}, ("",), value_range)
+    try:
+        return _list(root, {"": 0}, ("",), value_range)
+    except FileNotFoundError as error:
+        raise UserError(f"{root} has no images") from error
 
 
 def _list(

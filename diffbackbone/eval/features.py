@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.eval.data import ImageFolder, RowImages, check_images, load_batches
+from diffbackbone.eval.options import check_settings
 from diffbackbone.models.base import BlockInfo
-from diffbackbone.utils import UserError, changed_settings, weights_digest, write_json
+from diffbackbone.utils import UserError, weights_digest, write_json
 
 FORMAT = "diffbackbone features 3"
 MANIFEST, DONE, LOCK = "manifest.json", "done.npy", ".lock"
@@ -118,7 +119,7 @@ class FeatureSpec:
             "timesteps": self.timesteps,
             "blocks": self.blocks,
             "noise": backbone.noise,
-            "seed": backbone.seed if backbone.noise in ("fixed", "image") else None,
+            "seed": None if backbone.noise == "none" else backbone.seed,
             "image_size": self.image_size,
             "preprocessing": RowImages.PREPROCESSING,
             "value_range": images.value_range,
@@ -200,15 +201,11 @@ def _begin(
 ) -> None:
     """Check the settings of a cache that exists, or reserve the space of a new one."""
     if (folder / MANIFEST).is_file():
-        changes = changed_settings(_read_manifest(folder)["settings"], settings)
-        if not changes:
+        saved = _read_manifest(folder)["settings"]
+        if saved == settings:
             return
         if not overwrite:
-            raise UserError(
-                f"the cache {folder} was made with other settings:\n  "
-                + "\n  ".join(changes)
-                + "\nUse another folder, or --overwrite-cache"
-            )
+            check_settings(folder, saved, settings)
         (folder / MANIFEST).unlink()
     for path in (folder / DONE, *folder.glob("t*.b*.npy")):
         path.unlink(missing_ok=True)

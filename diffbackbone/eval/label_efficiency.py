@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -18,10 +20,9 @@ from diffbackbone import UNet, UNetConfig, load_checkpoint
 from diffbackbone.cli import run_command
 from diffbackbone.eval.label_config import PRESETS, Cell, LabelEfficiencyConfig
 from diffbackbone.eval.label_tasks import TASKS, LabelEfficiencyRunner, config_file
-from diffbackbone.eval.options import BackboneOptions
+from diffbackbone.eval.options import BackboneOptions, check_settings
 from diffbackbone.utils import (
     UserError,
-    changed_settings,
     markdown_table,
     save_figure,
     settings_of,
@@ -33,8 +34,6 @@ from diffbackbone.utils import (
 
 FORMAT = "diffbackbone label efficiency 4"
 COLORS = {"pretrained": "tab:blue", "random": "tab:orange", "initial": "tab:gray"}
-HEADS = ("knn", "linear", "attention", "difformer", "difffeed")
-HEAD_PAIRS = (("attention", "linear"), ("difformer", "attention"), ("difffeed", "attention"))
 _MAY_CHANGE = {
     "out", "preset", "checkpoint", "unet", "tasks", "weights", "labels", "seeds", "device"
 }  # fmt: skip
@@ -57,7 +56,7 @@ def run(config: LabelEfficiencyConfig) -> None:
     settings = grid_settings(config, unet)
     config.out.mkdir(parents=True, exist_ok=True)
     with FileLock(config.out / ".lock", timeout=0):
-        records, failed = open_results(config, settings), []
+        records, failed = open_results(config.out, settings), []
         runner = LabelEfficiencyRunner(config, unet)
         print(f"{sum(cell in records for cell in cells)} of {len(cells)} cells are finished")
         for cell in cells:
@@ -97,21 +96,14 @@ def grid_settings(config: LabelEfficiencyConfig, unet: UNetConfig) -> dict[str, 
     return settings
 
 
-def open_results(
-    config: LabelEfficiencyConfig, settings: Mapping[str, Any]
-) -> dict[Cell, dict[str, Any]]:
+def open_results(out: Path, settings: Mapping[str, Any]) -> dict[Cell, dict[str, Any]]:
     """Return the records of the finished cells.
 
     Settings of tasks and weights that were never asked for may be absent.
     """
-    path, results = config.out / "settings.json", config.out / "results.jsonl"
+    path, results = out / "settings.json", out / "results.jsonl"
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if changes := changed_settings(saved, settings, saved.keys() ^ settings.keys()):
-        raise UserError(
-            f"{config.out} holds results of other settings:\n  "
-            + "\n  ".join(changes)
-            + "\nUse another --out"
-        )
+    check_settings(out, saved, settings, saved.keys() ^ settings.keys())
     write_json(path, {**saved, **settings})
     lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
     names = [field.name for field in dataclasses.fields(Cell)]
@@ -135,58 +127,39 @@ def format_values(values: Sequence[float], sign: str = "") -> str:
     return text if len(values) > 2 else f"{text} ({len(values)})"
 
 
-def compare(
-    groups: Mapping[str, Sequence[Record]],
-    pairs: Iterable[tuple[str, str]],
-    metric: str | None = None,
-) -> str:
-    """Return a Markdown table: a row for each share of labels, a column for each group.
+def summarize(records: Sequence[Record]) -> str:
+    """Return a Markdown table: a row for each task, metric and share of labels.
 
-    Columns for the differences of pairs of groups, paired by seed, are added. The score is
-    compared, or a metric.
+    Columns are the weights, and the differences between pretrained and others, paired by seed.
     """
-    pairs = [pair for pair in pairs if set(pair) <= groups.keys()]
+    weights = [name for name in COLORS if any(r["weights"] == name for r in records)]
+    pairs = [("pretrained", name) for name in weights[1:] if weights[0] == "pretrained"]
     rows = []
-    for share in _shares(record for group in groups.values() for record in group):
-        here = {k: [r for r in group if r["labels"] == share] for k, group in groups.items()}
-        images = sorted({r["train_images"] for group in here.values() for r in group})
-        found = {
-            k: {r["seed"]: r["metrics"][metric] if metric else r["score"] for r in group}
-            for k, group in here.items()
-        }
-        row = [f"{share:.3g}", "/".join(f"{n:,}" for n in images)]
-        row += [format_values(list(scores.values())) for scores in found.values()]
-        for a, b in pairs:
-            seeds = sorted(found[a].keys() & found[b].keys())
-            row.append(format_values([found[a][seed] - found[b][seed] for seed in seeds], "+"))
-        rows.append(row)
-    names = ["labels", "images", *groups, *(f"{a} - {b}" for a, b in pairs)]
-    return markdown_table([f"{name}:" for name in names], rows).strip()
-
-
-def summarize(records: Sequence[Record]) -> list[str]:
-    """Return the parts of the summary: tables for each task, then heads against each other."""
-    parts = []
-    pairs = [("pretrained", other) for other in ("random", "initial")]
     for task, own in _group(records, "task", TASKS).items():
-        info, groups = TASKS[task], _group(own, "weights", COLORS)
-        parts += [f"## {info.title}: {info.score} in %", compare(groups, pairs)]
-        for name in info.metrics:
-            parts += [f"{name} in %:", compare(groups, pairs, name)]
-        parts.append(f"![{task}]({task}.png)")
-    for weights, own in _group(records, "weights", COLORS).items():
-        groups = _group(own, "task", HEADS)
-        if len(groups) > 1:
-            parts += [f"## Heads on {weights} features: top-1 in %", compare(groups, HEAD_PAIRS)]
-    return parts
+        info = TASKS[task]
+        for metric, share in itertools.product((info.score, *info.metrics), _shares(own)):
+            here = [record for record in own if record["labels"] == share]
+            images = sorted({record["train_images"] for record in here})
+            found = {
+                name: {r["seed"]: {info.score: r["score"], **r["metrics"]}[metric] for r in group}
+                for name, group in _group(here, "weights", weights, empty=True).items()
+            }
+            row = [info.title, metric, f"{share:.3g}", "/".join(f"{n:,}" for n in images)]
+            row += [format_values(list(found[name].values())) for name in weights]
+            for a, b in pairs:
+                seeds = sorted(found[a].keys() & found[b].keys())
+                row.append(format_values([found[a][seed] - found[b][seed] for seed in seeds], "+"))
+            rows.append(row)
+    names = ["labels", "images", *weights, *(f"{a} - {b}" for a, b in pairs)]
+    return markdown_table(["task", "in %", *(f"{name}:" for name in names)], rows)
 
 
 def _group(
-    records: Iterable[Record], name: str, values: Iterable[str]
-) -> dict[str, Sequence[Record]]:
-    """Group records by a value; those of other values are left out."""
-    groups = {value: [record for record in records if record[name] == value] for value in values}
-    return {value: group for value, group in groups.items() if group}
+    records: Iterable[Record], key: str, values: Iterable[str], empty: bool = False
+) -> dict[str, list[Record]]:
+    """Group records by a value; those of other values, and mostly empty groups, are left out."""
+    groups = {value: [record for record in records if record[key] == value] for value in values}
+    return {value: group for value, group in groups.items() if group or empty}
 
 
 def _shares(records: Iterable[Record]) -> list[float]:
@@ -223,10 +196,11 @@ def write_report(config: LabelEfficiencyConfig, records: Sequence[Record]) -> No
         f"{config.blocks}. Mean ± standard deviation over the seeds; in brackets their number "
         "where it is below three. Differences are paired by seed."
     )
-    parts = ["# Frozen features with few labels", caption, *summarize(records)]
-    write_text(config.out / "summary.md", "\n\n".join(parts) + "\n")
+    parts = ["# Frozen features with few labels", caption, summarize(records)]
     for task, own in _group(records, "task", TASKS).items():
         save_figure(draw_curves(task, own), config.out / f"{task}.png")
+        parts.append(f"![{task}]({task}.png)")
+    write_text(config.out / "summary.md", "\n\n".join(parts) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.eval.data import ImageFolder, list_folder
 from diffbackbone.models.gd_config import PRESETS, UNetConfig
-from diffbackbone.utils import UserError
+from diffbackbone.utils import UserError, changed_settings
 
 
 @dataclass(kw_only=True)
@@ -154,3 +155,15 @@ def build_backbone(
     except ValueError as error:
         raise UserError(str(error)) from error
     return backbone
+
+
+def check_settings(
+    what: Path, saved: Mapping[str, Any], settings: Mapping[str, Any], ignore: Iterable[str] = ()
+) -> None:
+    """Raise a UserError where a folder's settings differ from those of its continuation."""
+    if changes := changed_settings(saved, settings, ignore):
+        raise UserError(
+            f"{what} was made with other settings:\n  "
+            + "\n  ".join(changes)
+            + "\nUse another folder, or an option that overwrites it"
+        )

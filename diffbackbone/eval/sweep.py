@@ -33,13 +33,18 @@ from diffbackbone.costs import counting_flops
 from diffbackbone.eval.cka import compare_taps, draw_slices
 from diffbackbone.eval.data import ImageFolder, choose_subset, list_images
 from diffbackbone.eval.features import FeatureSpec, open_caches
-from diffbackbone.eval.options import BackboneOptions, CacheOptions, DataOptions, build_backbone
+from diffbackbone.eval.options import (
+    BackboneOptions,
+    CacheOptions,
+    DataOptions,
+    build_backbone,
+    check_settings,
+)
 from diffbackbone.eval.plots import BEST_COLOR, CHEAPEST_COLOR, draw_heatmap
 from diffbackbone.eval.probe import MEASURES, Labels, measure_tap
 from diffbackbone.utils import (
     RandomStream,
     UserError,
-    changed_settings,
     markdown_table,
     save_figure,
     write_json,
@@ -77,7 +82,7 @@ class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
     cka_images: int = 2500
     """Images for CKA at most."""
     overwrite: bool = False
-    """Replace a sweep of other settings."""
+    """Measure all anew."""
 
 
 def cache_pool(sides: Iterable[int], pools: Iterable[int]) -> int:
@@ -138,7 +143,11 @@ def run(config: SweepConfig) -> dict[str, Any]:
     spec = FeatureSpec.of(config, cache_pool(sides, config.pools), state)
     settings.update(spec.settings(backbone, images))
     del settings["timesteps"], settings["blocks"]
-    results: dict[str, Any] = {"settings": settings, "records": read_records(config, settings)}
+    results: dict[str, Any] = {"settings": settings, "records": []}
+    if (config.out / "results.json").is_file() and not config.overwrite:
+        saved = json.loads((config.out / "results.json").read_text(encoding="utf-8"))
+        check_settings(config.out, saved["settings"], settings)
+        results["records"] = saved["records"]
     caches = open_caches(config, folders, backbone, spec, state)
     if not state.is_main_process:
         return {}
@@ -174,22 +183,6 @@ def run(config: SweepConfig) -> dict[str, Any]:
     print(results.get("recommendation", "").replace("**", ""))
     print(f"{config.out}: summary.md and its figures, results.json")
     return results
-
-
-def read_records(config: SweepConfig, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the measurements of an earlier run; of other settings only if they are replaced."""
-    path = config.out / "results.json"
-    if not path.is_file():
-        return []
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    changes = changed_settings(saved["settings"], settings)
-    if changes and not config.overwrite:
-        raise UserError(
-            f"{config.out} holds a sweep of other settings:\n  "
-            + "\n  ".join(changes)
-            + "\nUse another --out, or --overwrite"
-        )
-    return [] if changes else saved["records"]
 
 
 def report(

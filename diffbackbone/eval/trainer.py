@@ -298,19 +298,16 @@ class Trainer:
         self.accelerator.init_trackers("diffbackbone", logged, options)
 
     def _log(self, record: Mapping[str, Any]) -> None:
-        splits = [split for split in ("train", "heldout", "val") if split in record]
-        values = {
-            f"{split}_{name}" + (f"/lr {lr:g}" if len(self.config.lr) > 1 else ""): scores[name]
-            for split in splits
-            for lr, scores in zip(self.config.lr, record[split])
-            for name in METRICS
-        }
+        found = [
+            (split, lr, scores)
+            for split in ("train", "heldout", "val")
+            for lr, scores in zip(self.config.lr, record.get(split, ()))
+        ]
+        values = {f"{split}_{name}/{lr:g}": x[name] for split, lr, x in found for name in METRICS}
         self.accelerator.log(values, record["epoch"])
-        index = 0 if self.best is None else self.best["index"]
-        top1 = ", ".join(f"{split} {record[split][index]['top1']:.2%}" for split in splits)
+        top1 = ", ".join(f"{split} {x['top1']:.2%} ({lr:g})" for split, lr, x in found)
         self.accelerator.print(
-            f"epoch {record['epoch']}/{self.config.epochs}, lr {self.config.lr[index]:g}: "
-            f"loss {record['train'][index]['loss']:.4f}, top-1 {top1} ({record['seconds']:.3g} s)"
+            f"epoch {record['epoch']}/{self.config.epochs}: top-1 {top1}, {record['seconds']:.3g} s"
         )
 
 
