@@ -23,7 +23,10 @@ SAMPLE = "mask_rcnn_gd_sample"
 DIFFFEED = "mask_rcnn_difffeed_sample"
 SMALL = {
     "MODEL.DIFFUSION.CHECKPOINT": "",
-    "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2, 2)",
+    "MODEL.DIFFUSION.UNET_OPTIONS.channel_mult": "(1, 1, 1, 1, 2)",
+    "MODEL.DIFFUSION.UNET_OPTIONS.num_res_blocks": 1,
+    "MODEL.DIFFUSION.UNET_OPTIONS.attention_strides": "(8, 16)",
+    "MODEL.DIFFUSION.BLOCKS": "(12,)",
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.01,  # it learned too little for more
     "TEST.DETECTIONS_PER_IMAGE": 20,
     "SEED": 7,
@@ -46,8 +49,8 @@ parts = ("dataloader", "lr_multiplier", "optimizer", "train")
 dataloader, lr_multiplier, optimizer, train = LazyConfig.load("{base}/coco_10ep.py", parts)
 model = LazyConfig.load("{base}/mask_rcnn_gd.py", "model")
 
-unet = dict(preset="tiny", channel_mult=[1, 1, 1, 1, 2, 2])
-model.backbone.net.update(unet=unet, checkpoint=None)
+unet = dict(preset="tiny", channel_mult=[1] * 5, num_res_blocks=1, attention_strides=[16])
+model.backbone.net.update(unet=unet, blocks=[12], checkpoint=None)
 model.backbone.out_channels = 32
 model.proposal_generator.head.in_channels = 32
 heads = model.roi_heads

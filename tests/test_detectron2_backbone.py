@@ -162,10 +162,6 @@ def test_batches_run_by_size(monkeypatch):
     monkeypatch.setattr(backbone, "_named_maps", lambda x: seen.append(tuple(x.shape)) or run(x))
     backbone(normalize(pictures((70, 90), (128, 64), (70, 90))))
     assert sorted(seen) == [(1, 3, 128, 64), (2, 3, 96, 96)]
-    seen.clear()
-    backbone.padding = "reflect"
-    backbone(normalize(pictures((70, 90), (128, 64), (70, 90))))
-    assert seen == [(3, 3, 128, 96)]
 
 
 def test_padding_policies():
@@ -258,9 +254,6 @@ def test_lazy_config_classes():
         )
     )
     assert {n: s.stride for n, s in sfp.output_shape().items()} == {"p3": 8, "p4": 16, "p5": 32}
-    assert [tuple(x.shape[2:]) for x in sfp(torch.rand(1, 3, 64, 64)).values()] == [
-        (8, 8), (4, 4), (2, 2)
-    ]  # fmt: skip
 
 
 def test_fpn_takes_taps_in_any_order_and_any_top():
@@ -307,21 +300,10 @@ def test_wrong_values(builder, keys):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("MODEL.PIXEL_STD", [1.0] * 3), ("MODEL.PIXEL_MEAN", [103.5, 116.0, 123.0]),
-     ("INPUT.FORMAT", "BGR")],
-)  # fmt: skip
+    ("key", "value"), [("MODEL.PIXEL_MEAN", [103.5, 116.0, 123.0]), ("INPUT.FORMAT", "BGR")]
+)
 def test_other_pixels_are_refused(key, value):
     cfg = make_config()
     cfg.merge_from_list([key, value])
     with pytest.raises(ValueError, match=r"RGB in \[-1, 1\]"):
         build_backbone(cfg)
-
-
-def test_fpn_on_taps_that_are_resized():
-    cfg = make_config(FPN, BLOCKS=(24, 23, 22, 21), OUT_STRIDES=(4, 8, 16, 32), OUT_CHANNELS=16)
-    backbone = build_backbone(cfg)
-    maps = backbone(normalize(pictures((96, 64))))
-    assert {n: tuple(x.shape[2:]) for n, x in maps.items()} == {
-        "p2": (24, 16), "p3": (12, 8), "p4": (6, 4), "p5": (3, 2), "p6": (2, 1)
-    }  # fmt: skip

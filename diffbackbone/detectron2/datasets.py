@@ -24,6 +24,7 @@ from detectron2.data.build import _train_loader_from_config
 from detectron2.data.datasets import register_coco_instances, register_coco_panoptic_separated
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 
 from diffbackbone.sources import first_line
@@ -83,12 +84,16 @@ def load_dicts(name: str) -> list[dict[str, Any]]:
         return get_detection_dataset_dicts([name], filter_empty=False)
 
 
-def check_classes(names: Sequence[str], key: str, count: int, kind: str) -> None:
-    """Check the number of ``"thing_classes"`` or ``"stuff_classes"`` of datasets."""
+def check_classes(model: nn.Module, names: Sequence[str]) -> None:
+    """Check the number of a detector's classes against datasets that were read."""
+    count = getattr(getattr(model, "roi_heads", model), "num_classes", None)
     for name in names:
-        classes = MetadataCatalog.get(name).get(kind)
-        if classes is not None and len(classes) != count:
-            raise UserError(f"{key} is {count}, but dataset {name!r} has {len(classes)} {kind}")
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if None not in (count, classes) and len(classes) != count:
+            raise UserError(
+                f"the model has num_classes {count}, but dataset {name!r} has {len(classes)} "
+                "thing_classes"
+            )
 
 
 def large_scale_jitter(

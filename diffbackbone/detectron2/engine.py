@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,19 +55,6 @@ EVALUATORS = {
     "sem_seg": [evaluation.SemSegEvaluator],
 }  # fmt: skip
 """Evaluators by the ``evaluator_type`` of datasets."""
-CLASSES = {
-    "GeneralizedRCNN": {"ROI_HEADS": "thing_classes"},
-    "PanopticFPN": {"ROI_HEADS": "thing_classes", "SEM_SEG_HEAD": "stuff_classes"},
-    "RetinaNet": {"RETINANET": "thing_classes"},
-    "SemanticSegmentor": {"SEM_SEG_HEAD": "stuff_classes"},
-}
-"""Heads by architecture, and the classes that each predicts."""
-
-
-def check_head_classes(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Check the heads' numbers of classes against those of datasets that were read."""
-    for head, kind in CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
-        check_classes(names, f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES, kind)
 
 
 class SeedIterations(HookBase):
@@ -134,10 +121,10 @@ class Trainer(DefaultTrainer):
         self._records = loader_settings(cfg, seed)["dataset"]
         for name in cfg.DATASETS.TEST:
             load_dicts(name)
-        check_head_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
 
         seed_everything(seed)
         model = self.build_model(cfg)
+        check_classes(model, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         optimizer = self.build_optimizer(cfg, model)
         model = wrap_distributed(model, broadcast_buffers=False)
         self._trainer = make_step_trainer(

@@ -99,10 +99,7 @@ def train(cfg: Any, resume: bool = False) -> None:
         loader.seed, loader.start_iter = seeding.seed, start
     with naming_datasets(dataset_names(cfg, "train")):
         trainer.reset_data_loader(lambda: instantiate(loader))
-    for key in ("model.roi_heads.num_classes", "model.num_classes"):  # R-CNNs, others
-        if (count := OmegaConf.select(cfg, key)) is not None:
-            names = dataset_names(cfg, "train") + dataset_names(cfg, "test")
-            check_classes(names, key, count, "thing_classes")
+    check_classes(checkpointer.model, dataset_names(cfg, "train") + dataset_names(cfg, "test"))
     trainer.train(start, cfg.train.max_iter)
 
 
