@@ -6,14 +6,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from diffbackbone import UNetConfig
 from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.cli import run_command
 from diffbackbone.costs import BlockCost, block_costs
+from diffbackbone.models import resolve_network
 from diffbackbone.utils import UserError, markdown_table, write_json
 
 
@@ -26,7 +26,7 @@ class InspectConfig:
     """
 
     unet: str | None = None
-    """Name of a preset; either this or --checkpoint."""
+    """A preset or diffusers://<folder or hub id>; either this or --checkpoint."""
     checkpoint: str | None = None
     """File of guided-diffusion weights, or its URL."""
     num_head_channels: int | None = None
@@ -82,14 +82,14 @@ def format_table(costs: Sequence[BlockCost], sizes: Sequence[int]) -> str:
     return markdown_table(columns, rows)
 
 
-def architecture(config: InspectConfig) -> UNetConfig:
-    """Return the architecture of the preset or the checkpoint."""
+def architecture(config: InspectConfig) -> Any:
+    """Return the architecture of the network or the checkpoint."""
     if (config.unet is None) == (config.checkpoint is None):
         raise UserError("give either --unet or --checkpoint")
     heads = config.num_head_channels
     try:
         if config.unet is not None:
-            return UNetConfig.from_preset(config.unet)
+            return resolve_network(config.unet)
         given = {} if heads is None else {"num_head_channels": heads}
         return read_unet_config(config.checkpoint, **given)
     except ValueError as error:

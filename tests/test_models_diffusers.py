@@ -361,17 +361,18 @@ def test_blocks_after_the_last_tap_are_neither_kept_nor_run(folders, name, last)
         backbone.forward_taps(images, blocks=[last + 1])
 
 
-@pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize(
-    ("name", "feedback", "blocks"),
+    ("name", "feedback", "blocks", "freeze"),
     [
-        ("sd15", "bottleneck", (19, 16)),
-        ("sd15", "windowed", (25,)),
-        ("sd15", {17: 3, 14: 9}, (16, 20)),
-        ("sdxl", "all", (14,)),
-        ("adm", "multi-scale", (24,)),
-        ("no_middle", "bottleneck", (7,)),
-        ("dit", {3: 1, 4: 2}, (4, 2)),
+        ("sd15", "bottleneck", (19, 16), True),
+        ("sd15", "bottleneck", (19, 16), False),
+        ("sd15", "windowed", (25,), True),
+        ("sd15", {17: 3, 14: 9}, (16, 20), False),
+        ("sdxl", "all", (14,), False),
+        ("adm", "multi-scale", (24,), False),
+        ("no_middle", "bottleneck", (7,), False),
+        ("dit", {3: 1, 4: 2}, (4, 2), True),
+        ("dit", {3: 1, 4: 2}, (4, 2), False),
     ],
 )
 def test_feedback_trains(folders, name, feedback, blocks, freeze):
@@ -470,7 +471,7 @@ def test_budget_recomputes_blocks_and_gradients_stay(folders):
     torch.testing.assert_close(grads[2], grads[0])
 
 
-@pytest.mark.parametrize("name", ["sdxl", "dit", "adm"])
+@pytest.mark.parametrize("name", ["sdxl", "dit"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_close(folders, name, dtype):
     images = torch.rand(1, 3, 64, 64) * 2 - 1
@@ -480,7 +481,7 @@ def test_half_precision_is_close(folders, name, dtype):
     (x,) = backbone(images)
     assert x.dtype == torch.float32
     assert (x - expected).norm() < 0.05 * expected.norm()
-    if backbone.unet.vae is not None and dtype == "float16":
+    if dtype == "float16":
         assert next(backbone.unet.vae.parameters()).dtype == torch.float32
 
 

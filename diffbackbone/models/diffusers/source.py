@@ -241,10 +241,15 @@ class DiffusersConfig:
         return getattr(diffusers, kind), config
 
     def _token_width(self) -> int | None:
-        """Channels of the text tokens; None for a network without cross-attention."""
-        width = self.network.get("encoder_hid_dim") or self.network.get("cross_attention_dim")
-        if self.network["_class_name"] != "UNet2DConditionModel":
+        """Channels of the text tokens; None for a network that reads none."""
+        net = self.network
+        names = ("down_block_types", "mid_block_type", "up_block_types", "addition_embed_type")
+        reads = str([net.get(name) for name in names])
+        if net["_class_name"] != "UNet2DConditionModel" or not (
+            "CrossAttn" in reads or "'text'" in reads
+        ):
             return None
+        width = net.get("encoder_hid_dim") or net.get("cross_attention_dim")
         return width if isinstance(width, int) else width[0]
 
     def _pooled_width(self) -> int | None:

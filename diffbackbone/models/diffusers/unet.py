@@ -8,7 +8,6 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
@@ -58,18 +57,16 @@ class Block(nn.Module):
     def forward(self, h: Tensor, cond: Condition) -> Tensor:
         """(N, C_in, H, W) and a condition to (N, C, H', W')."""
         h = 2 * h - 1 if self.centers else h
+        tokens = cond.tokens.expand(len(h), -1, -1) if self.crosses else None
         for layer in self.layers:
-            tokens = {}
-            if self.crosses and isinstance(
-                layer, (Attention, Transformer2DModel, DualTransformer2DModel)
-            ):
-                tokens["encoder_hidden_states"] = cond.tokens.expand(len(h), -1, -1)
             if isinstance(layer, ResnetBlock2D):
                 h = layer(h, cond.emb)
-            elif isinstance(layer, (Transformer2DModel, DualTransformer2DModel)):
-                h = layer(h, **tokens, return_dict=False)[0]
+            elif isinstance(layer, Transformer2DModel):
+                h = layer(h, encoder_hidden_states=tokens, return_dict=False)[0]
+            elif isinstance(layer, Attention):
+                h = layer(h, encoder_hidden_states=tokens)
             else:
-                h = layer(h, **tokens)
+                h = layer(h)
         return h
 
 
@@ -218,9 +215,7 @@ def _unet_blocks(net: nn.Module, stride: int) -> Iterator[tuple[BlockInfo, Block
         read = getattr(layers[0], "in_channels", channels)
         convs = [x for x in layers if hasattr(x, "out_channels")]  # all but attention
         channels = convs[-1].out_channels
-        attention = any(
-            isinstance(x, (Attention, Transformer2DModel, DualTransformer2DModel)) for x in layers
-        )
+        attention = any(isinstance(x, (Attention, Transformer2DModel)) for x in layers)
         info = BlockInfo(
             index, channels, stride, name, read, attention, resample=resample, part=part
         )
