@@ -45,11 +45,12 @@ def run(data, out, *options, steps=4, trainer=()):
 
 
 def write_folder(folder, count=5, split="", labels=3):
-    """Images of several sizes, whose left half is class 1 and whose first row is void."""
+    """Images of several sizes, whose red left half is class 1 and whose first row is void."""
     for kind in ("images", "masks"):
         (folder / kind / split).mkdir(parents=True)
     for index in range(count):
         pixels = np.full((40 + 4 * index, 48, 3), 40 * index, np.uint8)
+        pixels[:, :24, 0] = 255
         mask = np.zeros(pixels.shape[:2], np.uint8)
         mask[:, :24] = 1
         mask[-1] = labels - 1
@@ -105,7 +106,7 @@ class TestData:
         assert {x.shape for item in items for x in item.values()} == {(3, 50, 50), (50, 50)}
         valid = [item["labels"] != VOID for item in items]
         shades = [
-            round(float(item["pixel_values"][0][mask].mean()), 2)
+            round(float(item["pixel_values"][1][mask].mean()), 2)
             for item, mask in zip(items, valid)
         ]
         for epoch in range(3):  # each image once
