@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -25,12 +25,10 @@ class InspectConfig:
     and the most bytes alive at once are counted from the shapes, for one image, without gradients.
     """
 
-    unet: str | None = None
-    """A preset or diffusers://<folder or hub id>; either this or --checkpoint."""
+    unet: str = "gd256_uncond"
+    """A preset, diffusers://<folder or hub id>, or fields as JSON."""
     checkpoint: str | None = None
-    """File of guided-diffusion weights, or its URL."""
-    num_head_channels: int | None = None
-    """Channels of an attention head; None takes the checkpoint's metadata, else 64."""
+    """File of guided-diffusion weights, or its URL, in place of a preset."""
     size: tuple[int, ...] = (256,)
     """Side of the image, or height and width."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -43,9 +41,13 @@ class InspectConfig:
 
 def run(config: InspectConfig) -> list[BlockCost]:
     """Print the table, and return its numbers."""
-    if not 1 <= len(config.size) <= 2 or min(config.size) < 32:
-        raise UserError(f"--size takes one or two numbers of at least 32, got {config.size}")
-    unet, dtype = architecture(config), getattr(torch, config.dtype)
+    try:
+        unet = resolve_network(config.unet)
+        if config.checkpoint is not None:
+            unet = read_unet_config(config.checkpoint)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    dtype = getattr(torch, config.dtype)
     deepest = max(block.stride for block in unet.blocks.values())
     height, width = (math.ceil(side / deepest) * deepest for side in (config.size * 2)[:2])
     costs = block_costs(unet, height, width, dtype)
@@ -63,37 +65,14 @@ def run(config: InspectConfig) -> list[BlockCost]:
 
 def format_table(costs: Sequence[BlockCost], sizes: Sequence[int]) -> str:
     """Format costs as a Markdown table; `sizes` are bytes of weights and activations."""
+    rows = []
+    for cost, size in zip(costs, sizes):
+        shape = (cost.index, cost.name, cost.channels, cost.stride, f"{cost.height}x{cost.width}")
+        millions = (f"{count / 1e6:.1f}" for count in (cost.parameters, cost.total_parameters))
+        rows.append([*shape, *millions, f"{cost.flops / 1e9:.1f}", f"{size / 1e9:.2f}"])
     columns = ["b:", "module", "channels:", "stride:", "map:", "parameters (M):"]
     columns += ["U-Net to b (M):", "GFLOPs to b:", "weights + activations (GB):"]
-    rows = [
-        [
-            cost.index,
-            cost.name,
-            cost.channels,
-            cost.stride,
-            f"{cost.height}x{cost.width}",
-            f"{cost.parameters / 1e6:.1f}",
-            f"{cost.total_parameters / 1e6:.1f}",
-            f"{cost.flops / 1e9:.1f}",
-            f"{size / 1e9:.2f}",
-        ]
-        for cost, size in zip(costs, sizes)
-    ]
     return markdown_table(columns, rows)
-
-
-def architecture(config: InspectConfig) -> Any:
-    """Return the architecture of the network or the checkpoint."""
-    if (config.unet is None) == (config.checkpoint is None):
-        raise UserError("give either --unet or --checkpoint")
-    heads = config.num_head_channels
-    try:
-        if config.unet is not None:
-            return resolve_network(config.unet)
-        given = {} if heads is None else {"num_head_channels": heads}
-        return read_unet_config(config.checkpoint, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,35 +1,37 @@
-"""Runs what benchmarks put into processes of their own in the test's process."""
+"""Runs what the benchmark puts into processes of their own in the test's process."""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 
-from diffbackbone.benchmark.worker import WorkerError, call
+from diffbackbone.benchmark import timing
+from diffbackbone.benchmark.worker import Runner, WorkerError, call
 
 
-def use(monkeypatch, *modules):
-    """Replace ``Worker`` in modules; return its replacement, which notes who was asked what."""
+class Worker(contextlib.AbstractContextManager):
+    """Takes the place of ``diffbackbone.benchmark.worker.Worker``; notes who was asked what."""
 
-    class InProcess:
-        asked: list = []  # noqa: RUF012
-        before = staticmethod(lambda who, method: None)
+    asked: list = []  # noqa: RUF012
+    before = staticmethod(lambda who, method: None)
 
-        def __init__(self, factory, log, timeout, threads=None):
-            self.who, self.target = log.stem, factory()
+    def __init__(self, name, log, timeout):
+        self.name, self.runner = name, Runner()
 
-        def ask(self, method, **arguments):
-            assert self.target is not None
-            self.asked.append((self.who, method))
-            self.before(self.who, method)
-            arguments = pickle.loads(pickle.dumps(arguments))
-            status, result = call(self.target, method, arguments)
-            if status != "ok":
-                raise WorkerError(status, result)
-            return pickle.loads(pickle.dumps(result))
+    def ask(self, method, *arguments):
+        self.asked.append((self.name, method))
+        self.before(self.name, method)
+        status, result = call(self.runner, method, pickle.loads(pickle.dumps(arguments)))
+        if status != "ok":
+            raise WorkerError(status, f"{self.name}: {method}: {result}")
+        return pickle.loads(pickle.dumps(result))
 
-        def close(self):
-            self.target = None
+    def __exit__(self, *_):
+        self.runner = None
 
-    for module in modules:
-        monkeypatch.setattr(module, "Worker", InProcess)
-    return InProcess
+
+def use(set_attribute=setattr):
+    """Let the benchmark use such workers; returns a class of them."""
+    kind = type("InProcess", (Worker,), {"asked": []})
+    set_attribute(timing, "Worker", kind)
+    return kind

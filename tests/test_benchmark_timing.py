@@ -5,15 +5,14 @@ Small packages stand in for the references.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -22,10 +21,12 @@ import pytest
 import torch
 
 from diffbackbone import UNet, UNetConfig
-from diffbackbone.benchmark import references, report, timing
-from diffbackbone.benchmark.references import Case, Measurements
-from diffbackbone.benchmark.timing import BenchmarkConfig, Row
-from diffbackbone.benchmark.worker import Worker, WorkerError, count_flops, out_of_memory
+from diffbackbone.benchmark import references, report, timing, worker
+from diffbackbone.benchmark.config import PASSES, BenchmarkConfig, Case
+from diffbackbone.benchmark.references import Pass, write_weights
+from diffbackbone.benchmark.report import Row
+from diffbackbone.benchmark.worker import Worker, WorkerError
+from diffbackbone.costs import counting_flops
 from diffbackbone.utils import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "benchmark.py"
@@ -112,13 +113,28 @@ def checkout(tmp_path):
     return write
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of weights for all cases."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_weights(BenchmarkConfig(unet="tiny"), folder)
+    return folder
+
+
 @pytest.fixture
-def worker(monkeypatch):
-    """Runs workers in this process."""
-    kind = in_process.use(monkeypatch, timing)
+def workers(monkeypatch, weights):
+    """Runs workers in this process, and short steps once."""
+    kind = in_process.use(monkeypatch.setattr)
+
+    def copy_weights(config, folder):
+        if config.checkpoint:
+            write_weights(config, folder)
+        for path in weights.glob("*.pt"):
+            shutil.copy(path, folder)
+
+    monkeypatch.setattr(references, "write_weights", copy_weights)
+    monkeypatch.setattr(worker, "MIN_SECONDS", 0)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("allow_tf32", "benchmark"):
-        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
 
     def forget(who=None, method="load"):
         if method == "load":
@@ -127,17 +143,16 @@ def worker(monkeypatch):
                     monkeypatch.delitem(sys.modules, name)
 
     kind.before = staticmethod(forget)
-    monkeypatch.setattr(report, "save_figure", lambda *_: None)
     yield kind
     forget()
 
 
 @pytest.fixture
-def run(worker, tmp_path):
+def run(workers, tmp_path):
     def start(*cases, **options):
-        fast = {"unet": "tiny", "sizes": (32,), "device": "cpu", "repeats": 1, "warmup": 0}
-        fast |= {"min_seconds": 1e-9, "peak_seconds": 1e-4, "out": tmp_path / "out"}
-        return timing.run(BenchmarkConfig(**{**fast, "cases": cases, **options}))
+        fast = {"unet": "tiny", "sizes": (32,), "device": "cpu", "repeats": 1}
+        config = BenchmarkConfig(**{**fast, "cases": cases, **options})
+        return list(timing.run(config, tmp_path / "out", {"rows": config.plan()}).values())
 
     return start
 
@@ -146,68 +161,50 @@ def run(worker, tmp_path):
 # processes
 
 
-def leftovers():
-    return set(Path(tempfile.gettempdir()).glob("diffbackbone-benchmark-*"))
-
-
 def test_command_with_processes(checkout, tmp_path):
-    before, out = leftovers(), tmp_path / "out"
+    out, temporary = tmp_path / "out", tmp_path / "temporary"
+    temporary.mkdir()
     (folder,) = checkout(init=REENTRANT).values()
     options = shlex.split(
-        "--unet tiny --sizes 32 --device cpu --repeats 2 --warmup 0 --min-seconds 1e-9 "
-        "--peak-seconds 1e-4 --cases b24 windowed --modes finetuned --threads 1"
+        "--unet tiny --sizes 32 --device cpu --repeats 2 --cases b24 --modes finetuned"
     )
     paths = ["--reference-guided-diffusion", folder, "--out", out]
     done = subprocess.run(
-        [sys.executable, SCRIPT, *options, *paths], capture_output=True, text=True, check=True
-    )
+        [sys.executable, SCRIPT, *options, *paths],
+        capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(temporary)},
+    )  # fmt: skip
     content = json.loads((out / "benchmark.json").read_text())
-    timed, skipped = content["rows"]
-    assert timed["status"] == "ok", timed["message"]
-    assert timed["difference"] < 1e-4
-    assert timed["gradient_difference"] < 1e-3
-    names = ["ours", "guided-diffusion"]
-    assert list(timed["all_seconds"]) == names
-    rounds = [theirs / ours for ours, theirs in zip(*timed["all_seconds"].values())]
-    assert len(rounds) == 2
-    assert timed["ratio"] == pytest.approx(statistics.median(rounds))
-    assert timed["ratio_range"] == pytest.approx([min(rounds), max(rounds)])
-    unet = UNet(TINY, 24)
-    features = unet.forward_features
-    flops = count_flops(lambda: features(torch.zeros(1, 3, 32, 32), 90, (24,))[24].sum().backward())
-    assert timed["flops"]["ours"] == pytest.approx(flops, rel=1e-4)
-    assert 1.01 * flops < timed["flops"]["guided-diffusion"] < 1.3 * flops  # runs a block twice
-    peak = content["machine"]["matmul_peaks"]["float32"]
-    for who in names:
-        assert timed["seconds"][who] == pytest.approx(statistics.median(timed["all_seconds"][who]))
-        assert 1e6 < timed["peak_bytes"][who] < 500e6
-        per_second = timed["flops"][who] / timed["seconds"][who]
-        assert timed["flops_per_second"][who] == pytest.approx(per_second)
-        assert timed["matmul_share"][who] == pytest.approx(per_second / peak)
-    assert (skipped["case"], skipped["status"]) == ("windowed", "skipped")
-    machine = content["machine"]
-    assert machine["torch"] == torch.__version__
-    assert (machine["threads"], machine["device"], machine["weights"]) == (1, "cpu", "random")
-    assert "--cases b24 windowed" in machine["command"]
-    assert (out / "benchmark.md").read_text() in done.stdout
-    assert "2/2" in done.stderr
-    assert {path.name for path in out.iterdir()} == {
-        f"benchmark.{x}" for x in ("json", "md", "png")
-    }
-    assert leftovers() == before
+    (row,) = content["rows"]
+    assert row["status"] == "ok", row["message"]
+    assert row["outputs"] < 1e-4
+    assert row["gradients"] < 1e-3
+    results = list(row["results"].values())
+    assert list(row["results"]) == ["ours", "guided-diffusion"]
+    ours, theirs = ([seconds["step"] for seconds in result["rounds"]] for result in results)
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    assert len(ratios) == 2
+    assert row["ratio"] == pytest.approx(statistics.median(ratios))
+    assert row["range"] == pytest.approx([min(ratios), max(ratios)])
+    with counting_flops() as counter:
+        UNet(TINY, 24).forward_features(torch.zeros(1, 3, 32, 32), 90, (24,))[24].sum().backward()
+    flops = counter.get_total_flops()
+    assert results[0]["flops"] == pytest.approx(flops, rel=1e-4)
+    assert 1.01 * flops < results[1]["flops"] < 1.3 * flops  # runs a block twice
+    for result, seconds in zip(results, (ours, theirs)):
+        assert result["seconds"]["step"] == pytest.approx(statistics.median(seconds))
+        assert 1e6 < result["peak_bytes"] < 500e6
+    text = (out / "benchmark.md").read_text()
+    assert "1 of 1 rows" in text
+    assert "--cases b24" in text
+    assert text.splitlines()[-1] in done.stdout
+    assert list(temporary.glob("diffbackbone-*")) == []
 
 
 class Target:
     """What a real worker holds."""
 
-    def threads(self):
-        return torch.get_num_threads()
-
-    def fail(self):
-        raise KeyError("a bug")
-
-    def miss(self):
-        raise ImportError("no such package")
+    def fail(self, error):
+        raise error
 
     def be_killed(self):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -222,32 +219,39 @@ class Target:
 @pytest.mark.parametrize(
     ("method", "kind", "words"),
     [
-        ("be_killed", "out of memory", "be_killed.*killed"),
+        ("be_killed", "out of memory", "who: be_killed"),
         ("exit", "error", "exit code 1: the last line of the log"),
-        ("sleep", "timeout", "sleep: more than"),
+        ("sleep", "timeout", "who: sleep: too slow"),
     ],
 )
 def test_process_that_ends(tmp_path, method, kind, words):
-    started = Worker(Target, tmp_path / "log", 60, threads=3)
-    assert started.ask("threads") == 3
-    for name, expected in (("fail", "error"), ("miss", "skipped")):
-        with pytest.raises(WorkerError) as caught:
-            started.ask(name)
-        assert caught.value.kind == expected
-    started.deadline = time.monotonic() + 0.5 if method == "sleep" else started.deadline
-    with pytest.raises(WorkerError, match=words) as caught:
-        started.ask(method)
+    with Worker("who", tmp_path / "log", 60, Target) as started:
+        with pytest.raises(WorkerError, match="who: fail: KeyError: 'a bug'"):
+            started.ask("fail", KeyError("a bug"))
+        if method == "sleep":
+            started.deadline = time.monotonic() + 0.5
+        with pytest.raises(WorkerError, match=words) as caught:
+            started.ask(method)
     assert caught.value.kind == kind
-    with pytest.raises(WorkerError):
-        started.ask("threads")
-    started.close()
+    assert not started.process.is_alive()
 
 
-def test_errors_that_say_memory_ran_out():
-    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"))
-    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not out_of_memory(RuntimeError("shape mismatch"))
-    assert not out_of_memory(ValueError("can't allocate memory"))
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("shape mismatch"), "error"),
+        (ValueError("can't allocate memory"), "error"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (ImportError("no such package"), "skipped"),
+    ],
+)
+def test_kinds_of_errors(error, kind):
+    assert worker.call(Target(), "fail", (error,))[0] == kind
+
+
+def test_memory_that_a_cpu_lacks():
+    assert worker.call(torch, "empty", (1 << 60,))[0] == "out of memory"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,39 +259,35 @@ def test_errors_that_say_memory_ran_out():
 
 
 def test_all_cases_against_diffssl(run, checkout):
-    rows = run(*references.CASES, batch=2, **checkout("diffssl"))
-    assert [row.case.case for row in rows] == list(references.CASES)
+    rows = run(*PASSES, batch=2, **checkout("diffssl"))
+    assert [row.case.name for row in rows] == list(PASSES)
     for row in rows:
         assert (row.status, row.message) == ("ok", "")
-        assert row.difference < 1e-4
-        assert row.gradient_difference is None
+        assert row.outputs < 1e-4
+        assert row.gradients is None
         assert row.ratio > 0
-    flops = rows[-1].flops
-    assert flops["ours"] < 0.95 * flops["diffssl"]  # the first blocks run once
+    ours, theirs = (result["flops"] for result in rows[-1].results.values())
+    assert ours < 0.95 * theirs  # the first blocks run once
 
 
 def test_training_against_diffssl(run, checkout):
     rows = run("windowed", modes=("frozen", "finetuned"), sizes=(64,), **checkout("diffssl"))
     assert [row.status for row in rows] == ["ok"] * 2, rows
-    assert max(row.difference for row in rows) < 1e-4
-    assert all(0 <= row.gradient_difference < 1e-2 for row in rows)
+    assert max(row.outputs for row in rows) < 1e-4
+    assert all(0 <= row.gradients < 1e-2 for row in rows)
 
 
-def test_half_precision(run, checkout):
-    row, skipped = run("b24", dtypes=("bfloat16", "float16"), **checkout())
+def test_half_precision_and_turns(run, checkout, workers):
+    row, skipped = run("b24", dtypes=("bfloat16", "float16"), repeats=3, **checkout())
     assert row.status == "ok", row
-    assert row.dtypes == {"ours": "bfloat16", "guided-diffusion": "bfloat16 (autocast)"}
-    assert 1e-4 < row.difference < 0.1
-    assert set(row.matmul_share) == {"ours", "guided-diffusion"}
+    dtypes = {who: result["dtype"] for who, result in row.results.items()}
+    assert dtypes == {"ours": "bfloat16", "guided-diffusion": "bfloat16 (autocast)"}
+    assert 1e-4 < row.outputs < 0.1
     assert skipped.status == "skipped"
-
-
-def test_they_take_turns(run, checkout, worker):
-    run("b24", repeats=3, warmup=2, **checkout())
     ours, theirs = "ours", "guided-diffusion"
-    timed = [who for who, method in worker.asked if method == "time"]
-    assert timed == [ours] * 2 + [theirs] * 2 + [ours, theirs, theirs, ours, ours, theirs]
-    assert worker.asked.index((theirs, "first")) < worker.asked.index((ours, "time"))
+    timed = [who for who, method in workers.asked if method == "time"]
+    assert timed == [ours, theirs, theirs, ours, ours, theirs]
+    assert workers.asked.index((theirs, "load")) < workers.asked.index((ours, "time"))
 
 
 @pytest.mark.parametrize(
@@ -301,14 +301,13 @@ def test_they_take_turns(run, checkout, worker):
         ),
     ],
 )
-def test_what_differs_is_wrong_and_not_timed(run, checkout, worker, options, mode, words):
+def test_what_differs_is_wrong_and_not_timed(run, checkout, workers, options, mode, words):
     (row,) = run("b24", modes=(mode,), **checkout(**options))
     assert row.status == "wrong"
     assert row.message.startswith(words)
-    assert (row.difference > 1e-4) == (words == "outputs")
-    assert (row.ratio, row.seconds) == (None, {})
-    assert set(row.peak_bytes) == {"ours", "guided-diffusion"}
-    assert "time" not in [method for _, method in worker.asked]
+    assert (row.outputs > 1e-4) == (words == "outputs")
+    assert row.ratio is None
+    assert "time" not in [method for _, method in workers.asked]
 
 
 @pytest.mark.parametrize(
@@ -323,8 +322,8 @@ def test_what_differs_is_wrong_and_not_timed(run, checkout, worker, options, mod
 )
 def test_comparison(tmp_path, theirs, status):
     for who, maps in (("ours", [[1.0, 1.0]]), ("diffssl", theirs)):
-        torch.save([torch.tensor(x) for x in maps], tmp_path / f"{who}.outputs.pt")
-        torch.save({}, tmp_path / f"{who}.gradients.pt")
+        outputs = [torch.tensor(x) for x in maps]
+        torch.save({"outputs": outputs, "gradients": {}}, tmp_path / f"{who}.pt")
     row = Row(Case("b24", 32, 1, "float32", "forward", "eager", "diffssl"))
     timing.compare(row, tmp_path)
     assert row.status == status
@@ -334,80 +333,53 @@ def test_comparison(tmp_path, theirs, status):
 # errors
 
 
-@pytest.mark.parametrize(
-    ("hook", "status"),
-    [("raise KeyError('their bug')", "error"), ("raise MemoryError", "out of memory")],
-)
-def test_reference_that_fails(run, checkout, hook, status):
-    rows = run("b24", "taps", **checkout(hook=hook))
-    assert [row.case.case for row in rows] == ["b24", "taps"]
+def test_reference_that_fails(run, checkout, tmp_path):
+    rows = run("b24", "taps", **checkout(hook="raise KeyError('their bug')"))
+    assert [row.case.name for row in rows] == ["b24", "taps"]
     for row in rows:
-        assert (row.status, row.ratio) == (status, None)
+        assert (row.status, row.ratio) == ("error", None)
         assert row.message.startswith("guided-diffusion: ")
-        assert list(row.seconds) == ["ours"]
+        assert row.results["ours"]["seconds"]["step"] > 0  # is still timed
+    assert "| error |" in (tmp_path / "out.md").read_text()
 
 
-def test_failure_while_timed(run, checkout, worker):
-    load = worker.before
+def test_failure_while_timed(run, checkout, workers):
+    load = workers.before
 
     def fail(who, method):
         load(who, method)
-        if worker.asked.count(("ours", "time")) == 3:
+        if workers.asked.count(("ours", "time")) == 3:
             raise WorkerError("out of memory", "late")
 
-    worker.before = staticmethod(fail)
+    workers.before = staticmethod(fail)
     (row,) = run("b24", repeats=4, **checkout())
-    assert (row.status, row.message.partition(":")[0]) == ("out of memory", "ours")
-    assert list(row.seconds) in (["guided-diffusion"], [])
+    assert (row.status, row.message, row.ratio) == ("out of memory", "late", None)
 
 
 def test_feedback_of_other_widths(run, checkout):
     other = DIFFSSL.replace('from_preset("tiny")', 'from_preset("gd256_uncond")')
-    plain, feedback = run("b24", "windowed", **checkout("diffssl", diffssl=other))
-    assert (plain.status, feedback.status) == ("ok", "skipped")
+    (row,) = run("windowed", **checkout("diffssl", diffssl=other))
+    assert row.status == "skipped"
 
 
-def test_interrupted_run_keeps_what_it_has(run, worker, tmp_path):
-    before = leftovers()
-
+def test_interrupted_run_keeps_what_it_has(run, workers, tmp_path):
     def interrupt(who, method):
-        if worker.asked.count(("ours", "load")) == 2:
+        if workers.asked.count(("ours", "load")) == 2:
             raise KeyboardInterrupt
 
-    worker.before = staticmethod(interrupt)
-    with pytest.raises(SystemExit, match="1 of 3 rows"):
-        run("b24", "taps", "windowed")
-    content = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    assert [row["case"] for row in content["rows"]] == ["b24"]
-    assert content["planned"] == 3
-    assert "not finished: 1 of 3 rows" in (tmp_path / "out" / "benchmark.md").read_text()
-    assert leftovers() == before
+    workers.before = staticmethod(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("b24", "taps")
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["case"]["name"] == "b24"
+    assert "1 of 2 rows" in (tmp_path / "out.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"sizes": (48,)}, r"multiples of 32, got \[48\]"),
-        ({"sizes": (0,)}, "multiples of 32"),
-        ({"repeats": 0}, "--repeats"),
-        ({"unet": "gd257"}, "unknown preset 'gd257'"),
-        ({"unet": "gd128", "cases": ("taps",)}, "from 1 to 31"),
-        ({"checkpoint": "/nowhere/x.pth"}, "no file /nowhere/x.pth"),
-        ({"reference_diffssl": Path("/nowhere")}, "no ssl_diff/__init__.py; git clone"),
-        ({"device": "cuda"}, "torch sees no GPU"),
-    ],
-)
-def test_bad_options(run, monkeypatch, tmp_path, options, words):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(timing, "Worker", None)  # before any process is started
-    with pytest.raises(UserError, match=words):
-        run("b24", **options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_checkpoint_that_does_not_fit(run, tmp_path):
+def test_files_that_are_wrong(run, tmp_path):
+    with pytest.raises(UserError, match=r"no ssl_diff/__init__.py; git clone"):
+        run("b24", reference_diffssl=tmp_path)
     torch.save(UNet(TINY.replace(model_channels=64)).state_dict(), tmp_path / "other.pt")
-    with pytest.raises(UserError, match="CheckpointError"):
+    with pytest.raises(UserError, match="another architecture"):
         run("b24", checkpoint=str(tmp_path / "other.pt"))
 
 
@@ -415,116 +387,112 @@ def test_checkpoint_that_does_not_fit(run, tmp_path):
 # parts
 
 
-def test_list(checkout, capsys):
+def test_plan(checkout):
     both = {**checkout(), **checkout("diffssl")}
-    options = {"unet": "tiny", "sizes": (64, 32, 64), "dtypes": ("float32", "float16")}
-    config = BenchmarkConfig(cases=("b24", "taps"), device="cpu", list=True, **options, **both)
-    assert timing.run(config) == []
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(set(lines)) == 2 * 2 * 2 * 2
-    assert lines[0] == "b24 32 px x 1 float32 forward eager vs guided-diffusion"
-    assert lines[-1] == "taps 64 px x 1 float16 forward eager vs diffssl"
+    plan = BenchmarkConfig(
+        cases=("b24", "windowed", "upernet"), sizes=(64, 32, 64), dtypes=("float32", "float16"),
+        modes=("forward", "frozen"), device="cpu", **both,
+    ).plan()  # fmt: skip
+    assert len(plan) == len(set(plan)) == 2 * 2 * 2 * (2 + 1) + 2 * 2
+    assert str(plan[0]) == "b24 32 px x 1 float32 forward eager vs guided-diffusion"
+    assert str(plan[-1]) == "upernet 64 px x 2 float16 frozen eager"
+    windowed = {case.reference for case in plan if case.name == "windowed"}
+    assert windowed == {"diffssl"}  # guided-diffusion has no feedback
+    defaults = BenchmarkConfig(cases=("b24", "upernet", "mask_rcnn_difffeed")).plan()
+    assert [(case.size, case.batch, case.mode) for case in defaults] == [
+        (256, 1, "forward"),
+        *((512, 2, mode) for mode in ("frozen", "finetuned")),
+        *((1024, 1, mode) for mode in ("frozen", "finetuned")),
+    ]
 
 
 def test_weights_of_a_run(tmp_path):
-    Measurements().prepare(TINY, None, tmp_path, ["windowed"])
+    write_weights(BenchmarkConfig(cases=("windowed",), unet="tiny"), tmp_path)
     weights = torch.load(tmp_path / "weights.pt")
     assert weights.keys() == UNet(TINY).state_dict().keys()
     assert all(weights[key].any() for key in weights if key.endswith("weight"))
-    layers = torch.load(tmp_path / "feedback.pt")["windowed"]
+    layers = torch.load(tmp_path / "windowed.pt")
     assert list(layers) == [20, 21, 22, 23, 24]
     assert all(layer["1.running_mean"].any() for layer in layers.values())
     given = tmp_path / "given.pth"
     torch.save({"state_dict": {f"module.{k}": v + 1 for k, v in weights.items()}}, given)
-    Measurements().prepare(TINY, str(given), tmp_path, [])
+    write_weights(BenchmarkConfig(unet="tiny", checkpoint=str(given)), tmp_path)
     after = torch.load(tmp_path / "weights.pt")
     assert all(torch.equal(after[key], weights[key] + 1) for key in weights)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")
-def test_peak_memory_is_that_of_a_step(run, checkout):
-    before = torch.ones(100_000_000 // 4)
-    (row,) = run("b24", **checkout(init="torch.ones(60_000_000)", hook="torch.ones(40_000_000)"))
-    assert row.peak_bytes["ours"] < 100e6
-    assert 155e6 < row.peak_bytes["guided-diffusion"] < 235e6
-    del before
+def test_peak_memory_is_that_of_timed_steps(run, checkout):
+    held = torch.ones(100_000_000 // 4)
+    (ours,) = run("b24")
+    hook = "torch.ones(40_000_000 if 'ran' in vars(self) else 90_000_000); self.ran = True"
+    (row,) = run("b24", **checkout(init="self.kept = torch.ones(60_000_000)", hook=hook))
+    assert ours.results["ours"]["peak_bytes"] < 100e6
+    assert 395e6 < row.results["guided-diffusion"]["peak_bytes"] < 500e6
+    del held
 
 
 @pytest.fixture
-def load(tmp_path):
-    """Loads ours for a case."""
-    Measurements().prepare(TINY, None, tmp_path, ["windowed"])
-    case = Case("windowed", 32, 1, "float32", "frozen", "eager", None)
+def load(weights):
+    """Builds ours for a case."""
+    config = {"device": "cpu", "unet": "tiny"}
 
-    def start(options=None, **changes):
-        ours = Measurements()
-        changed = dataclasses.replace(case, **changes)
-        config = BenchmarkConfig(**(options or {}))
-        ours.load("ours", changed, TINY, tmp_path, "cpu", None, config)
-        return ours, ours.model
+    def start(name="windowed", dtype="float32", mode="frozen", execution="eager", **options):
+        case = Case(name, 32, 1, dtype, mode, execution)
+        return Pass("ours", case, BenchmarkConfig(**config, **options), weights)
 
     return start
 
 
 def test_what_is_trained(load):
     for mode, trained in (("frozen", False), ("finetuned", True)):
-        _, model = load(mode=mode)
+        model = load(mode=mode).model
         assert model.unet.input_blocks[0][0].weight.requires_grad == trained
         assert not model.unet.training
         assert model.feedback["20"][0].weight.requires_grad
         assert model.feedback["20"][1].training
-    (ours, model), maps = load(mode="forward"), []
-    ours.step(maps.extend)
-    assert not model.feedback["20"][1].training
-    assert not maps[0].requires_grad
+    assert not load(mode="forward").model.feedback["20"][1].training
+    assert load(activation_checkpointing=True).model.unet.activation_checkpointing
 
 
-def test_half_precision_is_stored_where_weights_are_frozen(load):
+def test_half_precision_is_stored_where_weights_are_frozen(load, weights):
     for mode, dtype in (("frozen", torch.bfloat16), ("finetuned", torch.float32)):
-        ours, model = load(mode=mode, dtype="bfloat16")
-        assert model.unet.input_blocks[0][0].weight.dtype == dtype
-        assert model.feedback["20"][0].weight.dtype == torch.float32
-        ours.step()
-        assert model.feedback["20"][0].weight.grad is not None
-    (plain, _), maps = load(case="b24", mode="forward", dtype="bfloat16"), []
-    plain.step(maps.extend)
-    assert torch.equal(maps[0], maps[0].bfloat16())
+        ours = load(mode=mode, dtype="bfloat16")
+        assert ours.model.unet.input_blocks[0][0].weight.dtype == dtype
+        assert ours.model.feedback["20"][0].weight.dtype == torch.float32
+        ours.first()
+        assert "20" in torch.load(weights / "ours.pt")["gradients"]
+    plain = load(name="b24", mode="forward", dtype="bfloat16")
+    plain.first()
+    (output,) = torch.load(weights / "ours.pt")["outputs"]
+    assert torch.equal(output, output.bfloat16())
     assert plain.autocast is None
-
-
-def test_options_for_ours(load):
-    ours, model = load({"channels_last": True, "activation_checkpointing": True})
-    assert model.unet.activation_checkpointing
-    weight = model.unet.input_blocks[0][0].weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert ours.inputs.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_compiled(load, monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: calls.append(1) or f(x))
-    load()[0].step()
+    load().step()
     assert calls == []
-    ours, _ = load(execution="compiled")
-    ours.first()
-    assert len(calls) == 2  # the first compiles, the second is measured
-    assert ours.flops() > 0
-    assert ours.matmul_peak("cpu", "float32", 1e-4) > 0
+    ours = load(execution="compiled")
+    assert ours.first() > 0
+    assert len(calls) == 1
+    ours.step()
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("compared", [True, False])
-def test_table_and_chart(compared):
+def test_table(compared):
     case = Case("b24", 32, 1, "float32", "forward", "eager", "diffssl" if compared else None)
-    seconds = {"ours": 1.0, "diffssl": 2.0} if compared else {"ours": 1.0}
-    good = Row(case, seconds=seconds)
+    good, seconds = Row(case), {"ours": 1.0}
     if compared:
-        good.ratio, good.ratio_range = 2.0, (1.5, 2.5)
+        seconds["diffssl"], good.ratio, good.range = 2.0, 2.0, (1.5, 2.5)
+    for who, value in seconds.items():
+        good.results[who] = {"seconds": {"step": value}, "flops": 1e12, "matmul_peak": 2e12}
     bad = Row(case, status="error", message="diffssl: a | b\nc")
-    first, second = timing.format_table([good, bad]).splitlines()[-2:]
-    assert ("| **2.00** (1.50 to 2.50) | 1 / 2 |" if compared else "| - |  | 1 |") in first
-    assert "| **error** |" in second
+    head, _, first, second = report.format_table([good, bad]).splitlines()
+    assert ("ratio" in head) == compared
+    assert "memory" not in head  # of no row
+    assert ("| **2.00** (1.50 to 2.50) | 1 / 2 |" if compared else "| ok | 1 |") in first
+    assert ("| 50% / 25% |" if compared else "| 50% |") in first
     assert second.endswith("| diffssl: a \\| b c |")
-    (axes,) = timing.chart([good, bad], "a CPU").axes
-    assert [bar.get_width() for bar in axes.patches] == [2.0 if compared else 1.0, 0.0]
-    entry = json.loads(json.dumps(report.row_entry(bad)))
-    assert report.row_from_entry(entry, Row, Case) == bad

@@ -1,171 +1,170 @@
-"""Options, rows and reports that both benchmarks share."""
+"""Rows of the benchmark, and their files."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import datetime
+import json
+import os
+import platform
+import re
 import shlex
-import signal
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
-from diffbackbone import UNetConfig
-from diffbackbone.utils import UserError, markdown_table, save_figure, write_json, write_text
+from diffbackbone.benchmark.config import BenchmarkConfig, Case
+from diffbackbone.utils import (
+    UserError,
+    changed_settings,
+    markdown_table,
+    write_json,
+    write_text,
+)
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-COLORS = ("#3b6fb6", "#9dbce0", "#8a8a8a", "#e0a03c")
+OURS = "ours"
 
 
 @dataclasses.dataclass
-class Options:
-    """Options of every benchmark."""
+class Row:
+    """The result of a case; None and absent entries could not be measured."""
 
-    unet: str = "gd256_uncond"
-    """Preset of the U-Net."""
-    checkpoint: str | None = None
-    """Its weights; random ones if left out."""
-    device: Literal["cpu", "cuda"] | None = None
-    """A GPU if there is one."""
-    threads: int | None = None
-    """CPU threads; torch's choice if left out."""
-    repeats: int = 5
-    """Rounds."""
-    warmup: int = 1
-    """Steps before the first round."""
-    timeout: float = 3600
-    """Seconds that a row may take."""
-    list: bool = False
-    """Print the rows and measure nothing."""
-
-    def check(self, sizes: Sequence[int]) -> UNetConfig:
-        """Choose the device and return the architecture.
-
-        Raises:
-            UserError: An option doesn't fit the machine or the U-Net.
-        """
-        gpu, path = torch.cuda.is_available(), self.checkpoint
-        self.device = self.device or ("cuda" if gpu else "cpu")
-        if self.device == "cuda" and not gpu:
-            raise UserError("--device cuda: torch sees no GPU on this machine")
-        if path and "://" not in path and not Path(path).expanduser().is_file():
-            raise UserError(f"--checkpoint: there is no file {path}")
-        if min(self.repeats, self.timeout, self.threads or 1) <= 0 or self.warmup < 0:
-            raise UserError("--repeats, --timeout and --threads must be positive, --warmup >= 0")
-        try:
-            config = UNetConfig.from_preset(self.unet).replace(num_classes=None)
-        except ValueError as error:
-            raise UserError(f"--unet: {error}") from error
-        deepest = max(block.stride for block in config.blocks.values())
-        if wrong := [size for size in sizes if size < 1 or size % deepest]:
-            raise UserError(f"--sizes must be multiples of {deepest}, got {wrong}")
-        return config
-
-    def describe(self, machine: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what is reported about a run on a machine."""
-        return {
-            "command": shlex.join(["python", *sys.orig_argv[1:]]),
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "unet": self.unet,
-            "weights": self.checkpoint or "random",
-            "device": self.device,
-            **machine,
-        }
+    case: Case
+    status: str = "ok"  # or "wrong", "out of memory", "timeout", "error", "skipped"
+    message: str = ""
+    outputs: float | None = None  # difference relative to the reference's largest value
+    gradients: float | None = None  # likewise
+    ratio: float | None = None  # median over the rounds of the reference's seconds by ours
+    range: Sequence[float] = ()  # lowest and highest
+    results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Of "ours" and the reference: "dtype" that it computes in, "flops", "matmul_peak" (FLOP/s),
+    "peak_bytes", "rounds" (the seconds of a step and its parts in each), and their medians
+    "seconds"."""
 
 
-@contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """Yield a folder that is removed in the end, also when the process is terminated."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with tempfile.TemporaryDirectory(prefix="diffbackbone-benchmark-") as folder:
-        yield Path(folder)
+def _each(key: str, form: Callable[[dict[str, Any]], str]) -> Callable[[Row], str]:
+    """Return a cell with our figure and the reference's, where results have a key."""
+
+    def cell(row: Row) -> str:
+        results = [row.results.get(who, {}) for who in filter(None, (OURS, row.case.reference))]
+        texts = [form(result) if key in result else "-" for result in results]
+        return " / ".join(texts) if set(texts) != {"-"} else ""
+
+    return cell
 
 
-def run_rows(
+def _seconds(result: dict[str, Any]) -> str:
+    text = "{step:.4g}"
+    if "forward" in result["seconds"]:
+        text += " (U-Net {forward:.3g} + {backward:.3g}, optimizer {optimizer:.3g})"
+    return text.format(**result["seconds"])
+
+
+def _outside(result: dict[str, Any]) -> str:
+    """Return the share of a training step that is spent outside the U-Net."""
+    seconds = result["seconds"]
+    if "forward" not in seconds:
+        return "-"
+    return f"{1 - (seconds['forward'] + seconds['backward']) / seconds['step']:.0%}"
+
+
+def _share(result: dict[str, Any]) -> str:
+    return f"{result['flops'] / result['seconds']['step'] / result['matmul_peak']:.0%}"
+
+
+def _ratio(row: Row) -> str:
+    return (
+        "" if row.ratio is None else "**{:.2f}** ({:.2f} to {:.2f})".format(row.ratio, *row.range)
+    )
+
+
+def _difference(row: Row) -> str:
+    found = [row.outputs, row.gradients]
+    return ", gradients ".join(f"{value:.1e}" for value in found if value is not None)
+
+
+COLUMNS: dict[str, Callable[[Row], Any]] = {
+    "case": lambda row: row.case.name,
+    "px:": lambda row: row.case.size,
+    "batch:": lambda row: row.case.batch,
+    "type": _each("dtype", lambda result: result["dtype"]),
+    "mode": lambda row: row.case.mode,
+    "execution": lambda row: row.case.execution,
+    "against": lambda row: row.case.reference or "",
+    "result": lambda row: row.status,
+    "ratio:": _ratio,
+    "seconds:": _each("seconds", _seconds),
+    "outside the U-Net:": _each("seconds", _outside),
+    "peak memory (GB):": _each("peak_bytes", lambda result: f"{result['peak_bytes'] / 1e9:.2f}"),
+    "TFLOP:": _each("flops", lambda result: f"{result['flops'] / 1e12:.3g}"),
+    "of matmul peak:": _each("seconds", _share),
+    "difference:": _difference,
+    "note": lambda row: row.message,
+}
+LEGEND = """
+Seconds are medians of the rounds; the ratio is the reference's time by ours (lowest to highest of
+the rounds). Where two numbers stand, the first is ours.
+"""
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of the rows, without empty columns."""
+    cells = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    return markdown_table(list(cells), zip(*cells.values()))
+
+
+def describe(config: BenchmarkConfig) -> dict[str, Any]:
+    """Return what is reported about a run and its machine."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "unet": config.unet,
+        "weights": config.checkpoint or "random",
+        "gpu": torch.cuda.get_device_name() if config.device == "cuda" else None,
+        "cpu": f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores",
+        "torch": torch.__version__,
+    }
+
+
+def write_reports(
     stem: Path,
     machine: Mapping[str, Any],
-    cases: Sequence[Any],
-    measure: Callable[[Any], Any],
-    table: Callable[[Sequence[Any]], str],
-    chart: Callable[[Sequence[Any], str], Any],
-) -> list[Any]:
-    """Measure row after row, and replace ``stem``.json, .md and .png after each.
+    parts: Mapping[str, Iterable[Case]],
+    rows: Mapping[Case, Row],
+) -> None:
+    """Write ``stem``.json, and ``stem``.md with a table of each part."""
+    lines = [f"* {name}: {value}" for name, value in machine.items() if value] + [LEGEND]
+    for heading, cases in parts.items():
+        measured = [rows[case] for case in cases if case in rows]
+        if measured:
+            lines += [f"## {heading}\n", f"{len(measured)} of {len(cases)} rows.\n"]
+            lines += [format_table(measured)]
+    content = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows.values()]}
+    write_json(f"{stem}.json", content)
+    write_text(f"{stem}.md", "\n".join(lines))
 
-    ``measure`` returns the row of a case: a dataclass with ``case``, ``status`` and ``message``.
+
+def read_rows(stem: Path, machine: Mapping[str, Any]) -> dict[Case, Row]:
+    """Return the rows of ``stem``.json; none where there is no such file.
+
+    Raises:
+        UserError: They are of other weights, of another GPU or torch.
     """
-    from tqdm import tqdm
-
-    rows: list[Any] = []
-    try:
-        with tqdm(cases, unit="row") as bar:
-            for case in bar:
-                bar.set_postfix_str(str(case))
-                rows.append(measure(case))
-                lines = [f"* {name}: {value}" for name, value in machine.items()]
-                if len(rows) < len(cases):
-                    lines.append(f"* not finished: {len(rows)} of {len(cases)} rows")
-                text = "\n".join([*lines, "", table(rows)])
-                entries = [row_entry(row) for row in rows]
-                content = {"machine": machine, "planned": len(cases), "rows": entries}
-                write_json(f"{stem}.json", content)
-                write_text(f"{stem}.md", text)
-                save_figure(chart(rows, machine.get("gpu", machine["cpu"])), f"{stem}.png")
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; {len(rows)} of {len(cases)} rows are written") from None
-    print(f"{text}\nwritten: {stem}.json, .md and .png")
-    return rows
-
-
-def row_entry(row: Any) -> dict[str, Any]:
-    """Return a row as one flat JSON object."""
-    entry = dataclasses.asdict(row)
-    return {**entry.pop("case"), **entry}
-
-
-def row_from_entry(entry: Mapping[str, Any], row: Callable[..., Any], case: Any) -> Any:
-    """Return the row of a class, with its case, that :func:`row_entry` wrote."""
-    names = {field.name for field in dataclasses.fields(case)}
-    rest = {name: value for name, value in entry.items() if name not in names}
-    return row(case(**{name: entry[name] for name in names}), **rest)
-
-
-def table(columns: Mapping[str, Callable[[Any], Any]], rows: Sequence[Any]) -> str:
-    """Return a Markdown table; each column has a function from a row to its cell."""
-    return markdown_table(list(columns), ([cell(row) for cell in columns.values()] for row in rows))
-
-
-def draw(
-    names: Sequence[str],
-    panels: Mapping[str, Sequence[tuple[Sequence[float], str]]],
-    parts: Sequence[str] = (),
-) -> Any:
-    """Return a matplotlib figure of bar charts side by side.
-
-    A panel has a bar for each row: the parts' lengths, and the text beside it.
-    """
-    from matplotlib.figure import Figure
-
-    size = (3 + 6 * len(panels), 1.2 + 0.32 * len(names))
-    figure = Figure(figsize=size, layout="constrained")
-    subplots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, bars) in zip(subplots, panels.items()):
-        widths = np.zeros((max(1, *(len(values) for values, _ in bars)), len(names)))
-        for index, (values, _) in enumerate(bars):
-            widths[: len(values), index] = values
-        for width, left, color in zip(widths, widths.cumsum(0) - widths, COLORS):
-            drawn = axes.barh(names, width, left=left, color=color)
-        axes.bar_label(drawn, [text for _, text in bars], padding=4)
-        axes.margins(x=0.4)
-        if len(widths) > 1:
-            axes.legend(parts, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(parts))
-        axes.set_title(title, fontsize="medium")
-    axes.invert_yaxis()
-    return figure
+    file = Path(f"{stem}.json")
+    if not file.exists():
+        return {}
+    saved = json.loads(file.read_text())
+    names = ("unet", "weights", "gpu", "torch")
+    settings = [{name: x[name] for name in names} for x in (saved["machine"], machine)]
+    if changed := changed_settings(*settings):
+        raise UserError(f"{file} has other settings, choose another --out: {changed}")
+    rows = [Row(**{**row, "case": Case(**row["case"])}) for row in saved["rows"]]
+    return {row.case: row for row in rows}

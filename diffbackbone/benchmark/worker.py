@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import importlib
 import multiprocessing
 import os
-import platform
 import re
 import signal
+import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from diffbackbone.benchmark.config import STEPS, BenchmarkConfig, Case
 from diffbackbone.utils import UserError
 
-aten = torch.ops.aten
-CPU_ATTENTION = {
-    getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}"): flop_registry[
-        getattr(aten, f"_scaled_dot_product_flash_attention{suffix}")
-    ]
-    for suffix in ("", "_backward")
-}
-"""Formulas that torch's counter lacks."""
-
-
-class NotAvailableError(Exception):
-    """An implementation can't do what is asked for; the message says why."""
+MIN_SECONDS = 0.2
+"""A short step is repeated for this long in every round."""
 
 
 class WorkerError(UserError):
@@ -43,97 +35,124 @@ class WorkerError(UserError):
         self.kind = kind
 
 
-class Worker:
-    """An object in a process of its own.
+class Runner:
+    """Answers a worker's calls: builds one implementation of a case and measures its steps.
+
+    A module builds it: ``build(who, case, config, folder)`` returns an object with ``model``;
+    ``dtype``, the type that it computes in; ``first()``, which runs a step and returns its
+    floating-point operations; and ``step()``, which returns the seconds of a step and its parts.
+    """
+
+    def load(self, who: str, case: Case, config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
+        """Build an implementation and run its first step.
+
+        Weights count as memory in use; loading them does not, nor does the code.
+
+        Args:
+            who: ``"ours"``, ``"cpu"`` or a reference.
+            case: What is measured.
+            config: The options.
+            folder: Holds the weights; outputs go there.
+        """
+        kind = case.name.removesuffix("_difffeed") if case.name in STEPS else "references"
+        module = importlib.import_module(f"diffbackbone.benchmark.{kind}")
+        self.device: str = "cpu" if who == "cpu" else config.device
+        on_cpu = ("float32",) if case.name in STEPS else ("float32", "bfloat16")
+        if config.device == "cpu" and case.dtype not in on_cpu:
+            raise NotImplementedError(f"{case.dtype} needs a GPU here")
+        reset_peak(self.device)
+        self.baseline = peak_bytes(self.device) if self.device == "cpu" else 0
+        self.target = module.build(who, case, config, folder)
+        flops, dtype = self.target.first(), self.target.dtype
+        peak = matmul_peak(self.device, dtype.split()[0])
+        reset_peak(self.device)
+        return {"dtype": dtype, "flops": flops, "matmul_peak": peak}
+
+    def time(self) -> dict[str, float]:
+        """Return the mean seconds of steps in a round, and of their parts."""
+        if self.device != "cpu":
+            self.target.step()  # allocates again what the last round freed
+        steps = [self.target.step()]
+        while sum(seconds["step"] for seconds in steps) < MIN_SECONDS:
+            steps.append(self.target.step())
+        if self.device != "cpu":
+            torch.cuda.empty_cache()  # for the other implementation
+        return {part: statistics.mean(seconds[part] for seconds in steps) for part in steps[0]}
+
+    def peak(self) -> int:
+        """Return the peak bytes of the timed steps."""
+        return peak_bytes(self.device) - self.baseline
+
+
+class Worker(contextlib.AbstractContextManager):
+    """A runner in a process of its own.
 
     Args:
-        factory: Makes the object, in the process.
+        name: For messages.
         log: File for what the process prints.
         timeout: Seconds that all calls together may take.
-        threads: Threads that torch may use; None leaves its choice.
+        factory: Makes the runner, in the process.
     """
 
     def __init__(
-        self, factory: Callable[[], Any], log: Path, timeout: float, threads: int | None = None
+        self, name: str, log: Path, timeout: float, factory: Callable[[], Any] = Runner
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, connection = context.Pipe()
-        self.log, self.timeout, self.deadline = log, timeout, time.monotonic() + timeout
-        self.process = context.Process(target=_serve, args=(connection, log, factory, threads))
+        self.name, self.log, self.deadline = name, log, time.monotonic() + timeout
+        self.process = context.Process(target=_serve, args=(connection, log, factory))
         self.process.start()
         connection.close()
 
-    def ask(self, method: str, **arguments: Any) -> Any:
-        """Call a method of the object.
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the runner.
 
         Raises:
             WorkerError: It failed, the process ended, or time was up.
         """
         try:
             self.connection.send((method, arguments))
-            if not self.connection.poll(max(self.deadline - time.monotonic(), 0)):
-                self.close()
-                raise WorkerError("timeout", f"{method}: more than {self.timeout:.4g} s in all")
-            status, result = self.connection.recv()
+            status, result = "timeout", "too slow"
+            if self.connection.poll(max(self.deadline - time.monotonic(), 0)):
+                status, result = self.connection.recv()
         except (EOFError, OSError):
-            raise self._death(method) from None
+            self.process.join()
+            code, printed = self.process.exitcode, self.log.read_text(errors="replace").strip()
+            status = "out of memory" if code == -signal.SIGKILL else "error"  # as Linux kills then
+            result = f"exit code {code}: {printed.rpartition(chr(10))[2]}"
         if status != "ok":
-            raise WorkerError(status, result)
+            raise WorkerError(status, f"{self.name}: {method}: {result}")
         return result
 
-    def _death(self, method: str) -> WorkerError:
-        self.process.join()
-        code = self.process.exitcode
-        if code == -signal.SIGKILL:  # as Linux does when memory runs out
-            return WorkerError("out of memory", f"{method}: the process was killed (signal 9)")
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return WorkerError("error", f"{method}: exit code {code}: {lines[-1] if lines else ''}")
-
-    def close(self) -> None:
-        """End the process."""
+    def __exit__(self, *_: Any) -> None:
         self.process.kill()
         self.process.join()
         self.connection.close()
 
 
-def _serve(connection: Any, log: Path, factory: Callable[[], Any], threads: int | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    with contextlib.suppress(OSError):  # let this process be killed if memory runs out
-        Path("/proc/self/oom_score_adj").write_text("1000")
+def _serve(connection: Any, log: Path, factory: Callable[[], Any]) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if threads:
-        torch.set_num_threads(threads)
-    target = factory()
+    runner = factory()
     with contextlib.suppress(EOFError):
         while True:
-            connection.send(call(target, *connection.recv()))
+            connection.send(call(runner, *connection.recv()))
 
 
-def call(target: Any, method: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
+def call(runner: Any, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
     """Call a method; return ``"ok"`` and its result, or the kind of error and a message."""
     try:
-        return "ok", getattr(target, method)(**arguments)
-    except (NotAvailableError, ImportError) as error:
+        return "ok", getattr(runner, method)(*arguments)
+    except (NotImplementedError, ImportError) as error:
         return "skipped", str(error)
     except Exception as error:
         traceback.print_exc()
-        kind = "out of memory" if out_of_memory(error) else "error"
-        lines = str(error).strip().splitlines() or [""]
-        return kind, f"{type(error).__name__}: {lines[0]}".rstrip(": ")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is not enough memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    texts = ("can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-
-
-# --------------------------------------------------------------------------------------------------
-# measuring inside a process
+        no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+            isinstance(error, RuntimeError) and re.search("(allocate|enough) memory", str(error))
+        )
+        message = traceback.format_exception_only(error)[0].strip().partition("\n")[0]
+        return "out of memory" if no_memory else "error", message
 
 
 def peak_bytes(device: str) -> int:
@@ -158,32 +177,15 @@ def reset_peak(device: str) -> None:
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def synchronize(device: str) -> None:
-    """Wait for a GPU's work."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+@functools.cache
+def matmul_peak(device: str, dtype: str) -> float:
+    """Return the FLOP/s of a large square matrix product."""
+    from torch.utils.benchmark import Timer
 
-
-def count_flops(step: Callable[[], Any]) -> int:
-    """Return the floating-point operations of a call."""
-    with FlopCounterMode(display=False) as counter:
-        counter.flop_registry.update(CPU_ATTENTION)
-        # Don't count by module: the hooks break re-entrant activation checkpointing.
-        counter.mod_tracker.__exit__(None, None, None)
-        step()
-    return counter.get_total_flops()
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    """Return names and numbers of the machine."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = names[0] if names else cpu
-    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    found |= {"torch": torch.__version__, "python": platform.python_version()}
-    return found if device == "cpu" else {**found, "gpu": torch.cuda.get_device_name()}
+    n = 2048 if device == "cpu" else 8192
+    a, b = (torch.rand(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / min(timer.blocked_autorange().times)
