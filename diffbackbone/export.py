@@ -156,10 +156,9 @@ def build_backbone(options: ExportConfig, config: UNetConfig) -> DiffusionBackbo
 # ---------------------------------------------------------------------------------------- writing
 
 
-def random_images(batch: int, size: Sequence[int], seed: int) -> Tensor:
-    """Return images (N, 3, H, W) of noise in [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(batch, 3, *size, generator=generator) * 2 - 1
+def random_images(shape: Sequence[int], seed: int) -> Tensor:
+    """Return images (N, C, H, W) of noise in [-1, 1]."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def verify(ours: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> None:
@@ -219,13 +218,14 @@ def export_program(options: ExportConfig, config: UNetConfig) -> None:
     if options.format == "onnx":
         require("--format onnx", ONNX_PACKAGES, "pip install 'diffbackbone[export]'")
     backbone = build_backbone(options, config)
-    batch, size = options.batch, ((options.size or (config.image_size,)) * 2)[:2]
-    checks = [random_images(batch, size, seed) for seed in (1, 2)]
+    size = ((options.size or (config.image_size,)) * 2)[:2]
+    shape = options.batch, config.in_channels, *size
+    checks = [random_images(shape, seed) for seed in (1, 2)]
     expected = [backbone(x) for x in checks]  # keeps the fixed noise, which becomes a constant
-    print(f"exporting for images ({batch}, 3, {size[0]}, {size[1]}); minutes for a large U-Net")
+    print(f"exporting for images {shape}; minutes for a large U-Net")
     for i, (block, x) in enumerate(zip(backbone.blocks, expected[0])):
         print(f"  map{i}: block {block}, stride {backbone.strides[i]}, {tuple(x.shape)}")
-    program = torch.export.export(backbone, (random_images(batch, size, 0),))
+    program = torch.export.export(backbone, (random_images(shape, 0),))
     if options.format == "onnx":
         exported = torch.onnx.export(
             program,

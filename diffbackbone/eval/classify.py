@@ -54,7 +54,7 @@ def run(config: ClassifierConfig, caches: Sequence[FeatureCache] | None = None) 
         log_with=None if config.log_with == "none" else config.log_with,
         project_dir=str(config.out),
     )
-    train, val = config.list_folders()
+    train, val = config.list_folders(config.network().in_channels)
     if config.subset:
         train = train.subset(choose_subset(train, config.subset, config.seed))
     accelerator.print(f"{len(train.classes)} classes, {len(train)} training, {len(val)} val images")

@@ -22,7 +22,7 @@ from tqdm.contrib.concurrent import thread_map
 from diffbackbone.images import normalize, read_image, resize, to_tensor
 from diffbackbone.utils import RandomStream, UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 MIN_CROP = 0.8
 """Smallest random crop as a share of the short side, as in the published code."""
 
@@ -31,7 +31,7 @@ MIN_CROP = 0.8
 class ImageFolder:
     """Images in a fixed order: paths relative to a folder, class indices (N,), class names.
 
-    For ``value_range`` see :func:`diffbackbone.images.read_image`.
+    For ``value_range`` and ``channels`` see :func:`diffbackbone.images.read_image`.
     """
 
     root: Path
@@ -39,6 +39,7 @@ class ImageFolder:
     labels: np.ndarray
     classes: tuple[str, ...]
     value_range: Sequence[float] | None = None
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -49,8 +50,8 @@ class ImageFolder:
         return replace(self, paths=tuple(self.paths[i] for i in rows), labels=self.labels[rows])
 
     def read(self, index: int) -> np.ndarray:
-        """Read an image (H, W, 3), see :func:`diffbackbone.images.read_image`."""
-        return read_image(self.root / self.paths[index], self.value_range)
+        """Read an image (H, W, channels), see :func:`diffbackbone.images.read_image`."""
+        return read_image(self.root / self.paths[index], self.value_range, self.channels)
 
     def digest(self) -> str:
         """Return the SHA-256 of the paths, labels, file sizes and times of the last change."""
@@ -61,10 +62,10 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def list_folder(
-    root: Path, classes: Sequence[str] | None = None, value_range: Sequence[float] | None = None
-) -> ImageFolder:
+def list_folder(root: Path, classes: Sequence[str] | None = None, **options: Any) -> ImageFolder:
     """List a folder with one subfolder per class; the classes are those of training, if given.
+
+    Options are ``value_range`` and ``channels`` of :class:`ImageFolder`.
 
     Raises:
         UserError: There is one class only, or one that ``classes`` lacks.
@@ -76,19 +77,19 @@ def list_folder(
     if unknown := sorted(set(names) - set(classes)):
         raise UserError(f"{root} has classes that training lacks: {', '.join(unknown[:5])}")
     index = {name: i for i, name in enumerate(classes) if name in names}
-    return _list(root, index, classes, value_range)
+    return _list(root, index, classes, options)
 
 
-def list_images(root: Path, value_range: Sequence[float] | None = None) -> ImageFolder:
-    """List all images below a folder, as one class with an empty name."""
+def list_images(root: Path, **options: Any) -> ImageFolder:
+    """List all images below a folder, as one class with an empty name; see list_folder."""
     try:
-        return _list(root, {"": 0}, ("",), value_range)
+        return _list(root, {"": 0}, ("",), options)
     except FileNotFoundError as error:
         raise UserError(f"{root} has no images") from error
 
 
 def _list(
-    root: Path, index: dict[str, int], classes: Sequence[str], value_range: Any
+    root: Path, index: dict[str, int], classes: Sequence[str], options: dict[str, Any]
 ) -> ImageFolder:
     def is_image(path: str) -> bool:
         name = os.path.basename(path).lower()
@@ -97,7 +98,7 @@ def _list(
     samples = make_dataset(str(root), index, is_valid_file=is_image)
     paths = tuple(Path(path).relative_to(root).as_posix() for path, _ in samples)
     labels = np.array([label for _, label in samples], dtype=np.int64)
-    return ImageFolder(root, paths, labels, tuple(classes), value_range)
+    return ImageFolder(root, paths, labels, tuple(classes), **options)
 
 
 def check_images(folder: ImageFolder) -> None:
@@ -210,7 +211,7 @@ def prepare_image(
 
 
 def resize_short_side(pixels: np.ndarray, short: int) -> np.ndarray:
-    """Resize an image (H, W, 3) so that its short side has ``short`` pixels."""
+    """Resize an image (H, W, C) so that its short side has ``short`` pixels."""
     scale = short / min(pixels.shape[:2])
     height, width = (max(short, round(side * scale)) for side in pixels.shape[:2])
     if (height, width) == pixels.shape[:2]:
@@ -232,7 +233,7 @@ class RowImages(Dataset):
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        """Return the image (3, size, size) in [-1, 1] of (epoch, row)."""
+        """Return the image (C, size, size) in [-1, 1] of (epoch, row)."""
         epoch, row = key
         rng = None if self.seed is None else RandomStream.CROP.generator(self.seed, epoch, row)
         pixels = prepare_image(self.folder.read(row % len(self.folder)), self.size, rng)

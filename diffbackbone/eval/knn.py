@@ -120,7 +120,7 @@ def run(config: KnnConfig) -> list[dict[str, Any]]:
     Of several processes, all but the first only help with the features and return none.
     """
     state = config.start()
-    train, val = config.list_folders()
+    train, val = config.list_folders(config.network().in_channels)
     if max(config.k) > len(train):
         raise UserError(f"--k {max(config.k)}: there are {len(train)} training images")
     folders, spec = {"train": train, "val": val}, FeatureSpec.of(config, config.pool, state)

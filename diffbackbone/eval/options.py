@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +18,7 @@ from accelerate import PartialState
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.eval.data import ImageFolder, list_folder
-from diffbackbone.models.gd_config import PRESETS, UNetConfig
+from diffbackbone.models import resolve_network
 from diffbackbone.utils import UserError, changed_settings
 
 
@@ -47,7 +45,7 @@ class BackboneOptions:
     """auto: bfloat16 on a GPU that supports it, else float32."""
 
     def network(self) -> Any:
-        """Return the architecture: ``blocks``, the table of all blocks, and ``image_size``."""
+        """Return the architecture; see :func:`diffbackbone.models.resolve_network`."""
         return _network(self.unet)
 
     def existing(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
@@ -88,11 +86,12 @@ class DataOptions:
     """Values of images deeper than 8 bits that are black and white; default: 0 65535 for integers,
     0 1 for floats."""
 
-    def list_folders(self) -> tuple[ImageFolder, ImageFolder]:
+    def list_folders(self, channels: int = 3) -> tuple[ImageFolder, ImageFolder]:
         """List the training and validation images; the classes are those of training."""
-        root = self.data.expanduser()
-        train = list_folder(root / self.train_dir, value_range=self.value_range)
-        return train, list_folder(root / self.val_dir, train.classes, self.value_range)
+        root, options = self.data.expanduser(), {"value_range": self.value_range}
+        train = list_folder(root / self.train_dir, **options, channels=channels)
+        val = list_folder(root / self.val_dir, train.classes, **options, channels=channels)
+        return train, val
 
 
 @dataclass(kw_only=True)
@@ -108,20 +107,13 @@ class CacheOptions:
 
 
 @functools.lru_cache
-def _network(unet: str) -> UNetConfig | SimpleNamespace:
-    if unet in PRESETS:
-        return PRESETS[unet]
+def _network(unet: str) -> Any:
     if unet.endswith(".safetensors") and "://" not in unet:
         return read_unet_config(unet)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="DiffusionBackbone: no checkpoint")
-        try:
-            network = DiffusionBackbone(unet, blocks=(1,), out_channels=None, out_strides=None).unet
-        except ValueError as error:
-            raise UserError(f"--unet {unet}: {error}") from error
-    config = getattr(network, "config", None)
-    size = getattr(network, "image_size", None) or getattr(config, "image_size", None)
-    return SimpleNamespace(blocks=network.blocks, image_size=size or 256)
+    try:
+        return resolve_network(unet)
+    except ValueError as error:
+        raise UserError(f"--unet {unet}: {error}") from error
 
 
 def build_backbone(
@@ -134,11 +126,10 @@ def build_backbone(
     Raises:
         UserError: A block, timestep, feedback or the weights don't fit.
     """
-    network = options.network()
     torch.manual_seed(options.seed)
     try:
         backbone = DiffusionBackbone(
-            network if isinstance(network, UNetConfig) else options.unet,
+            options.network(),
             checkpoint=options.checkpoint,
             timestep=options.timesteps[0],
             blocks=options.blocks,

@@ -123,12 +123,13 @@ def run(config: SweepConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"format": FORMAT, "batch_size": config.batch_size}
     draws: list[Labels] = []
     if config.cka_only:
-        images = list_images(config.data.expanduser(), config.value_range)
+        options = {"value_range": config.value_range, "channels": config.network().in_channels}
+        images = list_images(config.data.expanduser(), **options)
         order = RandomStream.ORDER.generator(config.seed).permutation(len(images))
         images = images.subset(np.sort(order[: config.cka_images]))
         folders = {"images": images}
     else:
-        train, images = config.list_folders()
+        train, images = config.list_folders(config.network().in_channels)
         part, draws = draw_labels(config, train)
         # one cache for each draw of the labels
         folders = {f"train-{part.digest()[:8]}" if config.subset else "train": part, "val": images}
@@ -215,7 +216,7 @@ def report(
 def flops_to(backbone: DiffusionBackbone, blocks: Sequence[int], image_size: int) -> dict[int, int]:
     """Count the operations from a square image to each block, with the backbone's padding."""
     backbone = copy.deepcopy(backbone).to("meta")
-    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    image = torch.empty(1, backbone.in_channels, image_size, image_size, device="meta")
     flops = {}
     for block in blocks:
         with counting_flops() as counter:

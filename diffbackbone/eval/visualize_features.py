@@ -90,7 +90,7 @@ def color_taps(
     device: torch.device | str = "cpu",
     compute: torch.dtype | None = None,
 ) -> list[dict[Tap, tuple[np.ndarray, str]]]:
-    """Return ``{(t, b): (pixels (h, w, 3), caption)}`` for each image (H, W, 3).
+    """Return ``{(t, b): (pixels (h, w, 3), caption)}`` for each image (H, W, C).
 
     With feedback, the taps are those of the second pass.
     """
@@ -137,15 +137,21 @@ def run(config: VisualizeFeaturesConfig) -> None:
     for path in map(Path.expanduser, config.images):
         paths += [path / name for name in list_images(path).paths] if path.is_dir() else [path]
     paths = paths[: config.limit]
-    images = [read_image(path, config.value_range) for path in paths]
+    channels = backbone.in_channels
+    images = [read_image(path, config.value_range, channels) for path in paths]
     if config.image_size is not None:
         images = [resize_short_side(pixels, config.image_size) for pixels in images]
     compute = config.compute_dtype(state.device)
     taps = color_taps(backbone, images, config.timesteps, config.blocks, state.device, compute)
-    panels = [(path.name, to_uint8(pixels), own) for path, pixels, own in zip(paths, images, taps)]
+    panels = [(path.name, _shown(pixels), own) for path, pixels, own in zip(paths, images, taps)]
     strides = {b: backbone.unet.blocks[b].stride for b in config.blocks}
     save_figure(draw_taps(panels, strides), config.out)
     print(f"{config.out}: {len(paths)} images, b = {config.blocks}, t = {config.timesteps}")
+
+
+def _shown(pixels: np.ndarray) -> np.ndarray:
+    """Return the first three channels, or the first one as grey, as uint8 RGB."""
+    return to_uint8(pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., [0, 0, 0]])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
