@@ -115,7 +115,7 @@ def read_config(options: ExportConfig) -> UNetConfig:
         return stored or UNetConfig.from_preset("gd256_uncond")
     try:
         return resolve_config(options.unet)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"--unet {options.unet}: {error}") from error
 
 
