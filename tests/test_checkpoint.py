@@ -14,7 +14,6 @@ from typing import ClassVar
 import golden
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from diffbackbone import CheckpointError, UNet, UNetConfig, load_checkpoint
 from diffbackbone.checkpoint import read_checkpoint
@@ -47,6 +46,7 @@ def save(tmp_path, content, name="file.pt", **kwargs):
 
 WRAPPINGS = {
     "plain": lambda sd: sd,
+    "half": lambda sd: {key: value.half() for key, value in sd.items()},
     "state_dict": lambda sd: {"state_dict": sd, "meta": {"iter": 3}},
     "model": lambda sd: {"model": sd, "optimizer": {}},
     "ema": lambda sd: {"model": {k: v * 0 for k, v in sd.items()}, "ema": sd},
@@ -63,19 +63,11 @@ WRAPPINGS = {
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_wrapped_and_prefixed(tmp_path, state_dict, wrapping):
-    report = check(save(tmp_path, WRAPPINGS[wrapping](state_dict)), state_dict)
+    content = WRAPPINGS[wrapping](state_dict)
+    report = check(save(tmp_path, content), content if wrapping == "half" else state_dict)
     if wrapping == "backbone":
         assert report.prefix == "backbone.unet."
         assert report.foreign == ("decode_head.conv_seg.weight",)
-
-
-def test_file_formats(tmp_path, state_dict):
-    check(str(save(tmp_path, state_dict, "file.pth")), state_dict)
-    check(save(tmp_path, state_dict, _use_new_zipfile_serialization=False), state_dict)
-    save_file(state_dict, tmp_path / "file.safetensors")
-    check(tmp_path / "file.safetensors", state_dict)
-    half = {k: v.half() for k, v in state_dict.items()}
-    check(save(tmp_path, half, "half.pt"), half)
 
 
 @pytest.fixture
