@@ -215,7 +215,8 @@ def report(
 def flops_to(backbone: DiffusionBackbone, blocks: Sequence[int], image_size: int) -> dict[int, int]:
     """Count the operations from a square image to each block, with the backbone's padding."""
     backbone = copy.deepcopy(backbone).to("meta")
-    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    channels = getattr(backbone.unet, "in_channels", 3)
+    image = torch.empty(1, channels, image_size, image_size, device="meta")
     flops = {}
     for block in blocks:
         with counting_flops() as counter:
