@@ -127,14 +127,14 @@ def test_only_missing_cells_are_measured_seed_by_seed(tmp_path, weights, measure
 def test_a_killed_run_continues_with_the_missing_cells(tmp_path, measured):
     script, out, log = tmp_path / "slow.py", tmp_path / "out", tmp_path / "log"
     script.write_text(
-        "import time\n"
-        "from diffbackbone.eval import label_efficiency, label_tasks\n"
+        "import runpy, time\n"
+        "from diffbackbone.eval import label_tasks\n"
         "def run(runner, cell):\n"
         "    print(cell.name, flush=True)\n"
         "    time.sleep(60 if cell.seed == 1 else 0)\n"
         "    return dict(score=1.0, metrics={}, train_images=1, val_images=1)\n"
         "label_tasks.LabelEfficiencyRunner.measure = run\n"
-        "label_efficiency.main()\n"
+        f"runpy.run_path('{ROOT}/tools/label_efficiency.py', run_name='__main__')\n"
     )
     config = LabelEfficiencyConfig(tasks=("knn",), labels=(1.0,), weights=("random",), out=out)
     options = ["--tasks", "knn", "--labels", "1", "--weights", "random"]

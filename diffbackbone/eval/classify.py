@@ -78,65 +78,52 @@ def run(config: ClassifierConfig, caches: Sequence[FeatureCache] | None = None) 
         check_images(val)
     accelerator.wait_for_everyone()
     trainer = Trainer(config, accelerator, model, train, val, caches)
-    if saved is not None:
-        return _evaluate(trainer, saved, settings)
-    return _train(trainer, resumed, settings)
+    if saved is None:
+        results, confusion = _train(trainer, resumed, settings)
+    else:
+        results, confusion = _evaluate(trainer, saved, settings)
+    out, scores = config.out, results["val"]
+    if accelerator.is_main_process:
+        save_figure(draw_confusion(confusion.numpy(), train.classes), out / "confusion.png")
+        write_json(out / "results.json", {**results, "confusion": confusion.tolist()})
+    accelerator.print(
+        f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} of {scores['images']} images\n"
+        f"{out}: results.json, confusion.png"
+    )
+    accelerator.wait_for_everyone()
+    return results
 
 
 def _train(
     trainer: Trainer, saved: Mapping[str, Any] | None, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    config, accelerator = trainer.config, trainer.accelerator
+) -> tuple[dict[str, Any], Tensor]:
+    """Return the results of the selected head, and its confusion matrix."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    trained //= len(config.lr)
-    accelerator.print(f"{trained:,} trained parameters")
+    trained //= len(trainer.config.lr)
+    trainer.accelerator.print(f"{trained:,} trained parameters")
     trainer.prepare(saved)
     trainer.fit(settings)
-    best = trainer.best
-    assert best is not None
-    results = {
-        "trained_parameters": trained,
-        "selected_on": config.select_on,
-        "lr": best["lr"],
-        "epoch": best["epoch"],
-        "val": best["val"],
-        "settings": dict(settings),
-    }
-    _write_results(trainer, results, best["confusion"])
-    return results
+    best = {name: trainer.best[name] for name in ("lr", "epoch", "val")}
+    chosen = {"trained_parameters": trained, "selected_on": trainer.config.select_on}
+    return {**chosen, **best, "settings": dict(settings)}, trainer.best["confusion"]
 
 
 def _evaluate(
     trainer: Trainer, saved: Mapping[str, Any], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    config, model = trainer.config, trainer.model
+) -> tuple[dict[str, Any], Tensor]:
+    """Return the results of a saved head, and its confusion matrix."""
+    path, head = trainer.config.evaluate, trainer.model.heads[0]
     if "model_head" in saved:
         if saved.get("model_feedback"):
-            raise UserError(f"{config.evaluate}: the published code's feedback is not converted")
-        head = convert_published_head(saved, model.heads[0])
+            raise UserError(f"{path}: the published code's feedback is not converted")
+        head.load_state_dict(convert_published_head(saved, head))
     else:
         if saved["settings"]["classes"] != settings["classes"]:
-            raise UserError(f"{config.evaluate} was trained on other classes than the data has")
-        head = saved["head"]
-    model.heads[0].load_state_dict(head)
+            raise UserError(f"{path} was trained on other classes than the data has")
+        head.load_state_dict(saved["head"])
     trainer.prepare()
-    scores = trainer.evaluate()
-    results = {"evaluated": str(config.evaluate), "val": scores.compute()[0]}
-    _write_results(trainer, results, scores.confusion(0))
-    return results
-
-
-def _write_results(trainer: Trainer, results: Mapping[str, Any], confusion: Tensor) -> None:
-    out, val = trainer.config.out, results["val"]
-    if trainer.accelerator.is_main_process:
-        figure = draw_confusion(confusion.numpy(), trainer.val.classes)
-        save_figure(figure, out / "confusion.png")
-        write_json(out / "results.json", {**results, "confusion": confusion.tolist()})
-    trainer.accelerator.print(
-        f"val: top-1 {val['top1']:.2%}, top-5 {val['top5']:.2%} of {val['images']} images\n"
-        f"{out}: results.json, confusion.png"
-    )
-    trainer.accelerator.wait_for_everyone()
+    scores = trainer.evaluate()[0]
+    return {"evaluated": str(path), "val": scores.compute()}, scores.confusion()
 
 
 def build_model(config: ClassifierConfig, classes: int, spec: FeatureSpec) -> Classifier:

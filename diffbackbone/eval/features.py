@@ -119,7 +119,7 @@ class FeatureSpec:
             "timesteps": self.timesteps,
             "blocks": self.blocks,
             "noise": backbone.noise,
-            "seed": None if backbone.noise == "none" else backbone.seed,
+            "seed": backbone.seed if backbone.noise == "fixed" else None,
             "image_size": self.image_size,
             "preprocessing": RowImages.PREPROCESSING,
             "value_range": images.value_range,

@@ -140,10 +140,10 @@ def summarize(records: Sequence[Record]) -> str:
         for metric, share in itertools.product((info.score, *info.metrics), _shares(own)):
             here = [record for record in own if record["labels"] == share]
             images = sorted({record["train_images"] for record in here})
-            found = {
-                name: {r["seed"]: {info.score: r["score"], **r["metrics"]}[metric] for r in group}
-                for name, group in _group(here, "weights", weights, empty=True).items()
-            }
+            found: dict[str, dict[int, float]] = {name: {} for name in weights}
+            for record in here:
+                values = {info.score: record["score"], **record["metrics"]}
+                found[record["weights"]][record["seed"]] = values[metric]
             row = [info.title, metric, f"{share:.3g}", "/".join(f"{n:,}" for n in images)]
             row += [format_values(list(found[name].values())) for name in weights]
             for a, b in pairs:
@@ -154,12 +154,10 @@ def summarize(records: Sequence[Record]) -> str:
     return markdown_table(["task", "in %", *(f"{name}:" for name in names)], rows)
 
 
-def _group(
-    records: Iterable[Record], key: str, values: Iterable[str], empty: bool = False
-) -> dict[str, list[Record]]:
-    """Group records by a value; those of other values, and mostly empty groups, are left out."""
+def _group(records: Iterable[Record], key: str, values: Iterable[str]) -> dict[str, list[Record]]:
+    """Group records by a value; those of other values are left out."""
     groups = {value: [record for record in records if record[key] == value] for value in values}
-    return {value: group for value, group in groups.items() if group or empty}
+    return {value: group for value, group in groups.items() if group}
 
 
 def _shares(records: Iterable[Record]) -> list[float]:

@@ -71,40 +71,32 @@ class Classifier(nn.Module):
 
 
 class Scores:
-    """Loss, accuracy and confusion matrix of several heads, over all processes."""
+    """Loss, accuracy and confusion matrix of a head, over all processes."""
 
-    def __init__(self, heads: int, classes: int, device: torch.device) -> None:
-        def mean() -> MeanMetric:
-            return MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
-
-        self.means = [{name: mean() for name in METRICS} for _ in range(heads)]
-        self.matrices = [
-            MulticlassConfusionMatrix(classes, validate_args=False).to(device) for _ in range(heads)
-        ]
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.means = {
+            name: MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
+            for name in METRICS
+        }
+        self.matrix = MulticlassConfusionMatrix(classes, validate_args=False).to(device)
 
     @torch.no_grad()
-    def update(self, logits: Sequence[Tensor], labels: Tensor) -> None:
-        """Count a batch: logits (N, num_classes) of each head, and labels (N,)."""
-        for x, means, matrix in zip(logits, self.means, self.matrices):
-            ranks = true_ranks(x, labels)
-            means["top1"].update(ranks < 1)
-            means["top5"].update(ranks < 5)
-            means["loss"].update(F.cross_entropy(x, labels, reduction="none"))
-            matrix.update(x.argmax(1), labels)
+    def update(self, x: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (N, num_classes) and labels (N,)."""
+        ranks = true_ranks(x, labels)
+        loss = F.cross_entropy(x, labels, reduction="none")
+        for mean, values in zip(self.means.values(), (ranks < 1, ranks < 5, loss)):
+            mean.update(values)
+        self.matrix.update(x.argmax(1), labels)
 
-    def compute(self) -> list[dict[str, float]]:
-        """Return ``top1``, ``top5``, ``loss`` and the number of ``images`` of each head."""
-        return [
-            {
-                "images": int(self.confusion(head).sum()),
-                **{name: float(mean.compute()) for name, mean in means.items()},
-            }
-            for head, means in enumerate(self.means)
-        ]
+    def compute(self) -> dict[str, float]:
+        """Return ``top1``, ``top5``, ``loss`` and the number of ``images``."""
+        means = {name: float(mean.compute()) for name, mean in self.means.items()}
+        return {"images": int(self.confusion().sum()), **means}
 
-    def confusion(self, head: int) -> Tensor:
-        """Return how many images of class i (row) a head takes for class j (column): (K, K)."""
-        return self.matrices[head].compute().cpu()
+    def confusion(self) -> Tensor:
+        """Return how many images of class i (row) are taken for class j (column): (K, K)."""
+        return self.matrix.compute().cpu()
 
 
 @dataclass
@@ -159,9 +151,9 @@ class Trainer:
             improved = False
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
                 if self.held_out is not None:
-                    record["heldout"] = self._evaluate(0, self.held_out).compute()
+                    record["heldout"] = _compute(self._evaluate(0, self.held_out))
                 val = self.evaluate()
-                record["val"] = val.compute()
+                record["val"] = _compute(val)
                 improved = self._select(record, val)
             record["seconds"] = time.perf_counter() - start
             self.history.append(record)
@@ -170,23 +162,22 @@ class Trainer:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def evaluate(self) -> Scores:
+    def evaluate(self) -> list[Scores]:
         """Evaluate each head on the validation images."""
         return self._evaluate(1, np.arange(len(self.val)))
 
     @torch.no_grad()
-    def _evaluate(self, split: int, rows: np.ndarray) -> Scores:
+    def _evaluate(self, split: int, rows: np.ndarray) -> list[Scores]:
         scores = self._new_scores()
         self.wrapped.eval()
         batches = _cut(rows, self.model.spec.batch * self.accelerator.num_processes)
         for inputs, labels, count in self._batches(split, batches):
-            logits = self.wrapped(inputs)
-            if count:
-                scores.update(logits, labels)
+            _update(scores, self.wrapped(inputs), labels, count)
         return scores
 
-    def _new_scores(self) -> Scores:
-        return Scores(len(self.config.lr), len(self.train.classes), self.accelerator.device)
+    def _new_scores(self) -> list[Scores]:
+        classes, device = len(self.train.classes), self.accelerator.device
+        return [Scores(classes, device) for _ in self.config.lr]
 
     def _train_epoch(self, epoch: int) -> list[dict[str, float]]:
         """Train on every image once, mirrored or not, in an order of this epoch."""
@@ -213,9 +204,8 @@ class Trainer:
             if last:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            if count:
-                scores.update(logits, labels)
-        return scores.compute()
+            _update(scores, logits, labels, count)
+        return _compute(scores)
 
     def _batches(
         self, split: int, batches: Sequence[np.ndarray], epoch: int | None = None, parts: int = 1
@@ -251,7 +241,7 @@ class Trainer:
             seed_everything(config.seed, epoch or 0, number, rank, RandomStream.STEP)
             yield send_to_device(inputs, device), labels[rows % len(labels)].to(device), count
 
-    def _select(self, record: Mapping[str, Any], val: Scores) -> bool:
+    def _select(self, record: Mapping[str, Any], val: Sequence[Scores]) -> bool:
         """Update the selected head; of equals, the earlier epoch and rate stay."""
         before = self.best
         for index, lr in enumerate(self.config.lr):
@@ -259,7 +249,7 @@ class Trainer:
             if self.best is None or self.config.select_on == "none" or key > self.best["key"]:
                 self.best = {
                     "key": key, "index": index, "lr": lr, "epoch": record["epoch"],
-                    "val": record["val"][index], "confusion": val.confusion(index),
+                    "val": record["val"][index], "confusion": val[index].confusion(),
                 }  # fmt: skip
         return self.best is not before
 
@@ -329,6 +319,15 @@ def build_optimizer(config: ClassifierConfig, model: Classifier) -> torch.optim.
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, weight_decay=config.weight_decay)
     return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _update(scores: Sequence[Scores], logits: Sequence[Tensor], labels: Tensor, count: int) -> None:
+    for own, x in zip(scores, logits if count else ()):
+        own.update(x, labels)
+
+
+def _compute(scores: Sequence[Scores]) -> list[dict[str, float]]:
+    return [own.compute() for own in scores]
 
 
 def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
