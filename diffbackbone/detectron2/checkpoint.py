@@ -58,6 +58,10 @@ class Checkpointer(DetectionCheckpointer):
             ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pyth"):  # pycls
+            weights = self._torch_load(filename)["model_state"].items()
+            weights = {key: x for key, x in weights if not key.endswith("num_batches_tracked")}
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
         content = read_numbers(filename)
