@@ -62,7 +62,7 @@ def apply_repairs() -> None:
         distribute_on_cpu()
 
 
-def replace_mmcv_ops() -> types.ModuleType:
+def replace_mmcv_ops() -> None:
     """Let ``mmcv.ops`` be imported without compiled operators (mmcv-lite).
 
     mmseg imports operators at the top of modules that most models never call. In the stand-in every
@@ -87,7 +87,6 @@ def replace_mmcv_ops() -> types.ModuleType:
 
     module.__getattr__ = make_op
     mmcv.ops = sys.modules["mmcv.ops"] = module
-    return module
 
 
 def allow_checkpoint_globals() -> None:
