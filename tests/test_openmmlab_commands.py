@@ -93,6 +93,11 @@ def load(name: str) -> Config:
     return Config.fromfile(str(CONFIGS / f"{name}.py"), import_custom_modules=False)
 
 
+def test_configs_need_no_installed_bases():
+    """MMEngine finds ``mmseg::`` by the name of a distribution, which forks do not have."""
+    assert not [path for path in CONFIGS.rglob("*.py") if "mmseg::" in path.read_text()]
+
+
 @pytest.mark.parametrize("model", ["mae-b", "mae-l", "r50"])
 @pytest.mark.parametrize(("suffix", "iterations"), [("", 16_000), ("_160k", 160_000)])
 def test_settings_shared_by_all(model, suffix, iterations):

@@ -67,6 +67,23 @@ def test_mmdet_needs_compiled_operators(installed):
 
 
 # --------------------------------------------------------------------------------------------------
+# reading
+
+
+def test_a_fork_reads_weights_only(tmp_path, monkeypatch):
+    """onedl-mmengine's own falls back to unpickling anything."""
+    from mmengine.runner import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_safe_torch_load", torch.load, raising=False)
+    repairs.read_weights_only()
+    torch.save({"weights": torch.ones(2)}, tmp_path / "weights.pth")
+    assert checkpoint._safe_torch_load(str(tmp_path / "weights.pth"), "cpu")["weights"].sum() == 2
+    torch.save(forked.Script, tmp_path / "code.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint._safe_torch_load(str(tmp_path / "code.pth"), weights_only=False)
+
+
+# --------------------------------------------------------------------------------------------------
 # mmcv.ops
 
 
