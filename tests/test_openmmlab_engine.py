@@ -103,33 +103,24 @@ ENDLESS = dict(type="InfiniteSampler", shuffle=True)
 SHUFFLED = dict(type="DefaultSampler", shuffle=True)
 
 
-def make(
-    folder,
-    *,
-    model=None,
-    seed=3,
-    iterations=12,
-    record=None,
-    workers=0,
-    dataset=None,
-    sampler=ENDLESS,
-    **changes,
-):
-    checkpoint = dict(
-        type="WholeCheckpointHook", by_epoch=False, interval=2, max_keep_ckpts=2, save_best="mIoU"
-    )
-    checkpoint.update(changes.pop("checkpoint", {}))
+def make(folder, *, seed=3, iterations=12, record=None, workers=0, sampler=ENDLESS, **changes):
+    """A run with a validation every 4 iterations and a checkpoint every 2."""
     loader = dict(batch_size=2, num_workers=workers, collate_fn=dict(type="pseudo_collate"))
+    in_order = dict(type="DefaultSampler", shuffle=False)
+    checkpoint = dict(type="WholeCheckpointHook", by_epoch=False, interval=2, max_keep_ckpts=2)
+    checkpoint = {**checkpoint, "save_best": "mIoU", **changes.pop("checkpoint", {})}
     torch.manual_seed(0)
-    model = model or Model()
     settings = dict(
-        model=model,
+        model=Model(),
         work_dir=str(folder),
-        train_dataloader=dict(dataset=dataset or Noisy(), sampler=sampler, **loader),
-        train_cfg=dict(type="ResumableIterBasedTrainLoop", max_iters=iterations, val_interval=4),
-        val_dataloader=dict(
-            dataset=Noisy(), sampler=dict(type="DefaultSampler", shuffle=False), **loader
+        train_dataloader=dict(
+            dataset=changes.pop("dataset", None) or Noisy(),
+            sampler=sampler,
+            persistent_workers=workers > 0,
+            **loader,
         ),
+        train_cfg=dict(type="ResumableIterBasedTrainLoop", max_iters=iterations, val_interval=4),
+        val_dataloader=dict(dataset=Noisy(), sampler=in_order, **loader),
         val_cfg=dict(),
         val_evaluator=Evaluator([Score()]),
         optim_wrapper=dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-2)),
@@ -144,8 +135,7 @@ def make(
         log_level="ERROR",
         experiment_name=f"run{random.SystemRandom().random()}",
     )
-    settings.update(changes)
-    return Runner(**settings)
+    return Runner(**{**settings, **changes})
 
 
 def weights(folder, iteration=12):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 import diffbackbone.mmseg  # noqa: F401  registers
 
 # isort: split
+import mmseg
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS as ROOT_MODELS
@@ -29,6 +32,7 @@ from PIL import Image
 from diffbackbone import CheckpointError, UNet, UNetConfig
 from diffbackbone.openmmlab.backbone import DiffusionBackbone
 from diffbackbone.openmmlab.checks import CheckInputsHook
+from diffbackbone.sample_data.dataset import main as make_sample_data
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "mmseg"
@@ -147,18 +151,13 @@ def test_configs_train_and_predict(name):
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused
     model.eval()
-    odd = dict(inputs=[inputs[0][:, :50, :61]], data_samples=samples([(50, 61)], classes))
+    bgr = torch.tensor([0, 127, 255], dtype=torch.uint8)[:, None, None].expand(3, 50, 61)
+    odd = dict(inputs=[bgr], data_samples=samples([(50, 61)], classes))
+    arrived = model.data_preprocessor(odd, False)["inputs"]
+    assert arrived[0, :, 0, 0].tolist() == pytest.approx([1, -1 / 255, -1], abs=1e-6)
     with torch.no_grad():
         (result,) = model.test_step(odd)
     assert result.pred_sem_seg.data.shape == (1, 50, 61)
-
-
-def test_images_arrive_as_rgb_from_minus_one_to_one():
-    model = MODELS.build(shrunken("upernet_difffeed_ade20k").model)
-    bgr = torch.tensor([0, 127, 255], dtype=torch.uint8)[:, None, None].expand(3, 64, 64)
-    data = model.data_preprocessor(dict(inputs=[bgr], data_samples=samples([(64, 64)])), False)
-    expected = [1, -1 / 255, -1]
-    assert data["inputs"][0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", GD)
@@ -284,68 +283,52 @@ def test_labels_without_a_class_stop_the_run(settings, message):
 
 
 # --------------------------------------------------------------------------------------------------
-# The official scripts on the sample config, with everything made small by --cfg-options.
+# official scripts
+
+SCRIPTS = """
+_base_ = "{base}"
+model = dict(backbone=dict(freeze=True, save_frozen={save}, activation_checkpointing=True))
+loader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root="{data}"))
+train_dataloader = dict(batch_size=2, **loader)
+val_dataloader = loader
+test_dataloader = loader
+train_cfg = dict(max_iters=4, val_interval=4)
+default_hooks = dict(checkpoint=dict(interval=2))
+custom_hooks = [dict(type="EMAHook", begin_iter=2, update_buffers=True)]
+"""
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "sample"
-    counts = ["--train", "6", "--val", "3", "--unlabelled", "0"]
-    forked.run("tools/make_sample_data.py", "--out", root, *counts, log=root.with_name("log"))
-    return root / "ADEChallengeData2016"
-
-
-def arguments(data: Path, work_dir: Path, iterations: int) -> list[str]:
-    options = {
-        **{f"{part}_dataloader.dataset.data_root": data for part in ("train", "val", "test")},
-        **{f"{part}_dataloader.num_workers": 0 for part in ("train", "val", "test")},
-        **{f"{part}_dataloader.persistent_workers": False for part in ("train", "val", "test")},
-        "train_dataloader.batch_size": 2,
-        "train_cfg.max_iters": iterations,
-        "train_cfg.val_interval": iterations,
-        "default_hooks.checkpoint.interval": 2,
-        "default_hooks.logger.interval": 1,
-        "model.backbone.activation_checkpointing": True,
-    }
-    listed = [f"{key}={value}" for key, value in options.items()]
-    return ["--work-dir", str(work_dir), "--cfg-options", *listed]
-
-
-def script(name: str) -> str:
-    import mmseg
-
-    return str(Path(mmseg.__file__).parent / ".mim" / "tools" / name)
-
-
-def test_checkpoints_without_frozen_weights(data, tmp_path):
+def test_checkpoints_without_frozen_weights(tmp_path, monkeypatch):
     """They resume and are evaluated as those with them, which the official scripts train here."""
-    found, log = [], tmp_path / "log"
+    found, log, data = [], tmp_path / "log", tmp_path / "data"
+    counts = ["--train", "6", "--val", "3", "--unlabelled", "0"]
+    make_sample_data(["--out", str(data), *counts])
+    official = Path(mmseg.__file__).parent / ".mim" / "tools"
     for save, train, test in (
-        (True, script("train.py"), script("test.py")),
+        (True, official / "train.py", official / "test.py"),
         (False, "tools/mmseg_train.py", "tools/mmseg_test.py"),
     ):
-        config, work = tmp_path / f"{save}.py", tmp_path / str(save)
-        config.write_text(
-            f"_base_ = {str(CONFIGS / 'upernet_gd_sample.py')!r}\n"
-            f"model = dict(backbone=dict(freeze=True, save_frozen={save}))\n"
-            "custom_hooks = [dict(type='EMAHook', begin_iter=2, update_buffers=True)]\n"
-        )
-        for iterations, resume in ((4, []),) if save else ((2, []), (4, ["--resume"])):
-            command = [train, config, *arguments(data, work, iterations), *resume]
-            forked.run(*command, log=log)
-        weights = work / "iter_4.pth"
-        command = [test, config, weights, *arguments(data, work / "test", 4)]
-        scores = re.findall(r"mIoU: (\S+)", forked.run(*command, log=log))
+        config, work = tmp_path / f"{save}.py", ["--work-dir", tmp_path / str(save)]
+        base = CONFIGS / "upernet_gd_sample.py"
+        config.write_text(SCRIPTS.format(base=base, save=save, data=data / "ADEChallengeData2016"))
+        if not save:
+            half = ["--cfg-options", "train_cfg.max_iters=2", "train_cfg.val_interval=2"]
+            forked.run(train, config, *work, *half, log=log)
+        forked.run(train, config, *work, *([] if save else ["--resume"]), log=log)
+        weights = work[1] / "iter_4.pth"
+        output = forked.run(test, config, weights, "--work-dir", tmp_path / "test", log=log)
         state = torch.load(weights, weights_only=True)["state_dict"]
         assert save == any("backbone.unet." in key for key in state)
-        found.append((scores, state["decode_head.conv_seg.weight"]))
-    assert scores
-    assert found[0][0] == found[1][0]
-    assert torch.equal(found[0][1], found[1][1])
+        head = state["decode_head.conv_seg.weight"]
+        found.append((re.findall(r"mIoU: (\S+)", output), head.tolist()))
+    assert found[0] == found[1]
+    assert found[0][0]
 
     picture = tmp_path / "picture.png"
-    command = ["tools/mmseg_visualize.py", config, weights, "--out", picture, "--images", "2"]
-    forked.run(*command, "--cfg-options", f"test_dataloader.dataset.data_root={data}", log=log)
+    options = ["--images", "2", "--cfg-options", "model.test_cfg.mode=whole"]
+    command = ["mmseg_visualize.py", str(config), str(weights), "--out", str(picture), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(ROOT / "tools" / command[0]), run_name="__main__")
     with Image.open(picture) as image:
         assert image.width > 1000
         assert len(set(image.convert("RGB").getdata())) > 500  # photographs, not a blank page

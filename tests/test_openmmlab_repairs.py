@@ -67,6 +67,23 @@ def test_mmdet_needs_compiled_operators(installed):
 
 
 # --------------------------------------------------------------------------------------------------
+# reading
+
+
+def test_a_fork_reads_weights_only(tmp_path, monkeypatch):
+    """onedl-mmengine's own falls back to unpickling anything."""
+    from mmengine.runner import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_safe_torch_load", torch.load, raising=False)
+    repairs.read_weights_only()
+    torch.save({"weights": torch.ones(2)}, tmp_path / "weights.pth")
+    assert checkpoint._safe_torch_load(str(tmp_path / "weights.pth"), "cpu")["weights"].sum() == 2
+    torch.save(forked.Script, tmp_path / "code.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint._safe_torch_load(str(tmp_path / "code.pth"), weights_only=False)
+
+
+# --------------------------------------------------------------------------------------------------
 # mmcv.ops
 
 
@@ -124,19 +141,14 @@ class Model(BaseModel):
 
 init_dist("pytorch", backend="nccl")
 assert dist.get_backend() == "gloo"
-rank = dist.get_rank()
 torch.manual_seed(0)
 model = MMDistributedDataParallel(Model(), device_ids=[int(os.environ["LOCAL_RANK"])])
-torch.manual_seed(rank)
+torch.manual_seed(dist.get_rank())
 model(torch.randn(2, 1, 4, 4), mode="loss")["loss"].backward()
 gradient = model.module.layers[0].weight.grad.flatten()
-assert gradient.abs().sum() > 0
 both = [torch.empty_like(gradient) for _ in range(2)]
 dist.all_gather(both, gradient)
-assert torch.equal(*both)
-means = [torch.empty(2) for _ in range(2)]
-dist.all_gather(means, model.module.layers[1].running_mean)
-assert not torch.equal(*means)  # own statistics
+assert torch.equal(*both) and gradient.abs().sum() > 0
 dist.destroy_process_group()
 """
 
@@ -161,9 +173,6 @@ def test_two_cpu_processes_train_with_sync_batch_norm(tmp_path):
 
 
 def test_nothing_is_distributed_on_cpu_where_there_is_a_gpu(monkeypatch):
-    called = []
-    monkeypatch.setattr(repairs, "distribute_on_cpu", lambda: called.append(1))
-    for device, calls in (("cuda", 0), ("cpu", 1)):
-        monkeypatch.setattr("mmengine.device.get_device", lambda device=device: device)
-        repairs.apply_repairs.__wrapped__()
-        assert len(called) == calls
+    monkeypatch.setattr(repairs, "distribute_on_cpu", lambda: pytest.fail("called"))
+    monkeypatch.setattr("mmengine.device.get_device", lambda: "cuda")
+    repairs.apply_repairs.__wrapped__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -46,17 +45,12 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         super().__init__(unet, **kwargs)
         if weights := pretrained or checkpoint:
             init_cfg = {"type": "Pretrained", "checkpoint": weights}
-        self.init_cfg = copy.deepcopy(init_cfg)
+        given = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or []
+        self._pretrained = [c for c in given if c["type"] in ("Pretrained", PretrainedInit)]
+        self.init_cfg = [c for c in given if c not in self._pretrained]
         if self.frozen and not self.save_frozen:
-            for cfg in self._split_init()[0]:
+            for cfg in self._pretrained:
                 self._load_initial(cfg["checkpoint"], cfg.get("prefix"))
-
-    def _split_init(self) -> tuple[list[dict], list[dict]]:
-        """Return the parts of ``init_cfg`` that load weights, and all others."""
-        init_cfg = self.init_cfg or []
-        cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg
-        pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
-        return pretrained, [cfg for cfg in cfgs if cfg not in pretrained]
 
     def _warn_random(self) -> None:
         """Do nothing: weights come with ``init_weights()`` or with the whole model's."""
@@ -65,13 +59,10 @@ class DiffusionBackbone(_DiffusionBackbone, BaseModule):
         """Initialize by ``init_cfg``; guided-diffusion weights come last, as in MMEngine."""
         if self.is_init:
             return
-        pretrained, others = self._split_init()
-        init_cfg, self.init_cfg = self.init_cfg, others
         super().init_weights()
-        self.init_cfg = init_cfg
-        for cfg in pretrained:
+        for cfg in self._pretrained:
             print_log(str(self.load(cfg["checkpoint"], cfg.get("prefix"))), logger="current")
-        if not pretrained and not self.unet.pretrained:
+        if not self._pretrained and not self.unet.pretrained:
             print_log(RANDOM_WEIGHTS, logger="current", level=logging.WARNING)
 
 

@@ -1,9 +1,7 @@
-"""Stop runs early with a clear error: missing data, wrong labels, lost losses."""
+"""Stop runs early with a clear error: labels without a class, lost losses."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,45 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from diffbackbone.utils import UserError, lost_loss
-
-
-def check_folders(cfg: Mapping[str, Any], dataloaders: Sequence[str]) -> None:
-    """Check that the local folders that mmseg's datasets read from hold files.
-
-    Args:
-        cfg: The config.
-        dataloaders: Keys of the dataloaders to check.
-
-    Raises:
-        UserError: Names each folder without files, and how to read from elsewhere.
-    """
-    empty = [
-        folder
-        for name in dataloaders
-        for folder in _folders(cfg.get(name))
-        if not any(files for _, _, files in os.walk(folder, followlinks=True))
-    ]
-    if empty:
-        options = " ".join(f"{name}.dataset.data_root=DIR" for name in dataloaders)
-        raise UserError(
-            f"no files in {', '.join(empty)}; to read from elsewhere, add --cfg-options {options}; "
-            "tools/make_sample_data.py writes sample data to data/sample/ADEChallengeData2016"
-        )
-
-
-def _folders(node: Any) -> Iterator[str]:
-    """Yield the folders of images and label maps of a dataset, also inside wrappers."""
-    if isinstance(node, (list, tuple)):
-        for inner in node:
-            yield from _folders(inner)
-    elif isinstance(node, Mapping):
-        prefixes = node.get("data_prefix") or {}
-        for key in ("img_path", "seg_map_path"):  # some test sets have no label maps
-            if prefixes.get(key) and not node.get("backend_args"):
-                yield os.path.join(node.get("data_root") or "", prefixes[key])
-        for key in ("dataset", "datasets"):
-            yield from _folders(node.get(key))
+from diffbackbone.utils import lost_loss
 
 
 @HOOKS.register_module()

@@ -81,6 +81,7 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
         self._sampler_seed = dataloader["sampler"].get("seed")
         dataset = {"type": SeededDataset, "dataset": dataloader["dataset"]}
         super().__init__(runner, {**dataloader, "dataset": dataset}, **kwargs)
+        self.dataloader_iterator = None  # MMEngine's starts at the first image
         sampler = self.dataloader.sampler
         if type(sampler) is not InfiniteSampler:
             raise ValueError(
@@ -91,7 +92,7 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
 
     def run(self) -> torch.nn.Module:
         """Train from the last iteration that was done."""
-        counts = accumulated(self.runner)
+        counts, val_loop = accumulated(self.runner), self.runner.val_loop
         finished = 0 < self._iter == self._max_iters
         if self._iter % counts and not finished:
             raise ValueError(
@@ -99,11 +100,21 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
                 f"accumulative_counts={counts}: it lacks the gradients since the last step; use "
                 f"one of an iteration that is a multiple of {counts}"
             )
+        self.runner.call_hook("before_train")
+        self.runner.call_hook("before_train_epoch")
         self._start_data()
-        model = super().run()
-        if finished and self.runner.val_loop is not None:
-            self.runner.val_loop.run()  # the run may have been stopped right before
-        return model
+        if finished and val_loop is not None:
+            val_loop.run()  # the run may have been stopped right before
+        while self._iter < self._max_iters and not self.stop_training:
+            self.runner.model.train()
+            self.run_iter(next(self.dataloader_iterator))
+            self._decide_current_val_interval()
+            due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
+            if val_loop is not None and due and self._iter >= self.val_begin:
+                val_loop.run()
+        self.runner.call_hook("after_train_epoch")
+        self.runner.call_hook("after_train")
+        return self.runner.model
 
     def run_iter(self, data_batch: Any) -> None:
         """Run one iteration, seeded by its number."""
@@ -124,9 +135,7 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
             (self._seed, local * world + rank, index)
             for local, index in itertools.islice(order, start, None)
         )
-        skipped = itertools.repeat(None, self._iter)  # MMEngine discards a batch per iteration done
-        batches = _InfiniteDataloaderIterator(self.dataloader)
-        self.dataloader_iterator = itertools.chain(skipped, batches)
+        self.dataloader_iterator = _InfiniteDataloaderIterator(self.dataloader)
 
 
 @HOOKS.register_module()

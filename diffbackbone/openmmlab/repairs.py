@@ -57,12 +57,13 @@ def apply_repairs() -> None:
     if importlib.util.find_spec("mmcv._ext") is None:
         replace_mmcv_ops()
     allow_checkpoint_globals()
+    read_weights_only()
     write_atomically()
     if get_device() == "cpu":
         distribute_on_cpu()
 
 
-def replace_mmcv_ops() -> types.ModuleType:
+def replace_mmcv_ops() -> None:
     """Let ``mmcv.ops`` be imported without compiled operators (mmcv-lite).
 
     mmseg imports operators at the top of modules that most models never call. In the stand-in every
@@ -87,7 +88,6 @@ def replace_mmcv_ops() -> types.ModuleType:
 
     module.__getattr__ = make_op
     mmcv.ops = sys.modules["mmcv.ops"] = module
-    return module
 
 
 def allow_checkpoint_globals() -> None:
@@ -95,6 +95,17 @@ def allow_checkpoint_globals() -> None:
     import mmengine.logging  # noqa: F401 - its own HistoryBuffer, not a stand-in for it
 
     torch.serialization.add_safe_globals(list(checkpoint_globals()))
+
+
+def read_weights_only() -> None:
+    """Keep onedl-mmengine, a fork, from unpickling what ``weights_only=True`` rejects."""
+    from mmengine.runner import checkpoint
+
+    def load(file: Any, map_location: Any = None, weights_only: bool = True) -> Any:
+        return torch.load(file, map_location=map_location, weights_only=True)
+
+    if hasattr(checkpoint, "_safe_torch_load"):
+        checkpoint._safe_torch_load = load
 
 
 def write_atomically() -> None:

@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
-from diffbackbone.cli import check_checkpoint, user_errors
+from diffbackbone.cli import CONFIGS, check_checkpoint, find_config, user_errors
 from diffbackbone.images import read_image, to_uint8
-from diffbackbone.openmmlab.commands import read_config
 from diffbackbone.openmmlab.repairs import prepare
 from diffbackbone.utils import save_figure
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     with user_errors():
         prepare("mmseg")
-        from mmengine.config import DictAction
+        from mmengine.config import Config, DictAction
 
         parser = argparse.ArgumentParser(description=__doc__)
         parser.add_argument("config", help="config file, or the name of one in configs/mmseg")
@@ -39,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         args = parser.parse_args(argv)
         check_checkpoint(args.checkpoint)
-        cfg = read_config(args.config, args.cfg_options, ["test_dataloader"])
+        cfg = Config.fromfile(find_config(args.config, CONFIGS / "mmseg", (".py",)))
+        cfg.merge_from_dict(args.cfg_options or {})
         save_figure(draw(*predict(cfg, args.checkpoint, args.images)), args.out)
         print(f"{args.out}: images, truth and prediction side by side")
 

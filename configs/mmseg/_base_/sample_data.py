@@ -1,7 +1,5 @@
 # The sample data of tools/make_sample_data.py: digits on photographs, scenes of 64 to 96 px.
-_base_ = "mmseg::_base_/default_runtime.py"
-
-custom_imports = dict(imports=["diffbackbone.mmseg"], allow_failed_imports=False)
+_base_ = "./runtime.py"
 
 dataset_type = "BaseSegDataset"
 data_root = "data/sample/ADEChallengeData2016"

@@ -2,19 +2,11 @@
 # the paper describe it: t=90, 1x1 convolutions to 1024 channels, bilinear resizing to the strides
 # that MAE's ViT-L hands to UperNet, UperNet 1024 channels wide, learning rate 2e-5.
 # The paper prints neither weight decay nor the auxiliary head; they are those of its MAE settings.
-norm_cfg = dict(type="SyncBN", requires_grad=True)
+_base_ = "./upernet.py"
 
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[127.5, 127.5, 127.5],  # RGB in [-1, 1], what the U-Net was trained on
-        std=[127.5, 127.5, 127.5],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=(512, 512),
-    ),
+    # RGB in [-1, 1], what the U-Net was trained on
+    data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
     backbone=dict(
         type="DiffusionBackbone",
         unet="gd256_uncond",
@@ -32,32 +24,8 @@ model = dict(
         noise="fixed",
         activation_checkpointing=True,  # less memory for more time
     ),
-    decode_head=dict(
-        type="UPerHead",
-        in_channels=[1024, 1024, 1024, 1024],
-        in_index=[0, 1, 2, 3],
-        pool_scales=(1, 2, 3, 6),
-        channels=1024,
-        dropout_ratio=0.1,
-        num_classes=150,
-        norm_cfg=norm_cfg,
-        align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
-    ),
-    auxiliary_head=dict(
-        type="FCNHead",
-        in_channels=1024,
-        in_index=2,
-        channels=256,
-        num_convs=1,
-        concat_input=False,
-        dropout_ratio=0.1,
-        num_classes=150,
-        norm_cfg=norm_cfg,
-        align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
-    ),
-    train_cfg=dict(),
+    decode_head=dict(in_channels=[1024, 1024, 1024, 1024], channels=1024),
+    auxiliary_head=dict(in_channels=1024),
     test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
 )
 

@@ -1,15 +1,18 @@
 # UperNet on MAE's ViT-B. The settings are those of github.com/implus/mae_segmentation, which
 # the paper names (section 7.3) and MMSegmentation ships as configs/mae; the paper found the
 # learning rate to be best at its default for batch 2 as well.
-_base_ = "mmseg::_base_/models/upernet_mae.py"
+_base_ = "./upernet.py"
 
 model = dict(
-    data_preprocessor=dict(size=(512, 512)),
     # From MAE's https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth, made with
     #   python MMSEG/.mim/tools/model_converters/beit2mmseg.py IN.pth OUT.pth
     # where MMSEG is the folder of the installed mmseg.
     pretrained="./pretrain/mae_pretrain_vit_base_mmcls.pth",
     backbone=dict(
+        type="MAE",
+        patch_size=16,
+        mlp_ratio=4,
+        norm_cfg=dict(type="LN", eps=1e-6),
         img_size=(512, 512),
         embed_dims=768,
         num_layers=12,
@@ -19,9 +22,9 @@ model = dict(
         out_indices=[3, 5, 7, 11],
     ),
     # transposed convolutions, identity and max pooling, as section 7.3 describes them
-    neck=dict(embed_dim=768, rescales=[4, 2, 1, 0.5]),
-    decode_head=dict(in_channels=[768, 768, 768, 768], channels=768, num_classes=150),
-    auxiliary_head=dict(in_channels=768, num_classes=150),
+    neck=dict(type="Feature2Pyramid", embed_dim=768, rescales=[4, 2, 1, 0.5]),
+    decode_head=dict(in_channels=[768, 768, 768, 768], channels=768),
+    auxiliary_head=dict(in_channels=768),
     test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
 )
 

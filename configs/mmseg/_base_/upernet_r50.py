@@ -1,13 +1,20 @@
 # UperNet on a supervised ResNet-50, MMSegmentation's own settings throughout. The paper did not
 # train its ResNet-50 rows but took them from DreamTeacher, whose code was not available and whose
 # batch size is 16 (section 7.3). For batch 16, start 8 processes: batch_size counts per GPU.
-_base_ = "mmseg::_base_/models/upernet_r50.py"
+_base_ = "./upernet.py"
 
 model = dict(
-    data_preprocessor=dict(size=(512, 512)),
     pretrained="open-mmlab://resnet50_v1c",  # downloaded on first use
-    decode_head=dict(num_classes=150),
-    auxiliary_head=dict(num_classes=150),
+    backbone=dict(
+        type="ResNetV1c",
+        depth=50,
+        dilations=(1, 1, 1, 1),
+        strides=(1, 2, 2, 2),
+        norm_cfg=dict(type="SyncBN", requires_grad=True),
+        contract_dilation=True,
+    ),
+    decode_head=dict(in_channels=[256, 512, 1024, 2048]),
+    auxiliary_head=dict(in_channels=1024),
 )
 
 optim_wrapper = dict(
