@@ -145,9 +145,9 @@ def draw(trainer: SegmentationTrainer, count: int = 6) -> Figure:
     look["cmap"] = colormaps["nipy_spectral"].resampled(len(classes)).with_extremes(over="white")
     for row, scene in zip(axes, (data[int(index)] for index in chosen)):
         pixels, labels = scene.values()
-        row[0].imshow((pixels.permute(1, 2, 0) + 1) / 2)
-        row[1].imshow(labels, **look)
-        shown = row[2].imshow(trainer.predict_labels(pixels).cpu(), **look)
+        row[0].imshow((pixels.permute(1, 2, 0).numpy() + 1) / 2)
+        row[1].imshow(labels.numpy(), **look)
+        shown = row[2].imshow(trainer.predict_labels(pixels).cpu().numpy(), **look)
         for axis, title in zip(row, ("image", "labels", "prediction")):
             axis.set_title(title)
             axis.set_axis_off()
