@@ -122,11 +122,11 @@ class TimmConfig:
             infos.append(BlockInfo(index, x.shape[1], stride, name, before, part="level"))
             before = x.shape[1]
         heads = cfg.get("classifier") or ()
-        heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-        shapes = {
-            f"model.{name}": None if name.startswith(heads) else tuple(value.shape)
-            for name, value in model.state_dict().items()
-        }
+        heads = (heads,) if isinstance(heads, str) else heads
+        shapes: dict[str, tuple[int, ...] | None]
+        shapes = {f"model.{name}": tuple(x.shape) for name, x in model.state_dict().items()}
+        for head in heads:  # which networks without labels get in fine-tuning
+            shapes |= {f"model.{head}.weight": None, f"model.{head}.bias": None}
         fixed = bool(cfg.get("fixed_input_size")) and not any_size
         return Facts(LevelTable(infos), size, fixed, cfg["mean"], cfg["std"], shapes)
 
