@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ class Pass:
         """
         for name in STAND_INS:
             if name not in sys.modules and importlib.util.find_spec(name) is None:
-                sys.modules[name] = _StandIn(name)
+                sys.modules[name] = MagicMock()
         from guided_diffusion.unet import UNetModel
 
         fields = dataclasses.asdict(self.unet)
@@ -188,9 +189,12 @@ class Pass:
         channels = {b: info.channels for b, info in self.unet.blocks.items()}
         if feedback and channels != dict(DM_FEAT_DIM_DICT):
             raise NotImplementedError("diffssl's feedback needs the channels of the 256-px models")
+        given_noise = types.SimpleNamespace(  # its diffusion process: the input is x_t already
+            q_sample=lambda x_start, t, noise: x_start, _scale_timesteps=lambda t: t
+        )
         self.model = model = DiffSSLModelFeedbackFusion(
             unet,
-            _GivenNoise(),
+            given_noise,
             _FeatureHead(),
             device=self.device,
             mode="finetune" if self.finetuned else "freeze",
@@ -246,22 +250,6 @@ class Pass:
 
 
 build = Pass
-
-
-class _StandIn(types.ModuleType):
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class _GivenNoise:
-    """Replaces diffssl's diffusion process: its input is x_t already."""
-
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return x_start
-
-    def _scale_timesteps(self, t: Tensor) -> Tensor:
-        return t
 
 
 class _FeatureHead(nn.Module):
