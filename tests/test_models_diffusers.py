@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -417,11 +418,9 @@ def test_digest_in_place_of_frozen_weights_is_checked(folders):
 
 
 def test_condition_of_a_file(folders, tmp_path):
-    from safetensors.torch import save_file
-
     path = tmp_path / "condition.safetensors"
     tokens, pooled = torch.randn(1, 5, 48), torch.randn(1, 24)
-    save_file({"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}, path)
+    safetensors.torch.save_file({"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}, path)
     unet = {"preset": f"diffusers://{folders / 'sdxl'}", "condition": str(path)}
     backbone = build(None, unet=unet, blocks=9)
     assert torch.equal(backbone.unet.tokens, tokens)
@@ -433,11 +432,9 @@ def test_condition_of_a_file(folders, tmp_path):
 
 def test_weights_of_a_file_replace_the_folders(folders, tmp_path):
     """CleanDIFT's files hold a whole U-Net under diffusers' names."""
-    from safetensors.torch import save_file
-
     net = diffusers.UNet2DConditionModel.from_pretrained(folders / "sd15" / "unet")
     weights = {name: x * 1.1 for name, x in net.state_dict().items()}
-    save_file(weights, tmp_path / "clean.safetensors")
+    safetensors.torch.save_file(weights, tmp_path / "clean.safetensors")
     backbone = build(folders / "sd15", blocks=16, checkpoint=tmp_path / "clean.safetensors")
     own = backbone.unet.net.state_dict()
     assert len(own) < len(weights)
@@ -450,7 +447,7 @@ def test_weights_of_a_file_replace_the_folders(folders, tmp_path):
     assert (report.prefix, len(loaded)) == ("backbone.unet.net.", len(own))
     del weights["conv_in.bias"]
     weights["other"] = torch.zeros(1)
-    save_file(weights, tmp_path / "broken.safetensors")
+    safetensors.torch.save_file(weights, tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match=r"missing: net\.conv_in\.bias\n  unexpected: net\.other"):
         backbone.load(tmp_path / "broken.safetensors")
 
@@ -559,7 +556,7 @@ def test_a_models_own_folder(folders, tmp_path):
 def test_pickles_are_not_read(folders, tmp_path):
     folder = shutil.copytree(folders / "ddpm", tmp_path / "pickled")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    torch.save({"conv_in.bias": torch.zeros(1)}, file.with_suffix(".bin"))
+    torch.save(safetensors.torch.load_file(file), file.with_suffix(".bin"))
     file.unlink()
     with pytest.raises(ValueError, match="can't be read"):
         build(folder, blocks=3)
