@@ -18,11 +18,10 @@ pytest.importorskip("tyro")
 import image_folders
 import tyro
 from image_folders import CLASSES, write_folder
-from test_models_base import ToyUNet
 
 from diffbackbone import DiffusionBackbone, UNetConfig
 from diffbackbone.costs import block_costs
-from diffbackbone.eval import knn, options, sweep
+from diffbackbone.eval import knn, sweep
 from diffbackbone.eval.cka import MinibatchCKA
 from diffbackbone.eval.data import choose_subset, list_folder, split_folds
 from diffbackbone.eval.features import FeatureCache, pool_maps
@@ -278,19 +277,13 @@ def test_subsets_are_drawn_by_each_seed(data, tmp_path):
         assert record["knn"] == expected[9]["top1"]
 
 
-def test_networks_of_other_families_are_swept(data, tmp_path, monkeypatch):
-    """Whatever ``DiffusionBackbone`` takes by name."""
-
-    class Named(DiffusionBackbone):
-        def __init__(self, unet, *args, **kwargs):
-            assert unet == "toy://folder"
-            super().__init__(ToyUNet(), *args, **kwargs)
-
-    monkeypatch.setattr(options, "DiffusionBackbone", Named)
-    results = run(data, tmp_path, "--unet", "toy://folder", "--blocks", 3, 7, "--timesteps", 90)
-    assert {cell["b"] for cell in results["cells"]} == {3, 7}
+def test_networks_of_other_families_are_swept(data, tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed")
+    unet = '{"preset": "timm:test_resnet", "pretrained": false}'
+    results = run(data, tmp_path, "--unet", unet, "--blocks", 2, 3, "--timesteps", 0)
+    assert {cell["b"] for cell in results["cells"]} == {2, 3}
     assert all(cell["flops"] > 0 for cell in results["cells"])
-    assert results["settings"]["network"] == "ToyUNet"
+    assert results["settings"]["network"] == "TimmModel"
 
 
 def test_grid_may_grow_but_not_mix(data, tmp_path, measured):
