@@ -291,7 +291,7 @@ def test_model_zoo_pickles(tmp_path, layout):
     [b"PK\3\4 half", {"model": {}}, {"model": [1.0]}, {3: 3.0},
      {"model": {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)}},
      {"model": {"weight": Bomb("ran")}, "__author__": "someone"}],
-    ids=repr,
+    ids=["zip", "empty", "list", "keys", "types", "code"],
 )  # fmt: skip
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pyth"])
 def test_damaged_checkpoints(tmp_path, content, suffix, monkeypatch):
