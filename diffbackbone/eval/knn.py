@@ -61,16 +61,6 @@ def nearest(queries: Tensor, bank: Tensor, k: int, chunk: int = 4096) -> tuple[T
     return values, rows
 
 
-def vote(similarities: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
-    """Return each class's share of the votes exp(similarity / temperature): (Q, classes).
-
-    Similarities and labels are those of the neighbors (Q, k).
-    """
-    weights = (similarities.double() / temperature).softmax(1)
-    scores = torch.zeros(len(labels), classes, dtype=torch.float64, device=labels.device)
-    return scores.scatter_add_(1, labels, weights)
-
-
 def true_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return how many classes come before the true one (N,), by scores (N, num_classes).
 
@@ -106,7 +96,9 @@ def knn_accuracy(
     for queries, own in zip(val.split(chunk), truth.split(chunk)):
         similarities, found = nearest(queries.to(device), train, max(ks), chunk)
         for i, k in enumerate(ks):
-            scores = vote(similarities[:, :k], labels[found[:, :k]], classes, temperature)
+            votes = (similarities[:, :k].double() / temperature).softmax(1)  # shares of exp(s / T)
+            scores = votes.new_zeros(len(own), classes)
+            scores.scatter_add_(1, labels[found[:, :k]], votes)
             voted = scores.gather(1, own[:, None])[:, 0] > 0
             ranks = true_ranks(scores, own)
             correct[i] += torch.stack([(voted & (ranks < n)).sum() for n in (1, 5)]).cpu()
