@@ -75,9 +75,8 @@ class _PaddedBatches(Backbone):
             )
         if len(parts) == 1:
             return parts[0]
-        order = torch.tensor(
-            list(itertools.chain(*groups.values())), device=images.device
-        ).argsort()
+        order = list(itertools.chain(*groups.values()))
+        order = torch.tensor(order, device=images.device).argsort()
         return {name: torch.cat([maps[name] for maps in parts])[order] for name in parts[0]}
 
     def _effective_padding(self) -> str:
@@ -90,10 +89,8 @@ class _PaddedBatches(Backbone):
 
 def _fit(x: Tensor, height: int, width: int, stride: int) -> Tensor:
     """Crop or zero-pad a map to that of a (height, width) image, at the bottom and right."""
-    bottom, right = (
-        math.ceil(height / stride) - x.shape[-2],
-        math.ceil(width / stride) - x.shape[-1],
-    )
+    bottom = math.ceil(height / stride) - x.shape[-2]
+    right = math.ceil(width / stride) - x.shape[-1]
     return x if right == bottom == 0 else nn.functional.pad(x, (0, right, 0, bottom))
 
 

@@ -18,6 +18,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -95,7 +96,8 @@ def train(cfg: Any, resume: bool = False) -> None:
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     loader = cfg.dataloader.train
-    if loader._target_ is build_train_loader:
+    target = loader._target_  # a name if the config was saved and loaded again
+    if (locate(target) if isinstance(target, str) else target) is build_train_loader:
         loader.seed, loader.start_iter = seeding.seed, start
     with naming_datasets(dataset_names(cfg, "train")):
         trainer.reset_data_loader(lambda: instantiate(loader))
