@@ -1,32 +1,80 @@
-"""`torch.export` of a frozen backbone: the same maps as eager, saved and loaded again."""
+"""The export command and `torch.export` of a backbone: what is written, and what is refused."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
+import json
+from pathlib import Path
+
 import golden
+import numpy as np
 import pytest
 import torch
 
-from diffbackbone import DiffusionBackbone, UNetConfig
+from diffbackbone import DiffusionBackbone, UNet, UNetConfig, export, load_checkpoint
+from diffbackbone.checkpoint import read_unet_config
+from diffbackbone.saving import save_safetensors
+from diffbackbone.utils import UserError
 
-SMALL = UNetConfig(32, (1, 1), 1, (2,), num_head_channels=16)
+SMALL = UNetConfig(32, (1, 1), 1, (2,), num_head_channels=16, image_size=48)
+FIELDS = json.dumps(
+    {"model_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "attention_strides": [2],
+     "num_head_channels": 16, "image_size": 48}
+)  # fmt: skip
+BLOCKS = ["--blocks", "6", "4"]
 pytestmark = [
-    pytest.mark.skipif(
-        not hasattr(torch.compiler, "is_exporting"), reason="torch.export is too young before 2.7"
-    ),
     pytest.mark.filterwarnings("ignore:.*weights are RANDOM"),
     pytest.mark.filterwarnings("ignore:The given buffer is not writable"),  # torch's own reader
 ]
 
 
-def build(unet=SMALL, **kwargs) -> DiffusionBackbone:
-    if unet != "tiny":
-        kwargs = {"blocks": (6, 4), "out_strides": (2, 4), **kwargs}
-    backbone = DiffusionBackbone(unet, **{"freeze": True, "out_channels": 8, **kwargs})
-    return golden.fill(backbone).eval()
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A U-Net as tools/pretrain.py writes it."""
+    path = tmp_path_factory.mktemp("weights") / "unet.safetensors"
+    save_safetensors(path, golden.fill(UNet(SMALL)).state_dict(), SMALL)
+    return path
 
 
-def images(seed, n=2, height=50, width=70) -> torch.Tensor:
-    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+@pytest.fixture(scope="module")
+def trained(weights, tmp_path_factory):
+    """A trained DifFeed backbone, and training checkpoints with and without its frozen U-Net."""
+    folder = tmp_path_factory.mktemp("trained")
+    backbones = {}
+    for name, save_frozen in (("whole", True), ("digest", False)):
+        backbones[name] = backbone = DiffusionBackbone(
+            SMALL, checkpoint=weights, blocks=(6, 4), out_strides=(2, 4), out_channels=8,
+            feedback="bottleneck", freeze=True, save_frozen=save_frozen,
+        ).eval()  # fmt: skip
+        with torch.no_grad():
+            for part in (backbone.proj, backbone.feedback):
+                golden.fill(part)
+        model = torch.nn.ModuleDict({"backbone": backbone, "head": torch.nn.Conv2d(8, 2, 1)})
+        content = {"meta": {"seed": np.int64(1)}, "state_dict": model.state_dict()}
+        torch.save(content, folder / f"{name}.pth")
+    return backbones["whole"], folder
+
+
+needs_export = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="torch.export needs torch 2.7"
+)
+
+
+def run(*arguments) -> None:
+    export.main([str(argument) for argument in arguments])
+
+
+def refusal(*arguments) -> str:
+    printed = io.StringIO()
+    with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(printed):
+        run(*arguments)
+    return f"{printed.getvalue()}{caught.value}"
+
+
+def images(height=48, width=48, n=1, seed=5) -> torch.Tensor:
+    return export.random_images(n, (height, width), seed)
 
 
 def difference(ours, expected) -> float:
@@ -35,51 +83,55 @@ def difference(ours, expected) -> float:
     return max(float((x - y).norm() / y.norm()) for x, y in zip(ours, expected))
 
 
-def export(backbone, path=None, x=None) -> torch.export.ExportedProgram:
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ----------------------------------------------------------------------------------- torch.export
+
+
+def build(**kwargs) -> DiffusionBackbone:
+    settings = {"blocks": (6, 4), "out_strides": (2, 4), "freeze": True, "out_channels": 8}
+    settings = {"unet": SMALL, **settings, **kwargs}
+    return golden.fill(DiffusionBackbone(**settings)).eval()
+
+
+def program_of(backbone, path=None, x=None) -> torch.export.ExportedProgram:
     """The program; as it comes back from the file where a path is given."""
-    program = torch.export.export(backbone, (images(0) if x is None else x,))
+    program = torch.export.export(backbone, (images() if x is None else x,))
     if path is not None:
         torch.export.save(program, path)
         program = torch.export.load(path)
     return program
 
 
-def test_tiny_exports(tmp_path):
-    backbone = build("tiny", blocks=(16, 10), out_strides=(8, 32))
-    program = export(backbone, tmp_path / "tiny.pt2", images(0, 2, 64, 96)).module()
-    x = images(1, 2, 64, 96)
-    with torch.no_grad():
-        assert difference(program(x), backbone(x)) < 1e-5
-    with pytest.raises(Exception, match=r"size\(\)|shape"):  # another size is refused
-        program(images(0, 2, 64, 128))
-
-
 LABELLED = {"unet": SMALL.replace(num_classes=5), "class_label": 3}
 SETTINGS = {
-    "difffeed": {"feedback": {5: 2}},
     "fine-tuned": {**LABELLED, "freeze": False, "activation_checkpointing": True},
     "raw": {"noise": "none", "out_channels": None, "out_strides": None},
 }
 
 
+@needs_export
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_settings_export(tmp_path, settings):
-    backbone = build(**settings)
-    program = export(backbone, tmp_path / "small.pt2").module()
-    x = images(1)
+    backbone, x = build(**settings), images(50, 70, 2)
+    program = program_of(backbone, tmp_path / "small.pt2", x).module()
     with torch.no_grad():
         assert difference(program(x), backbone(x)) < 1e-5
     wild = 255 * x  # a program doesn't look at values, eager does
     assert all(maps.isfinite().all() for maps in program(wild))
-    with pytest.raises(ValueError, match="mean 127.5"):
+    with pytest.raises(ValueError, match="mean 127"):
         backbone(wild)
+    with pytest.raises(Exception, match=r"size\(\)|shape"):  # another size is refused
+        program(images(50, 102, 2))
 
 
+@needs_export
 def test_fresh_noise_stays_fresh(tmp_path):
     """The program draws from the caller's generator, as eager does."""
     backbone = build(noise="random")
-    program = export(backbone, tmp_path / "fresh.pt2").module()
-    x = images(1)
+    program, x = program_of(backbone, tmp_path / "fresh.pt2").module(), images()
     with torch.no_grad():
         torch.manual_seed(3)
         first, second = program(x), program(x)
@@ -88,6 +140,7 @@ def test_fresh_noise_stays_fresh(tmp_path):
         assert difference(backbone(x), first) < 1e-5
 
 
+@needs_export
 @pytest.mark.filterwarnings("error:.*assigned during export")  # tracing must keep nothing
 def test_kept_noise_becomes_a_constant():
     """Fixed noise is a hash of coordinates, whose operations few runtimes for inference have."""
@@ -97,13 +150,233 @@ def test_kept_noise_becomes_a_constant():
 
     backbone = build(blocks=(4,), out_strides=(4,))
     with torch.no_grad():
-        backbone(images(0))  # keeps the noise of this size
-    for height, seed, constant in ((50, 0, True), (100, 0, False), (50, 1, False)):
+        backbone(images())  # keeps the noise of this size
+    for height, seed, constant in ((48, 0, True), (96, 0, False), (48, 1, False)):
         backbone.seed = seed
-        x = images(1, 1, height)
-        program = export(backbone, x=x)
+        x = images(height)
+        program = program_of(backbone, x=x)
         assert hashes(program) != constant
         with torch.no_grad():
             expected = build(blocks=(4,), out_strides=(4,), seed=seed)(x)
             assert difference(program.module()(x), expected) < 1e-5
             assert difference(backbone(x), expected) < 1e-5
+
+
+# --------------------------------------------------------------------------------------- programs
+
+
+@needs_export
+def test_pt2_of_a_u_net_gives_the_plain_taps(weights, tmp_path, capsys):
+    out = tmp_path / "deep" / "taps.pt2"
+    run("--format", "pt2", "--checkpoint", weights, *BLOCKS, "--timestep", 50, "--out", out)
+    backbone = DiffusionBackbone(
+        SMALL, weights, 50, (6, 4), out_channels=None, out_strides=None, freeze=True
+    ).eval()
+    with torch.no_grad():
+        ours = torch.export.load(out).module()(images())
+        assert difference(ours, backbone(images())) < 1e-5
+    said = capsys.readouterr().out
+    assert "tensors loaded" in said
+    assert "(1, 3, 48, 48)" in said  # the size it was trained at
+    assert "map1: block 4, stride 2, (1, 32, 24, 24)" in said
+    assert float(said.partition("largest relative difference ")[2].split()[0]) < 1e-5
+    assert leftovers(out.parent) == ["taps.pt2"]
+
+
+@pytest.mark.parametrize("name", ["whole", "digest"])
+def test_a_trained_backbone_has_its_layers(weights, trained, tmp_path, name):
+    backbone, folder = trained
+    files = [str(folder / f"{name}.pth")]
+    if name == "digest":  # the U-Net lies elsewhere, and the layers' file has its digest
+        files = [str(weights), *files]
+    options = export.ExportConfig(
+        "pt2", tmp_path / "a.pt2", files[0], layers=files[-1], unet=FIELDS, blocks=(6, 4),
+        feedback="bottleneck", out_strides=(2, 4),
+    )  # fmt: skip
+    x = images(50, 70, 2)
+    with torch.no_grad():
+        ours = export.build_backbone(options, export.read_config(options))(x)
+        assert all(torch.equal(x, y) for x, y in zip(ours, backbone(x)))
+    assert not [name for name in export.read_layers(options) if "unet." in name]
+    options.feedback = "none"
+    assert not [name for name in export.read_layers(options) if "feedback" in name]
+
+
+@needs_export
+@pytest.mark.parametrize("one_file", [True, False])
+def test_onnx_runs_in_onnxruntime(weights, trained, tmp_path, monkeypatch, one_file):
+    onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
+    pytest.importorskip("onnxscript")
+    out = tmp_path / "backbone.onnx"
+    if one_file:
+        backbone, folder = trained
+        run(
+            "--format", "onnx", "--checkpoint", folder / "whole.pth", "--unet", FIELDS, *BLOCKS,
+            "--feedback", "bottleneck", "--out-strides", 2, 4, "--size", 50, 70, "--out", out,
+        )  # fmt: skip
+        assert leftovers(tmp_path) == ["backbone.onnx"]
+    else:
+        kwargs = {"blocks": (2,), "out_channels": None, "out_strides": None, "freeze": True}
+        backbone = DiffusionBackbone(SMALL, weights, **kwargs).eval()
+        monkeypatch.setattr(export, "ONE_FILE", 0)  # as if it were too large for one file
+        arguments = ["--checkpoint", weights, "--blocks", 2, "--size", 50, 70, "--out", out]
+        run("--format", "onnx", *arguments)
+        assert leftovers(tmp_path) == ["backbone.onnx", "backbone.onnx.data"]
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    outputs = [y.name for y in session.get_outputs()]
+    assert outputs == [f"map{i}" for i in range(len(backbone.blocks))]
+    x = images(50, 70)
+    with torch.no_grad():
+        ours = [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
+        assert difference(ours, backbone(x)) < 1e-4
+    nodes = {node.op_type for node in onnx.load(out, load_external_data=False).graph.node}
+    assert "Conv" in nodes
+    assert not nodes & {"BitShift", "BitwiseXor", "BitwiseAnd"}  # the noise is a constant
+
+
+@needs_export
+def test_missing_packages_are_named(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else name)
+    said = refusal("--format", "onnx", "--checkpoint", weights, "--out", tmp_path / "a.onnx")
+    assert "needs onnx, not installed: pip install 'diffbackbone[export]'" in said
+
+
+@needs_export
+def test_a_program_that_computes_something_else_is_not_kept(weights, tmp_path, monkeypatch):
+    out = tmp_path / "wrong.pt2"
+    out.write_text("what was there before")
+
+    class Wrong:
+        def module(self):
+            return lambda x: [torch.zeros(1, 32, 24, 24)] * 2
+
+    monkeypatch.setattr(torch.export, "export", lambda *_: None)
+    monkeypatch.setattr(torch.export, "save", lambda _, path: path.write_text("wrong"))
+    monkeypatch.setattr(torch.export, "load", lambda _: Wrong())
+    said = refusal("--format", "pt2", "--checkpoint", weights, *BLOCKS, "--out", out)
+    assert "differs" in said
+    assert out.read_text() == "what was there before"
+    assert leftovers(tmp_path) == ["wrong.pt2"]
+
+
+def test_shapes_and_nan_count_as_a_difference():
+    x = torch.ones(2)
+    export.verify([x], [x], 0)
+    for other in ([x, x * torch.nan], [x[:1], x], [x], [x, x + 1e-3]):
+        with pytest.raises(UserError, match="nothing was kept"):
+            export.verify(other, [x, x], 1e-4)
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+def test_a_pt_becomes_safetensors(weights, tmp_path):
+    """What shapes can't tell (cosine schedule, heads) survives."""
+    config = SMALL.replace(noise_schedule="cosine", num_head_channels=None, num_heads=4)
+    state_dict = golden.fill(UNet(config)).state_dict()
+    torch.save({"ema": state_dict}, tmp_path / "own.pt")
+    fields = {**json.loads(FIELDS), "num_head_channels": None, "num_heads": 4}
+    out = tmp_path / "own.safetensors"
+    run(
+        "--format", "safetensors", "--checkpoint", tmp_path / "own.pt", "--out", out,
+        "--unet", json.dumps({**fields, "noise_schedule": "cosine"}),
+    )  # fmt: skip
+    assert read_unet_config(out) == config
+    unet = UNet(read_unet_config(out))
+    load_checkpoint(unet, out)
+    assert all(torch.equal(state_dict[key], x) for key, x in unet.state_dict().items())
+    again = tmp_path / "again.safetensors"  # the architecture is read from the file itself
+    run("--format", "safetensors", "--checkpoint", out, "--out", again)
+    assert read_unet_config(again) == config
+    assert again.stat().st_size == out.stat().st_size
+
+
+def test_half_precision_halves_the_file(weights, tmp_path):
+    out = tmp_path / "half.safetensors"
+    run("--format", "safetensors", "--checkpoint", weights, "--dtype", "float16", "--out", out)
+    assert out.stat().st_size < 0.6 * weights.stat().st_size
+    assert read_unet_config(out) == SMALL
+    big = {key: 1e6 * x for key, x in UNet(SMALL).state_dict().items()}
+    torch.save(big, tmp_path / "big.pt")
+    said = refusal(
+        "--format", "safetensors", "--checkpoint", tmp_path / "big.pt", "--unet", FIELDS,
+        "--dtype", "float16", "--out", tmp_path / "big.safetensors",
+    )  # fmt: skip
+    assert "float16" in said
+    assert leftovers(tmp_path) == ["big.pt", "half.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [("weight", "differs"), ("schedule", "differs"), ("disk", "No space left")],
+)
+def test_weights_that_are_wrong_are_not_kept(weights, tmp_path, monkeypatch, problem, message):
+    out = tmp_path / "unet.safetensors"
+    out.write_text("what was there before")
+
+    def save(path, state_dict, config, dtype):
+        if problem == "weight":
+            state_dict["input_blocks.0.0.weight"] = state_dict["input_blocks.0.0.weight"] + 1
+        elif problem == "schedule":
+            config = config.replace(noise_schedule="cosine")
+        save_safetensors(path, state_dict, config, dtype)
+        if problem == "disk":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_safetensors", save)
+    said = refusal("--format", "safetensors", "--checkpoint", weights, "--out", out)
+    assert message in said
+    assert out.read_text() == "what was there before"
+    assert leftovers(tmp_path) == ["unet.safetensors"]
+
+
+def test_a_training_checkpoint_gives_its_part_of_the_u_net(trained, tmp_path):
+    """It has neither output layer nor label embedding nor the blocks after the last tap."""
+    config = SMALL.replace(num_classes=5)
+    unet = golden.fill(UNet(config.replace(num_classes=None), 6))
+    backbone = DiffusionBackbone(unet, blocks=(6,), out_strides=None)
+    torch.save(
+        {"state_dict": {f"backbone.{key}": x for key, x in backbone.state_dict().items()}},
+        tmp_path / "iter_10.pth",
+    )
+    out = tmp_path / "part.safetensors"
+    fields = json.dumps({**json.loads(FIELDS), "num_classes": 5})
+    arguments = ["--checkpoint", tmp_path / "iter_10.pth", "--unet", fields, "--out", out]
+    run("--format", "safetensors", *arguments)
+    assert read_unet_config(out) == config.replace(num_classes=None)
+    ours = DiffusionBackbone(
+        read_unet_config(out), out, blocks=(6,), out_strides=None, out_channels=None
+    ).unet.state_dict()
+    assert list(ours) == list(unet.state_dict())
+    assert all(torch.equal(x, ours[key]) for key, x in unet.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+@needs_export
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--checkpoint {u_net} --blocks 6 4 --size 31", "at least 32"),
+        ("--checkpoint {u_net} --blocks 10", "from 1 to 9"),
+        ("--checkpoint {u_net} --blocks 6 4 --unet tiny", "another archit"),
+        ("--checkpoint {u_net} --blocks 6 4 --feedback all", "missing: feedback."),
+        ("--checkpoint {u_net} --layers gone.pth", "gone.pth"),
+        ("--checkpoint {whole} --unet {fields} --blocks 6 4", "unexpected: feedback.6"),
+        ("--checkpoint {whole} --unet {fields} --blocks 6 --feedback none", "unexpected: proj.1"),
+        ("--checkpoint {other} --blocks 6 4 --feedback none --layers {digest}", "U-Net has others"),
+    ],
+)
+def test_what_does_not_fit_is_refused(weights, trained, tmp_path, monkeypatch, arguments, message):
+    _, folder = trained
+    other = golden.fill(UNet(SMALL))
+    with torch.no_grad():
+        other.time_embed[0].weight.add_(1)
+    save_safetensors(tmp_path / "other.safetensors", other.state_dict(), SMALL)
+    names = {"u_net": weights, "other": tmp_path / "other.safetensors", "fields": FIELDS}
+    names |= {name: folder / f"{name}.pth" for name in ("whole", "digest")}
+    monkeypatch.setattr(torch.export, "export", None)
+    options = [word.format(**names) for word in arguments.split()]
+    assert message in refusal("--format", "pt2", "--out", tmp_path / "a.pt2", *options)
+    assert leftovers(tmp_path) == ["other.safetensors"]
