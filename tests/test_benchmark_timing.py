@@ -376,6 +376,8 @@ def test_interrupted_run_keeps_what_it_has(run, workers, tmp_path):
 
 
 def test_files_that_are_wrong(run, tmp_path):
+    with pytest.raises(ValueError, match="unknown preset 'gd257'"):
+        run("b24", unet="gd257")
     with pytest.raises(UserError, match=r"no ssl_diff/__init__.py; git clone"):
         run("b24", reference_diffssl=tmp_path)
     torch.save(UNet(TINY.replace(model_channels=64)).state_dict(), tmp_path / "other.pt")

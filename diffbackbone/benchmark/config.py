@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from diffbackbone import UNetConfig
 from diffbackbone.utils import UserError
 
 PASSES: dict[str, tuple[tuple[int, ...], str | None]] = {
@@ -113,6 +114,7 @@ class BenchmarkConfig:
     """Folder of benchmark.json and benchmark.md."""
 
     def __post_init__(self) -> None:
+        UNetConfig.from_preset(self.unet)  # rejects unknown ones
         if self.device is None:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         for name, folder in self.checkouts().items():
