@@ -401,11 +401,11 @@ def test_fixed_noise_is_computed_once_for_the_largest_size(monkeypatch):
         with torch.no_grad():
             backbone(images(1, height, width))
     assert made == [(3, 64, 64), (3, 128, 64)]
-    seeded = backbone._fixed_noise(64, 32, torch.device("cpu"))
+    seeded = backbone._fixed_noise(3, 64, 32, torch.device("cpu"))
     assert torch.equal(seeded, coordinate_noise(3, 64, 32, seed=0))
     backbone.seed = 1
     assert torch.equal(
-        backbone._fixed_noise(64, 32, torch.device("cpu")), coordinate_noise(3, 64, 32, seed=1)
+        backbone._fixed_noise(3, 64, 32, torch.device("cpu")), coordinate_noise(3, 64, 32, seed=1)
     )
     assert not any("field" in key for key in backbone.state_dict())
 
@@ -414,7 +414,7 @@ def test_fixed_noise_keeps_at_most_twice_the_largest_image():
     backbone = build(blocks=(1,), out_strides=None)
     for turn in range(6):  # from high to wide images
         height, width = 1024 >> turn, 32 << turn
-        field = backbone._fixed_noise(height, width, torch.device("cpu"))
+        field = backbone._fixed_noise(3, height, width, torch.device("cpu"))
         assert torch.equal(field, coordinate_noise(3, height, width))
         assert field.untyped_storage().nbytes() <= 2 * 3 * 4 * 1024 * 32
 
