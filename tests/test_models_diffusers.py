@@ -425,6 +425,10 @@ def test_condition_of_a_file(folders, tmp_path):
     backbone = build(None, unet=unet, blocks=9)
     assert torch.equal(backbone.unet.tokens, tokens)
     assert torch.equal(backbone.unet.pooled, pooled)
+    safetensors.torch.save_file({"prompt_embeds": tokens}, tmp_path / "tokens.safetensors")
+    for wrong in (tmp_path / "tokens.safetensors", tmp_path / "none.safetensors"):
+        with pytest.raises(ValueError, match="prompt_embeds"):
+            build(None, unet={**unet, "condition": str(wrong)}, blocks=9)
     null = build(folders / "sdxl", blocks=9)
     images = torch.rand(1, 3, 64, 64) * 2 - 1
     assert not torch.allclose(backbone(images)[0], null(images)[0])

@@ -100,12 +100,7 @@ class DiffusersConfig:
                 raise UserError(
                     f"{self} is neither a folder nor to be had from the Hugging Face Hub: {reason}"
                 ) from error
-        if not path.is_file():
-            return None
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise UserError(f"{path} is no JSON file: {error}") from error
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     @functools.cached_property
     def _index(self) -> dict[str, Any]:
@@ -370,13 +365,17 @@ class DiffusersConfig:
                 f"{self} has no text encoder: give condition='<safetensors file with "
                 "prompt_embeds>' or 'learned'"
             )
-        shapes = [None if x is None else tuple(x.shape) for x in (tokens, pooled)]
-        if tokens.ndim != 3 or len(tokens) != 1 or tokens.shape[-1] != width:
-            raise UserError(f"prompt_embeds must be (1, L, {width}), got {shapes[0]}")
+        fits = tokens.ndim == 3 and len(tokens) == 1 and tokens.shape[-1] == width
         if pooled_width is None:
-            return tokens, None
-        if shapes[1] != (1, pooled_width):
-            raise UserError(f"pooled_prompt_embeds must be (1, {pooled_width}), got {shapes[1]}")
+            pooled = None
+        else:
+            fits &= pooled is not None and tuple(pooled.shape) == (1, pooled_width)
+        if not fits:
+            given = [None if x is None else tuple(x.shape) for x in (tokens, pooled)]
+            needed = [(1, "L", width), pooled_width and (1, pooled_width)]
+            raise UserError(
+                f"{self} reads prompt_embeds and pooled_prompt_embeds of {needed}, got {given}"
+            )
         return tokens, pooled
 
     @torch.no_grad()
@@ -420,15 +419,12 @@ def _read_embeddings(path: str) -> tuple[Tensor, Tensor | None]:
     """Read a condition's file."""
     from safetensors.torch import load_file
 
-    if not Path(path).expanduser().is_file():
-        raise FileNotFoundError(
-            f"condition must be 'null', 'learned' or a safetensors file; there is no {path!r:.200}"
-        )
     try:
         found = load_file(Path(path).expanduser())
-    except Exception as error:  # safetensors' own type
-        raise UserError(f"{path} is no safetensors file: {error}") from error
-    if "prompt_embeds" not in found:
-        raise UserError(f"{path} has no prompt_embeds, only {', '.join(found)}")
-    pooled = found.get("pooled_prompt_embeds")
-    return found["prompt_embeds"].float(), None if pooled is None else pooled.float()
+        tokens, pooled = found["prompt_embeds"], found.get("pooled_prompt_embeds")
+    except Exception as error:  # also safetensors' own type
+        raise UserError(
+            "condition must be 'null', 'learned' or a safetensors file with prompt_embeds; "
+            f"{path!r:.200}: {error}"
+        ) from error
+    return tokens.float(), None if pooled is None else pooled.float()
