@@ -56,8 +56,13 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.14",
-    packages=find_packages(include=["diffbackbone", "diffbackbone.*"]),
-    package_data={"diffbackbone": ["py.typed", "weights/*"]},
+    packages=[*find_packages(include=["diffbackbone", "diffbackbone.*"]), "diffbackbone.configs"],
+    package_dir={"diffbackbone.configs": "configs"},
+    package_data={
+        "diffbackbone": ["py.typed", "weights/*"],
+        "diffbackbone.configs": ["**/*.py", "**/*.yaml"],
+    },
+    entry_points={"console_scripts": ["diffbackbone = diffbackbone.__main__:main"]},
     install_requires=["torch>=2.6", "numpy>=1.24", "safetensors>=0.4", "filelock"],
     extras_require={
         "mmseg": MMSEG,

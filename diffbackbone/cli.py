@@ -16,8 +16,10 @@ from diffbackbone.utils import UserError
 
 Config = TypeVar("Config")
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-"""Folder of the checkout's configs; it does not exist where the package is installed."""
+_PACKAGE = Path(__file__).resolve().parent
+_CHECKOUT = _PACKAGE.parent / "configs" / "detectron2"
+CONFIGS = _CHECKOUT.parent if _CHECKOUT.is_dir() else _PACKAGE / "configs"
+"""Folder of the configs: the checkout's, or the wheel's."""
 
 
 def run_command(

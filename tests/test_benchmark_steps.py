@@ -171,7 +171,10 @@ def test_defaults_are_those_of_the_configs(module, model):
     )
     for cfg, feedback in ((plain, None), (difffeed, "bottleneck")):
         if model == "upernet":
-            assert (cfg.train_dataloader.batch_size, cfg.crop_size) == (batch, (size, size))
+            assert (cfg.train_dataloader.batch_size, cfg.model.data_preprocessor.size) == (
+                batch,
+                (size, size),
+            )
             assert cfg.model.backbone.get("feedback") == feedback
             assert cfg.model.decode_head.channels == 1024
         else:

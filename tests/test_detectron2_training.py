@@ -199,7 +199,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 if sys.argv[1] == "parent":
     subprocess.Popen([sys.executable, __file__, "child"])
 else:
-    from diffbackbone.detectron2.launch import end_with_parent
+    from diffbackbone.cli import end_with_parent
     end_with_parent()
     print(os.getpid(), flush=True)
 time.sleep(120)

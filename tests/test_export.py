@@ -74,7 +74,7 @@ def refusal(*arguments) -> str:
 
 
 def images(height=48, width=48, n=1, seed=5) -> torch.Tensor:
-    return export.random_images(n, (height, width), seed)
+    return export.random_images((n, 3, height, width), seed)
 
 
 def difference(ours, expected) -> float:

@@ -23,6 +23,16 @@ SMALL = ["--out-channels", "16", "--hidden-size", "16", "--batch-size", "2", "--
 SMALL += ["--blocks", "30", "24", "--out-strides", "4", "16"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_safe_globals():
+    """Without the globals that an OpenMMLab test in the same process has allowed torch.load."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")

@@ -121,7 +121,7 @@ class TestConfig:
 
     def test_all_settings_are_written_and_the_checkpoint_is_not(self):
         content = json.loads(DiffusionBackboneConfig(checkpoint="/home/me/w.pt").to_json_string())
-        assert content["noise"] == "fixed"  # though it is the default, which may change
+        assert content["combine"] == "concat"  # though it is the default, which may change
         assert content["blocks"] == [33, 30, 27, 24]
         assert "checkpoint" not in content
         assert "/home/me" not in json.dumps(content)

@@ -251,7 +251,7 @@ class LabelEfficiencyRunner:
         text = "".join(f"{name} = {value!r}\n" for name, value in changes.items())
         write_text(folder / "config.py", text)
         options = ("--cfg-options", *config.upernet_options) if config.upernet_options else ()
-        self._start(cell, "mmseg_train.py", folder / "config.py", *options)
+        self._start(cell, "mmseg-train", folder / "config.py", *options)
         (path,) = (folder / "run").glob("*/vis_data/scalars.json")
         found = _last(path, "mIoU")
         metrics = {name: found[name] for name in ("mAcc", "aAcc") if name in found}
@@ -274,7 +274,7 @@ class LabelEfficiencyRunner:
         words = [word for pair in changes.items() for word in pair] + [*config.maskrcnn_options]
         path = config_file(config, "maskrcnn")
         data = {"DIFFBACKBONE_SAMPLE_DATA": str(folder / "data")}
-        self._start(cell, "train_net.py", "--config", path, *words, **data)
+        self._start(cell, "train-net", "--config", path, *words, **data)
         found = _last(folder / "run" / "metrics.json", "bbox/AP")
         names = {"box AP": "bbox/AP", "box AP50": "bbox/AP50", "mask AP": "segm/AP"}
         names["mask AP50"] = "segm/AP50"
@@ -283,12 +283,12 @@ class LabelEfficiencyRunner:
             metrics.pop("box AP") / 100, metrics, len(chosen), math.ceil(config.scenes / 20)
         )
 
-    def _start(self, cell: Cell, script: str, *words: Any, **environment: str) -> None:
-        """Run a script of ``tools`` to its end; it ends when this process does."""
+    def _start(self, cell: Cell, command: str, *words: Any, **environment: str) -> None:
+        """Run a ``diffbackbone`` command to its end; it ends when this process does."""
         log = self.folder(cell) / "log.txt"
         with open(log, "w", encoding="utf-8") as file:
             done = subprocess.run(
-                [sys.executable, str(CONFIGS.parent / "tools" / script), *map(str, words)],
+                [sys.executable, "-m", "diffbackbone", command, *map(str, words)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
@@ -297,7 +297,7 @@ class LabelEfficiencyRunner:
         if done.returncode:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
             end = "\n  ".join(last)
-            raise UserError(f"{script} failed ({done.returncode}); {log} ends with\n  {end}")
+            raise UserError(f"{command} failed ({done.returncode}); {log} ends with\n  {end}")
 
 
 def _result(score: float, metrics: Mapping[str, Any], train: int, val: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from diffbackbone.sample_data.scenes import BACKGROUND, DIGIT_NAMES, Scene
-from diffbackbone.utils import write_json
+from diffbackbone.utils import write_json, write_text
 
 FORMAT_VERSION = 2  # 2: with COCO's panoptic files
 ADE_FOLDERS = {"train": "training", "val": "validation"}
@@ -45,6 +45,7 @@ def write_labelled(root: Path, split: str, scenes: Iterable[Scene]) -> None:
     )
     for folder in (images, annotations, coco_images, segment_maps, stuff_maps):
         folder.mkdir(parents=True)
+    write_text(ade / "classes.txt", "\n".join(["background", *DIGIT_NAMES]) + "\n")
     records: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     panoptic: list[dict[str, Any]] = []
