@@ -200,6 +200,14 @@ def segmentor(**kwargs):
     return torch.nn.ModuleDict(parts)
 
 
+def test_flat_decay_is_refused_under_fsdp():
+    model = segmentor()
+    optimizer_settings(model, flat_decay_mult=0.0)
+    model._fsdp_wrapped_module = torch.nn.Identity()
+    with pytest.raises(ValueError, match="flat_decay_mult"):
+        optimizer_settings(model, flat_decay_mult=0.0)
+
+
 def test_layer_decay_and_no_decay_rules():
     model = segmentor(feedback="bottleneck")
     settings, groups = optimizer_settings(

@@ -88,6 +88,12 @@ class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix=name, **kwargs)
         if prefix:
             return
+        flat = self.paramwise_cfg.get("flat_decay_mult")
+        if flat is not None and hasattr(module, "_fsdp_wrapped_module"):
+            raise ValueError(
+                "paramwise_cfg has flat_decay_mult, but all of FSDP's shards have one dimension: "
+                "use norm_decay_mult and bias_decay_mult"
+            )
         scales = layer_scales(module, self.paramwise_cfg.get("layer_decay_rate", 1.0))
         groups: dict[tuple, dict] = {}
         for group in params:
