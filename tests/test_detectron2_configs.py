@@ -126,7 +126,7 @@ def test_the_python_twin_trains_as_the_yaml_config_does():
         (loader.num_workers, cfg.DATALOADER.NUM_WORKERS),
     }:
         assert given == wanted
-    a, b = datasets.build_train_mapper(cfg), instantiate(loader.mapper)
+    a, b = datasets.build_mapper(cfg, True), instantiate(loader.mapper)
     assert cfg.INPUT.LSJ.ENABLED
     for key in ("is_train", "image_format", "use_instance_mask", "recompute_boxes"):
         assert getattr(a, key) == getattr(b, key), key

@@ -105,15 +105,15 @@ def test_large_scale_jitter():
 
 def test_mapper_takes_the_config():
     cfg = make_config("INPUT.LSJ.ENABLED", True, "INPUT.LSJ.SIZE", 96, "MODEL.MASK_ON", True)
-    mapper = datasets.build_train_mapper(cfg)
+    mapper = datasets.build_mapper(cfg, True)
     names = [type(a).__name__ for a in mapper.augmentations.augs]
     assert names == ["RandomFlip", "ResizeScale", "FixedSizeCrop"]
     assert mapper.recompute_boxes
     cfg.INPUT.RANDOM_FLIP = "none"
-    names = [type(a).__name__ for a in datasets.build_train_mapper(cfg).augmentations.augs]
+    names = [type(a).__name__ for a in datasets.build_mapper(cfg, True).augmentations.augs]
     assert names == ["ResizeScale", "FixedSizeCrop"]
     cfg.INPUT.LSJ.ENABLED = False
-    names = [type(a).__name__ for a in datasets.build_train_mapper(cfg).augmentations.augs]
+    names = [type(a).__name__ for a in datasets.build_mapper(cfg, True).augmentations.augs]
     assert names == ["ResizeShortestEdge"]
 
 

@@ -226,7 +226,7 @@ def test_detectron2_yaml():
     from detectron2.config import get_cfg
 
     from diffbackbone.detectron2 import add_diffusion_config
-    from diffbackbone.detectron2.datasets import build_train_mapper
+    from diffbackbone.detectron2.datasets import build_mapper
 
     def load(name: str) -> Any:
         cfg = get_cfg()
@@ -245,7 +245,7 @@ def test_detectron2_yaml():
     assert (solver.OPTIMIZER, solver.WEIGHT_DECAY) == ("ADAMW", 0.1)
     assert (solver.LAYER_DECAY_RATE, solver.WARMUP_ITERS) == (0.8, 250)
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (1024, 1024)
-    check_jitter(build_train_mapper(cfg).augmentations.augs)
+    check_jitter(build_mapper(cfg, True).augmentations.augs)
 
     resnet = load("mask_rcnn_r50.yaml").SOLVER  # its own batch, as many epochs
     assert resnet.IMS_PER_BATCH == 16

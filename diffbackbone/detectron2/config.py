@@ -72,22 +72,27 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "auto"  # bfloat16 if the GPU has it; or "bfloat16", "float16"
     # large-scale jitter; SIZE is the side of the square in pixels
     cfg.INPUT.LSJ = CfgNode({"ENABLED": False, "SIZE": 1024, "MIN_SCALE": 0.1, "MAX_SCALE": 2.0})
+    # read images of any depth, of as many channels as PIXEL_MEAN has values; see DeepDatasetMapper
+    cfg.INPUT.DEEP = False
+    cfg.INPUT.VALUE_RANGE = ()
 
 
 @BACKBONE_REGISTRY.register()
 def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DiffusionBackbone:
     """Build the taps by themselves, named ``"b24"`` and so on; see :func:`add_diffusion_config`."""
     pixels = (*cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD)
-    scaled = len(pixels) == 6 and all(abs(x - 127.5) <= 0.5 for x in pixels)
-    if not scaled or cfg.INPUT.FORMAT != "RGB" or input_shape.channels not in (None, 3):
+    channels = len(cfg.MODEL.PIXEL_MEAN)
+    scaled = len(pixels) == 2 * channels and all(abs(x - 127.5) <= 0.5 for x in pixels)
+    if not scaled or cfg.INPUT.FORMAT != "RGB" or (channels != 3 and not cfg.INPUT.DEEP):
         raise UserError(
-            "diffusion U-Nets take RGB in [-1, 1]: MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be "
+            "diffusion models take RGB in [-1, 1]: MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be "
             f"{list(PIXEL_MEAN)} and INPUT.FORMAT 'RGB', got {cfg.MODEL.PIXEL_MEAN}, "
-            f"{cfg.MODEL.PIXEL_STD} and {cfg.INPUT.FORMAT!r}"
+            f"{cfg.MODEL.PIXEL_STD} and {cfg.INPUT.FORMAT!r}. Other numbers of channels need "
+            "INPUT.DEEP"
         )
     node = cfg.MODEL.DIFFUSION
     changes = {name: value for name, value in node.UNET_OPTIONS.items() if value is not None}
-    return DiffusionBackbone(
+    net = DiffusionBackbone(
         unet={"preset": node.UNET, **changes},
         checkpoint=node.CHECKPOINT or None,
         timestep=node.TIMESTEPS or node.TIMESTEP,
@@ -107,6 +112,12 @@ def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DiffusionB
         padding=node.PADDING,
         save_frozen=node.SAVE_FROZEN,
     )
+    if net.in_channels != channels:
+        raise UserError(
+            f"the network takes {net.in_channels} channels (MODEL.DIFFUSION.UNET_OPTIONS."
+            f"in_channels), MODEL.PIXEL_MEAN has {channels} values"
+        )
+    return net
 
 
 @BACKBONE_REGISTRY.register()

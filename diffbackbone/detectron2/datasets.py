@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import detectron2.data.transforms as T
+import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
     DatasetMapper,
     MetadataCatalog,
     build_batch_data_loader,
+    detection_utils,
     get_detection_dataset_dicts,
 )
 from detectron2.data.build import _train_loader_from_config
@@ -27,6 +30,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 
+from diffbackbone.images import read_image
 from diffbackbone.sources import first_line
 from diffbackbone.utils import UserError, seed_everything
 
@@ -117,17 +121,71 @@ def large_scale_jitter(
     ]
 
 
-def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
-    """Build Detectron2's mapper, with large-scale jitter if ``INPUT.LSJ`` is enabled."""
+class DeepDatasetMapper(DatasetMapper):
+    """Detectron2's mapper for 16-bit and float images, grey ones, and arrays of numpy.
+
+    Images become float32 (channels, H, W) in 0..255 that keeps all levels; mean and std of 127.5
+    bring them to [-1, 1]. Augmentations of color take three channels only.
+
+    Args:
+        is_train: Whether to return annotations.
+        channels: 3 for RGB, 1 for grey; other numbers are those of .npy files (H, W, channels).
+        value_range: Values of images deeper than 8 bits that become 0 and 255; None takes 0 and
+            65535 for integers, 0 and 1 for floats, and the range of an array's integer type.
+        **options: See Detectron2's ``DatasetMapper``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        channels: int = 3,
+        value_range: Sequence[float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(is_train, **options)
+        self.channels, self.value_range = channels, value_range
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Read ``INPUT.VALUE_RANGE`` and the number of values of ``MODEL.PIXEL_MEAN``, too."""
+        options = super().from_config(cfg, is_train)
+        value_range = cfg.INPUT.VALUE_RANGE or None
+        return {**options, "channels": len(cfg.MODEL.PIXEL_MEAN), "value_range": value_range}
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the model's input for a record of a dataset."""
+        record = copy.deepcopy(dataset_dict)
+        pixels = read_image(record["file_name"], self.value_range, self.channels)
+        detection_utils.check_image_size(record, pixels)
+        scale = 255 if pixels.dtype != np.uint8 else 1
+        semantic = record.pop("sem_seg_file_name", None)
+        if semantic is not None:
+            semantic = detection_utils.read_image(semantic, "L").squeeze(2)
+        inputs = T.AugInput(pixels * np.float32(scale), sem_seg=semantic)
+        transforms = self.augmentations(inputs)
+        pixels = np.where(inputs.image == 127.5, np.float32(127.501), inputs.image)  # 0 is padding
+        record["image"] = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        if semantic is not None:
+            record["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype("int64"))
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(record, transforms, pixels.shape[:2])
+        return record
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
+    """Build the mapper for ``INPUT.DEEP``; in training with ``INPUT.LSJ``."""
+    kind = DeepDatasetMapper if cfg.INPUT.DEEP else DatasetMapper
     lsj = cfg.INPUT.LSJ
-    if not lsj.ENABLED:
-        return DatasetMapper(cfg, is_train=True)
+    if not (is_train and lsj.ENABLED):
+        return kind(cfg, is_train)
     augmentations = large_scale_jitter(
         lsj.SIZE, lsj.MIN_SCALE, lsj.MAX_SCALE, cfg.INPUT.RANDOM_FLIP
     )
-    return DatasetMapper(
-        cfg, is_train=True, augmentations=augmentations, recompute_boxes=cfg.MODEL.MASK_ON
-    )
+    return kind(cfg, is_train=True, augmentations=augmentations, recompute_boxes=cfg.MODEL.MASK_ON)
 
 
 class SeededStream(Dataset):
@@ -225,7 +283,7 @@ def loader_settings(
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
-    mapper = build_train_mapper(cfg)
+    mapper = build_mapper(cfg, is_train=True)
     with naming_datasets(cfg.DATASETS.TRAIN):
         settings = _train_loader_from_config(cfg, mapper, dataset=records)
     del settings["aspect_ratio_grouping"]

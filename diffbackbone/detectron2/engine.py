@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from detectron2 import evaluation
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -33,6 +33,7 @@ from torch import nn
 
 from diffbackbone.detectron2.checkpoint import Checkpointer, CheckpointHook
 from diffbackbone.detectron2.datasets import (
+    build_mapper,
     build_train_loader,
     check_classes,
     load_dicts,
@@ -181,6 +182,11 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> torch.utils.data.DataLoader:
         """Build a loader that begins at the first iteration, for Detectron2's hooks."""
         return build_train_loader(**loader_settings(cfg, max(cfg.SEED, 0)))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> torch.utils.data.DataLoader:
+        """Build Detectron2's loader with the mapper of this package."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, False))
 
     @classmethod
     def build_evaluator(

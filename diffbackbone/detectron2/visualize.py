@@ -11,16 +11,17 @@ import numpy as np
 import torch
 import tyro
 from detectron2.config import instantiate
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from diffbackbone import images
 from diffbackbone.cli import find_config, run_command
 from diffbackbone.detectron2.checkpoint import Checkpointer
 from diffbackbone.detectron2.config import load_yaml
-from diffbackbone.detectron2.datasets import load_dicts
+from diffbackbone.detectron2.datasets import DeepDatasetMapper, build_mapper, load_dicts
 from diffbackbone.detectron2.engine import Trainer
 from diffbackbone.detectron2.launch import CONFIG_DIR, user_errors
 from diffbackbone.detectron2.lazyconfig_train_net import build_model, dataset_names, load_lazy
@@ -63,13 +64,21 @@ def load_detector(config: VisualizeConfig) -> tuple[torch.nn.Module, Any, str]:
         folder, weights = cfg.train.output_dir, cfg.train.init_checkpoint
     else:
         cfg = load_yaml(path, config.opts)
-        model, mapper = Trainer.build_model(cfg), DatasetMapper(cfg, is_train=False)
+        model, mapper = Trainer.build_model(cfg), build_mapper(cfg, is_train=False)
         dataset, folder, weights = cfg.DATASETS.TEST[0], cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS
     checkpointer = Checkpointer(model, folder, strict=True)
     given = any(o.startswith(("MODEL.WEIGHTS", "train.init_checkpoint")) for o in config.opts)
     last = checkpointer.get_checkpoint_file()
     checkpointer.load(config.weights or (weights if given else last or weights))
     return model.eval(), mapper, dataset
+
+
+def _read_shown(path: str, mapper: Any) -> np.ndarray:
+    """Read an image as (H, W, 3) uint8 RGB; of two or of many channels the first ones."""
+    if not isinstance(mapper, DeepDatasetMapper):
+        return read_image(path, format="RGB")
+    pixels = images.to_uint8(images.read_image(path, mapper.value_range, mapper.channels))
+    return pixels[..., :3] if mapper.channels >= 3 else pixels[..., :1].repeat(3, axis=-1)
 
 
 @torch.no_grad()
@@ -84,7 +93,7 @@ def predict(config: VisualizeConfig) -> list[tuple[np.ndarray, np.ndarray]]:
         (output,) = model([mapper(record)])
         instances = output["instances"].to("cpu")
         instances = instances[instances.scores >= config.score]
-        image = read_image(record["file_name"], format="RGB")
+        image = _read_shown(record["file_name"], mapper)
         scale = PANEL / max(image.shape[:2])
         seed_everything(index)  # of the Visualizer's random colors
         truth = Visualizer(image, metadata, scale).draw_dataset_dict(record)
