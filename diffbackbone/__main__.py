@@ -16,6 +16,7 @@ COMMANDS = {
     "classify": ("eval.classify:main", "train and evaluate a classification head"),
     "knn": ("eval.knn:main", "classify by nearest neighbors in frozen features"),
     "sweep": ("eval.sweep:main", "find the block and timestep that suit a data set"),
+    "compare": ("eval.compare:main", "compare networks on a data set"),
     "label-efficiency": ("eval.label_efficiency:main", "compare weights with few labels"),
     "visualize-features": ("eval.visualize_features:main", "draw principal components"),
     "inspect": ("inspect_unet:main", "print what each block costs"),

@@ -515,6 +515,8 @@ def test_what_is_refused(folders, tmp_path):
     skips = {"down_block_types": ["SkipDownBlock2D"], "up_block_types": ["SkipUpBlock2D"]}
     with pytest.raises(ValueError, match="SkipDownBlock2D are not supported"):
         refuse(tmp_path, {"_class_name": "UNet2DModel", "block_out_channels": [32], **skips})
+    with pytest.raises(ValueError, match="dual_cross_attention"):
+        refuse(tmp_path, {"_class_name": "UNet2DConditionModel", "dual_cross_attention": True})
     with pytest.raises(ValueError, match="no text encoder"):
         build(own_folder(folders, tmp_path), blocks=1)
     unet = {"preset": f"diffusers://{own_folder(folders, tmp_path)}", "condition": "learned"}

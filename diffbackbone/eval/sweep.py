@@ -301,11 +301,12 @@ def describe(advices: Sequence[Mapping[str, Any]]) -> str:
 
 def _name(cell: Mapping[str, Any], advice: Mapping[str, Any]) -> str:
     measure = advice["measure"]
-    score = f"{_percent(cell, measure)}% by {MEASURES[measure]}"
+    score = f"{format_percent(cell, measure)}% by {MEASURES[measure]}"
     return f"b = {cell['b']}, t = {cell['t']}, pool = {cell['pool']}, {score}"
 
 
-def _percent(cell: Mapping[str, Any], measure: str) -> str:
+def format_percent(cell: Mapping[str, Any], measure: str) -> str:
+    """Format a cell's measure in percent, with the spread over seeds if there is one."""
     spread = cell[f"{measure}_std"]
     text = f"{100 * cell[measure]:.1f}"
     return text if spread is None else f"{text} ± {100 * spread:.1f}"
@@ -321,7 +322,7 @@ def show_grid(
     measure = advice["measure"]
     own = {(cell["b"], cell["t"]): cell for cell in cells if cell["pool"] == pool}
     blocks, timesteps = (list(dict.fromkeys(key[i] for key in own)) for i in (0, 1))
-    texts = [[_percent(own[b, t], measure) for t in timesteps] for b in blocks]
+    texts = [[format_percent(own[b, t], measure) for t in timesteps] for b in blocks]
     marks = {}
     for found, color, star, label in (
         (advice["cheapest"], CHEAPEST_COLOR, "*", "fewest operations within one standard error"),
@@ -330,7 +331,7 @@ def show_grid(
         if found["pool"] == pool:
             i, j = blocks.index(found["b"]), timesteps.index(found["t"])
             marks[i, j] = color, label
-            texts[i][j] = f"{star}{_percent(found, measure)}{star}"
+            texts[i][j] = f"{star}{format_percent(found, measure)}{star}"
     columns = ["b \\ t:", *(f"{t}:" for t in timesteps)]
     table = markdown_table(columns, ([b, *line] for b, line in zip(blocks, texts)))
     every = [100 * cell[measure] for cell in cells]

@@ -200,6 +200,8 @@ def _unet_blocks(net: nn.Module, stride: int) -> Iterator[tuple[BlockInfo, Block
                 f"U-Nets with {type(level).__name__} are not supported; levels may be "
                 f"{', '.join(UNET_BLOCKS)}"
             )
+    if net.config.get("dual_cross_attention"):
+        raise ValueError("U-Nets with dual_cross_attention are not supported")
     index, channels = 0, net.conv_in.in_channels
 
     def block(
