@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from torch import Tensor
 from diffbackbone import checkpoint as reading
 from diffbackbone.backbone import _DIGEST, DiffusionBackbone
 from diffbackbone.cli import run_command
+from diffbackbone.models import resolve_network
 from diffbackbone.models.adm import read_folder, write_folder
-from diffbackbone.models.gd_config import UNetConfig, resolve_config
+from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.saving import save_safetensors
 from diffbackbone.sources import CheckpointError, find_file, some_keys
@@ -46,12 +47,14 @@ class ExportConfig:
     folder for DDPMPipeline.from_pretrained."""
     out: Path
     """File, or diffusers' folder, to write."""
-    checkpoint: str
-    """guided-diffusion weights, or a training checkpoint that holds them; a path or URL."""
+    checkpoint: str | None = None
+    """guided-diffusion weights, or a training checkpoint that holds them; a path or URL. Networks
+    of diffusers and timm have weights of their own."""
     prefix: str | None = None
     """Prefix of the U-Net's keys, where the checkpoint holds several."""
     unet: str | None = None
-    """Preset, or fields as JSON; default: what a .safetensors file says, else gd256_uncond."""
+    """Network: a name, or fields as JSON; default: what a .safetensors file says, else
+    gd256_uncond. Programs take any family, weights U-Nets of guided-diffusion."""
     size: tuple[int, ...] | None = None
     """Side, or height and width, of the images; default: the size the U-Net was trained at."""
     blocks: tuple[int, ...] = (33, 30, 27, 24)
@@ -73,17 +76,23 @@ class ExportConfig:
     """Weights: type that they are rounded to."""
 
 
-def read_config(options: ExportConfig) -> UNetConfig:
+def read_config(options: ExportConfig) -> Any:
     """Return the architecture: of ``--unet``, of the file, or of the 256-px model.
 
     Raises:
-        ValueError: It is unknown.
+        ValueError: It is unknown, or guided-diffusion's weights are missing.
         CheckpointError: The file is damaged.
     """
-    if options.unet is None:
+    if options.unet is None and options.checkpoint is not None:
         stored = reading.stored_config(find_file(options.checkpoint))
         return stored or UNetConfig.from_preset("gd256_uncond")
-    return resolve_config(options.unet)
+    config = resolve_network(options.unet or "gd256_uncond")
+    weights_only = options.format in ("safetensors", "diffusers")
+    if type(config) is not UNetConfig and weights_only:
+        raise UserError(f"--format {options.format} takes U-Nets of guided-diffusion")
+    if options.checkpoint is None and isinstance(config, UNetConfig):
+        raise UserError("--checkpoint is missing: the U-Net's weights would be random")
+    return config
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -99,6 +108,8 @@ def read_layers(options: ExportConfig) -> dict[str, Tensor]:
         CheckpointError: The file is damaged, holds code or several backbones.
     """
     source = options.layers or options.checkpoint
+    if source is None:
+        return {}
     content = reading.read_checkpoint(source)
     content, roots = reading.unwrap(content, "unet." + reading.ANCHOR, _DIGEST)
     weights = {str(key): x for key, x in content.items() if isinstance(x, Tensor)}
@@ -117,7 +128,7 @@ def read_layers(options: ExportConfig) -> dict[str, Tensor]:
     return layers
 
 
-def build_backbone(options: ExportConfig, config: UNetConfig) -> DiffusionBackbone:
+def build_backbone(options: ExportConfig, config: Any) -> DiffusionBackbone:
     """Build the frozen backbone with all its weights.
 
     Raises:
@@ -137,7 +148,8 @@ def build_backbone(options: ExportConfig, config: UNetConfig) -> DiffusionBackbo
             noise=options.noise,
             freeze=True,
         )
-    print(backbone.load(options.checkpoint, options.prefix), flush=True)
+    if options.checkpoint is not None:
+        print(backbone.load(options.checkpoint, options.prefix), flush=True)
     try:
         keys = backbone.load_state_dict(layers, strict=False)
     except (CheckpointError, RuntimeError) as error:  # RuntimeError: of another shape
@@ -149,7 +161,8 @@ def build_backbone(options: ExportConfig, config: UNetConfig) -> DiffusionBackbo
             f"leaves trained feedback layers out); missing: {some_keys(missing) or 'none'}; "
             f"unexpected: {some_keys(keys.unexpected_keys) or 'none'}"
         )
-    print(f"{source}: {len(layers)} tensors of projections and feedback", flush=True)
+    if source is not None:
+        print(f"{source}: {len(layers)} tensors of projections and feedback", flush=True)
     return backbone.eval()
 
 
@@ -206,7 +219,7 @@ def write(path: Path, save: Callable[[Path], None], check: Callable[[Path], None
 
 
 @torch.no_grad()
-def export_program(options: ExportConfig, config: UNetConfig) -> None:
+def export_program(options: ExportConfig, config: Any) -> None:
     """Write a backbone as pt2 or ONNX.
 
     Raises:

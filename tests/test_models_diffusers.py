@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -638,3 +639,46 @@ def test_openmmlab_configs_take_diffusers_models(folders, recwarn):
     assert backbone.unet.raw
     maps = backbone(torch.rand(1, 3, 64, 64) * 2 - 1)
     assert [tuple(x.shape) for x in maps] == [(1, 8, 8, 8), (1, 8, 4, 4)]
+
+
+def cache(root, name, folder, files, absent=()):
+    """Put files of a folder into the hub's cache as a repository, with files known to be absent."""
+    place = root / "hub" / f"models--{name.replace('/', '--')}"
+    for part, names in ((f"snapshots/{'0' * 40}", files), (f".no_exist/{'0' * 40}", absent)):
+        for file in names:
+            (place / part / file).parent.mkdir(parents=True, exist_ok=True)
+            (place / part / file).write_bytes(
+                (folder / file).read_bytes() if files is names else b""
+            )
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text("0" * 40)
+
+
+def test_ids_on_the_hub(folders, tmp_path):
+    """From the hub's cache, offline, with those files alone that reading weights only asks for."""
+    weights = "diffusion_pytorch_model.safetensors"
+    files = ["model_index.json", "scheduler/scheduler_config.json"]
+    files += ["unet/config.json", f"unet/{weights}"]
+    cache(tmp_path, "someone/pipeline", folders / "ddpm", files)
+    absent = ["model_index.json", "scheduler_config.json"]
+    cache(tmp_path, "someone/unet", folders / "ddpm/unet", ["config.json", weights], absent)
+    code = """
+import torch
+from diffbackbone import DiffusionBackbone
+names = FOLDER, "someone/pipeline", "someone/unet"
+options = dict(timestep=90, blocks=3, out_strides=None, out_channels=None, freeze=True)
+backbones = [DiffusionBackbone(f"diffusers://{name}", **options) for name in names]
+a, b, c = (backbone(torch.zeros(1, 3, 32, 32))[0] for backbone in backbones)
+assert a.equal(b) and a.equal(c)
+try:
+    DiffusionBackbone("diffusers://someone/else", blocks=1)
+except ValueError as error:
+    print(error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code.replace("FOLDER", repr(str(folders / "ddpm")))],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "someone/else" in run.stdout

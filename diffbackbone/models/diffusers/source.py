@@ -87,14 +87,17 @@ class DiffusersConfig:
         root, _ = self._place
         path = Path(root) / name
         if not Path(root).is_dir():
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
             from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
             try:
                 path = Path(hf_hub_download(root, name, revision=self.revision))
             except Exception as error:  # no such repository, no access, no network: many types
                 missing = isinstance(error, EntryNotFoundError)
-                if missing and not isinstance(error, LocalEntryNotFoundError):
+                if isinstance(error, LocalEntryNotFoundError):  # offline: what an earlier run saw
+                    known = try_to_load_from_cache(root, name, revision=self.revision)
+                    missing = known is _CACHED_NO_EXIST
+                if missing:
                     return None
                 reason = " ".join(str(error).split())[:500]
                 raise UserError(
@@ -152,8 +155,8 @@ class DiffusersConfig:
 
     @functools.cached_property
     def _scheduler(self) -> dict[str, Any]:
-        names = ("scheduler_config.json", "scheduler/scheduler_config.json")
-        return next(filter(None, map(self._read, names)), {})
+        name = "scheduler/scheduler_config.json" if self._index else "scheduler_config.json"
+        return self._read(name) or {}
 
     @functools.cached_property
     def noise_schedule(self) -> str | tuple[float, ...]:
