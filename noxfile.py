@@ -75,6 +75,13 @@ def mmseg(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def onedl(session: nox.Session) -> None:
+    """The maintained forks of MMEngine, mmcv and MMSegmentation, under the same import names."""
+    packages = [*TESTED, "onedl-mmengine", "onedl-mmcv", "onedl-mmsegmentation", "ftfy", "regex"]
+    check(session, packages, "[tools]", OPENMMLAB_TESTS)
+
+
+@nox.session(python="3.11")
 def detectron2(session: nox.Session) -> None:
     """Detectron2 without OpenMMLab's packages."""
     packages = [*TESTED, detectron2_wheel(session)]

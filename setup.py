@@ -55,6 +55,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    keywords="diffusion segmentation detection backbone features",
     python_requires=">=3.10,<3.14",
     packages=[*find_packages(include=["diffbackbone", "diffbackbone.*"]), "diffbackbone.configs"],
     package_dir={"diffbackbone.configs": "configs"},
@@ -86,6 +87,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff==0.17.5",
+            "segmentation_models_pytorch",
         ],
     },
     classifiers=[
