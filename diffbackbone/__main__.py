@@ -17,6 +17,7 @@ COMMANDS = {
     "knn": ("eval.knn:main", "classify by nearest neighbors in frozen features"),
     "sweep": ("eval.sweep:main", "find the block and timestep that suit a data set"),
     "compare": ("eval.compare:main", "compare networks on a data set"),
+    "prepare-fgvc": ("eval.fgvc:main", "sort a fine-grained data set into class folders"),
     "label-efficiency": ("eval.label_efficiency:main", "compare weights with few labels"),
     "visualize-features": ("eval.visualize_features:main", "draw principal components"),
     "inspect": ("inspect_unet:main", "print what each block costs"),

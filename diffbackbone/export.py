@@ -61,8 +61,9 @@ class ExportConfig:
     """Programs: tapped blocks, 1-based."""
     timestep: int = 90
     """Programs: 0-based timestep."""
-    feedback: Literal["all", "bottleneck", "windowed", "multi-scale", "none"] | None = None
-    """Programs: DifFeed's strategy; none leaves trained feedback layers out."""
+    feedback: str | None = None
+    """Programs: DifFeed's strategy, or pairs of blocks (24:14,21:17); none leaves trained feedback
+    layers out."""
     layers: str | None = None
     """Programs: training checkpoint with projections and feedback layers, where it holds no U-Net
     (save_frozen off); default: they are looked for in the checkpoint."""

@@ -34,7 +34,8 @@ def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[
 
     Args:
         blocks: The network's blocks; the numbers above are for the 37 of the 256-px models.
-        strategy: A name, or a map; its keys may be digits, as config files write them.
+        strategy: A name, or a map {source: target}; its numbers may be digits, as config files
+            write them. A string of pairs is a map, too: ``"24:14,21:17"``.
 
     Raises:
         ValueError: Unknown name, or one for a network without decoder; a number out of range, a
@@ -44,6 +45,9 @@ def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[
         raise ValueError(f"feedback {strategy!r:.200}: {blocks.no_feedback}")
     encoder = blocks.num_encoder_blocks
     decoder = [b for b, info in blocks.items() if info.part == "decoder"]
+    if isinstance(strategy, str) and ":" in strategy:
+        pairs = [pair.partition(":") for pair in strategy.split(",")]
+        strategy = {source.strip(): target.strip() for source, _, target in pairs}
     if isinstance(strategy, Mapping):
         sources = blocks.check(map(_integer, strategy), "feedback sources")
         mapping = dict(

@@ -322,8 +322,26 @@ def test_head_of_the_published_code_is_evaluated(data, tmp_path, cache):
     found = train(data, None, evaluate=tmp_path / "latest.pth")
     assert found["val"] == trained["val"]
     torch.save({"model_head": published, "model_feedback": {"a": 1}}, tmp_path / "latest.pth")
-    with pytest.raises(UserError, match="feedback"):
+    with pytest.raises(UserError, match="trained with --feedback"):
         train(data, None, evaluate=tmp_path / "latest.pth")
+
+
+def test_difffeed_of_the_published_code_is_evaluated(data, tmp_path):
+    options = dict(feedback="24:14,21:17", blocks=(24,), head="linear", lr=(0.1,))
+    trained = train(data, tmp_path / "out", **options)
+    saved = classify.read_checkpoint(tmp_path / "out/best.pt")
+    head = {key.replace("linear.", "fcs.0."): value for key, value in saved["head"].items()}
+    published = {}  # their layers are numbered in the order of --feedback_b_list 21 24
+    for key, value in saved["backbone"].items():
+        part, b, *name = key.split(".")
+        if part == "feedback":
+            published[".".join([str(["21", "24"].index(b)), *name])] = value
+    torch.save({"model_head": head, "model_feedback": published}, tmp_path / "latest.pth")
+    found = train(data, None, evaluate=tmp_path / "latest.pth", **options)
+    assert found["val"] == trained["val"]
+    del options["feedback"]
+    with pytest.raises(UserError, match="trained with --feedback"):
+        train(data, None, evaluate=tmp_path / "latest.pth", **options)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,18 @@ def test_folder_is_listed_class_by_class(data):
     assert len(deep) == CLASSES * (TRAIN + 2)
     assert set(deep.labels) == {0}
     assert "train/class1/3.png" in deep.paths
+
+
+def test_some_classes_only(data, tmp_path):
+    (tmp_path / "names.txt").write_text("class2\nclass0\n\n")
+    options = module.DataOptions(data=data, only_classes=tmp_path / "names.txt")
+    for folder, count in zip(options.list_folders(), (TRAIN, 2)):
+        assert folder.classes == ("class0", "class2")
+        assert folder.labels.tolist() == [0] * count + [1] * count
+        assert {path.split("/")[0] for path in folder.paths} == {"class0", "class2"}
+    (tmp_path / "names.txt").write_text("class0\nclass7")
+    with pytest.raises(UserError, match="class7"):
+        options.list_folders()
 
 
 def test_digest_notices_changed_files(data):
@@ -118,6 +131,10 @@ def test_subset_is_balanced_and_seeded():
     counts = np.bincount(even.labels[choose_subset(even, "11%", seed=0)])
     assert sorted(counts) == [5, 5, 6]  # 16.5 rounds to 16
     assert len(choose_subset(folder, "1", seed=0)) == 603
+    labels = np.arange(1_281_167) % 1000
+    imagenet = ImageFolder(Path("root"), (), labels, tuple(map(str, range(1000))))
+    imagenet = replace(imagenet, paths=range(len(labels)))
+    assert [len(choose_subset(imagenet, x, 0)) for x in ("1%", "10%")] == [12_811, 128_116]
     # draws are part of published results
     assert choose_subset(make_folder([5, 5, 5]), "34%", seed=0).tolist() == [0, 6, 9, 11, 12]
 

@@ -126,6 +126,10 @@ def test_first_pass_has_a_gradient_only_when_asked(small):
     small.zero_grad()
 
 
+def test_pairs_in_a_string_are_a_map():
+    assert Feedback(SMALL, "24:14, 21:17").mapping == Feedback(SMALL, {24: 14, 21: 17}).mapping
+
+
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
@@ -133,6 +137,7 @@ def test_first_pass_has_a_gradient_only_when_asked(small):
         ({40: 3}, r"feedback sources .* 1 to 37 .* got \[40\]"),
         ({24: 19}, r"24 -> 19: the target must be an encoder block \(1 to 18\)"),
         ({5: 9}, "5 -> 9"),
+        ("24:14,x:3", "feedback sources"),
     ],
 )
 def test_bad_strategies(strategy, message):

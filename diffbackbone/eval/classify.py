@@ -24,7 +24,7 @@ from diffbackbone.eval.options import build_backbone, check_settings
 from diffbackbone.eval.plots import draw_confusion
 from diffbackbone.eval.recipes import RECIPES, ClassifierConfig, resolve
 from diffbackbone.eval.trainer import FORMAT, Classifier, Trainer
-from diffbackbone.heads import build_head, convert_published_head
+from diffbackbone.heads import build_head, convert_published_feedback, convert_published_head
 from diffbackbone.utils import UserError, save_figure, settings_of, write_json
 
 _TRAINING_FILES = ("last.pt", "best.pt", "metrics.jsonl")
@@ -114,8 +114,11 @@ def _evaluate(
     """Return the results of a saved head, and its confusion matrix."""
     path, head = trainer.config.evaluate, trainer.model.heads[0]
     if "model_head" in saved:
-        if saved.get("model_feedback"):
-            raise UserError(f"{path}: the published code's feedback is not converted")
+        feedback, published = trainer.model.backbone.feedback, saved.get("model_feedback") or {}
+        if bool(published) != (feedback is not None):
+            raise UserError(f"{path} was trained {'with' if published else 'without'} --feedback")
+        if feedback is not None:
+            feedback.load_state_dict(convert_published_feedback(published, feedback.mapping))
         head.load_state_dict(convert_published_head(saved, head))
     else:
         if saved["settings"]["classes"] != settings["classes"]:

@@ -62,15 +62,25 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def list_folder(root: Path, classes: Sequence[str] | None = None, **options: Any) -> ImageFolder:
+def list_folder(
+    root: Path,
+    classes: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    **options: Any,
+) -> ImageFolder:
     """List a folder with one subfolder per class; the classes are those of training, if given.
 
-    Options are ``value_range`` and ``channels`` of :class:`ImageFolder`.
+    ``only`` leaves out all classes but these. Options are ``value_range`` and ``channels`` of
+    :class:`ImageFolder`.
 
     Raises:
-        UserError: There is one class only, or one that ``classes`` lacks.
+        UserError: There is one class only, one that ``classes`` lacks, or ``only`` has one too many.
     """
     names = [name for name in find_classes(str(root))[0] if not name.startswith(".")]
+    if only is not None:
+        if absent := sorted(set(only) - set(names)):
+            raise UserError(f"{root} has no class {', '.join(absent[:5])}")
+        names = sorted(set(only))
     if classes is None and len(names) < 2:
         raise UserError(f"{root} must have a subfolder for each of at least two classes")
     classes = classes or names
@@ -128,7 +138,8 @@ def choose_subset(folder: ImageFolder, subset: str, seed: int) -> np.ndarray:
     except ValueError:
         chosen = _read_list(folder, Path(subset).expanduser())
     else:
-        count = round(share * len(folder)) if 0 < share <= 1 else 0
+        # 12,811 and 128,116 images of ImageNet, as in Table 7
+        count = int(share * len(folder) + 1e-6) if 0 < share <= 1 else 0
         chosen = _draw_balanced(folder.labels, count, seed)
     if absent := set(range(len(folder.classes))) - set(folder.labels[chosen].tolist()):
         raise UserError(

@@ -76,6 +76,8 @@ class DataOptions:
     """Training images: a folder in DATA, or an absolute path."""
     val_dir: Path = Path("val")
     """Validation images: a folder in DATA, or an absolute path."""
+    only_classes: Path | None = None
+    """File with the names of the classes to use, one a line (ImageNet-50); default: all."""
     image_size: int | None = None
     """Height and width of the images; default: the network's."""
     batch_size: int = 64
@@ -89,6 +91,9 @@ class DataOptions:
     def list_folders(self, channels: int = 3) -> tuple[ImageFolder, ImageFolder]:
         """List the training and validation images; the classes are those of training."""
         root, options = self.data.expanduser(), {"value_range": self.value_range}
+        if self.only_classes is not None:
+            options["only"] = self.only_classes.expanduser().read_text(encoding="utf-8").split("\n")
+            options["only"] = [name.strip() for name in options["only"] if name.strip()]
         train = list_folder(root / self.train_dir, **options, channels=channels)
         val = list_folder(root / self.val_dir, train.classes, **options, channels=channels)
         return train, val

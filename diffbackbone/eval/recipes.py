@@ -42,8 +42,9 @@ class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
 
     head: Literal["linear", "mlp", "cnn", "attention", "difformer"] | None = None
     """Default: linear; attention with feedback."""
-    feedback: Literal["none", "all", "bottleneck", "windowed", "multi-scale"] = "none"
-    """DifFeed: run the U-Net twice (the paper takes bottleneck)."""
+    feedback: str = "none"
+    """DifFeed: run the U-Net twice. all, bottleneck (the paper's), windowed, multi-scale, or pairs
+    of a decoder and an encoder block such as 24:14,21:17."""
     pool: int | None = None
     """Height and width of the pooled map; default: linear 2, mlp 4, cnn 8, transformers 16."""
     hidden: tuple[int, ...] = ()

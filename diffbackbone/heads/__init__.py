@@ -34,7 +34,7 @@ from diffbackbone.heads.cnn import CNNHead
 from diffbackbone.heads.difformer import DifFormerHead
 from diffbackbone.heads.linear import LinearHead
 from diffbackbone.heads.mlp import MLPHead
-from diffbackbone.heads.published import convert_published_head
+from diffbackbone.heads.published import convert_published_feedback, convert_published_head
 
 HEADS: dict[str, type[nn.Module]] = {
     "linear": LinearHead,
@@ -73,5 +73,6 @@ __all__ = [
     "LinearHead",
     "MLPHead",
     "build_head",
+    "convert_published_feedback",
     "convert_published_head",
 ]

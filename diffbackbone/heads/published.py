@@ -7,7 +7,7 @@ The published training script writes ``latest.pth``, a dict with ``optimizer``, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,3 +82,25 @@ def convert_published_head(checkpoint: Mapping[str, Any], head: nn.Module) -> di
     if unknown:
         raise ValueError(f"not weights of a {type(head).__name__}: unknown {', '.join(unknown)}")
     return converted
+
+
+def convert_published_feedback(
+    weights: Mapping[str, Tensor], sources: Iterable[int]
+) -> dict[str, Tensor]:
+    """Rename the published code's feedback layers ("C_B_R") for :class:`Feedback`.
+
+    Args:
+        weights: ``model_feedback`` of ``latest.pth``; the key's first part counts the sources.
+        sources: The source blocks; they count in ascending order, as in the published script.
+
+    Returns:
+        A state dict for ``Feedback.load_state_dict``, which checks that it is complete.
+
+    Raises:
+        ValueError: There are layers of more source blocks.
+    """
+    names = dict(enumerate(sorted(sources)))
+    split = [(key.partition("."), value) for key, value in weights.items()]
+    if unknown := {i for (i, _, _), _ in split if not i.isdecimal() or int(i) not in names}:
+        raise ValueError(f"feedback layers {', '.join(sorted(unknown))} have no source block")
+    return {f"{names[int(i)]}.{name}": value for (i, _, name), value in split}
