@@ -74,7 +74,7 @@ def list_folder(
     :class:`ImageFolder`.
 
     Raises:
-        UserError: There is one class only, one that ``classes`` lacks, or ``only`` has one too many.
+        UserError: There is one class only, one that ``classes`` lacks, or one of ``only`` lacks.
     """
     names = [name for name in find_classes(str(root))[0] if not name.startswith(".")]
     if only is not None:

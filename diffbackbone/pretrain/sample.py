@@ -1,0 +1,223 @@
+"""Generate images with a guided-diffusion U-Net, and measure their FID.
+
+OUT gets ``samples.npz`` as guided-diffusion writes it (``arr_0``, uint8 (N, H, W, C), and
+``arr_1``, the labels of a class-conditional U-Net) and ``samples.png``, the first of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from diffbackbone import checkpoint as reading
+from diffbackbone.cli import run_command
+from diffbackbone.diffusion import NoiseSchedule
+from diffbackbone.images import read_image, to_uint8
+from diffbackbone.models import resolve_network
+from diffbackbone.models.gd_config import UNetConfig
+from diffbackbone.models.guided_diffusion import UNet
+from diffbackbone.pretrain.data import draw_noise, find_images
+from diffbackbone.pretrain.sampling import sample_ddim, sample_ddpm, save_grid
+from diffbackbone.sources import find_file
+from diffbackbone.utils import RandomStream, UserError, atomic_write, write_json
+
+SHOWN = 64
+"""Images in the picture."""
+INCEPTION = "checkpoints/weights-inception-2015-12-05-6726825d.pth"
+"""Where torch-fidelity keeps the weights of FID's network, in torch.hub's folder."""
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """Generate images with a guided-diffusion U-Net.
+
+    An image depends on the seed and its number alone, not on the batch or the processes.
+    """
+
+    checkpoint: str
+    """guided-diffusion weights, or unet.safetensors of tools/pretrain.py; a path or URL."""
+    unet: str | None = None
+    """Preset, or fields as JSON; default: what a .safetensors file says, else gd256_uncond."""
+    out: Path = Path("work_dirs/samples")
+    """Folder for the images."""
+    num: int = 16
+    """Number of images."""
+    batch_size: int = 8
+    """Images at a time."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """ddim is deterministic (eta = 0); ddpm draws noise in each step."""
+    steps: int | None = None
+    """Steps; default: 50 for ddim, 250 for ddpm."""
+    label: int | None = None
+    """Class of all images of a class-conditional U-Net; default: drawn for each image."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU if there is one."""
+    fid_reference: Path | None = None
+    """Compute the FID to these images: a folder, or an .npz of guided-diffusion's evaluations."""
+    fid_weights: Path | None = None
+    """Weights of FID's network; default: where torch-fidelity keeps them."""
+
+
+def check_fid(config: SampleConfig) -> Path:
+    """Return the weights of FID's network.
+
+    Raises:
+        UserError: They or packages are missing, or there are no reference images.
+    """
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise UserError("--fid-reference needs torch-fidelity: pip install torch-fidelity")
+    weights = config.fid_weights or Path(torch.hub.get_dir()) / INCEPTION
+    if not weights.is_file():
+        raise UserError(
+            f"--fid-reference: {weights} does not exist; torch-fidelity's releases have it, and "
+            "--fid-weights names another place"
+        )
+    if not config.fid_reference.exists():
+        raise UserError(f"--fid-reference: {config.fid_reference} does not exist")
+    return weights
+
+
+def read_reference(path: Path) -> Iterator[Tensor]:
+    """Yield batches of reference images, uint8 (N, 3, H, W)."""
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as content:
+            if "arr_0" not in content:
+                raise UserError(f"{path} has statistics but no images (arr_0)")
+            for part in np.array_split(content["arr_0"], math.ceil(len(content["arr_0"]) / 64)):
+                yield torch.from_numpy(part).permute(0, 3, 1, 2)
+        return
+    for image in find_images(path):
+        yield torch.from_numpy(to_uint8(read_image(path / image))).permute(2, 0, 1)[None]
+
+
+def compute_fid(samples: np.ndarray, config: SampleConfig, weights: Path) -> float:
+    """Return the FID of samples, uint8 (N, H, W, 3), by torchmetrics."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature_extractor_weights_path=str(weights))
+    for batch in tqdm(read_reference(config.fid_reference), "FID", leave=False, disable=None):
+        metric.update(batch, real=True)
+    for batch in torch.from_numpy(samples).permute(0, 3, 1, 2).split(64):
+        metric.update(batch, real=False)
+    return float(metric.compute())
+
+
+def build_unet(config: SampleConfig) -> UNet:
+    """Build the U-Net with its weights.
+
+    Raises:
+        UserError: It is no diffusion U-Net of guided-diffusion's.
+    """
+    architecture: Any = UNetConfig.from_preset("gd256_uncond")
+    if config.unet is not None:
+        architecture = resolve_network(config.unet)
+    elif stored := reading.stored_config(find_file(config.checkpoint)):
+        architecture = stored
+    if type(architecture) is not UNetConfig:
+        raise UserError(
+            f"--unet {config.unet}: only guided-diffusion's U-Nets are sampled here; diffusers' "
+            "pipelines sample those in diffusers' format"
+        )
+    unet = UNet(architecture)
+    print(reading.load_checkpoint(unet, config.checkpoint), flush=True)
+    return unet.eval()
+
+
+@torch.inference_mode()
+def generate(config: SampleConfig, unet: UNet, state: PartialState) -> list[tuple[np.ndarray, int]]:
+    """Return this process's images, uint8 (H, W, C), with their labels (-1 for none)."""
+    size, channels = unet.config.image_size, unet.config.in_channels
+    schedule, classes = NoiseSchedule(unet.config.noise_schedule), unet.config.num_classes
+    steps = config.steps or {"ddim": 50, "ddpm": 250}[config.sampler]
+    own = range(config.num)[state.process_index :: state.num_processes]
+    found: list[tuple[np.ndarray, int]] = []
+    bar = tqdm(total=len(own), unit="image", disable=None if state.is_main_process else True)
+    for start in range(0, len(own), config.batch_size):
+        numbers = own[start : start + config.batch_size]
+        x, drawn = _noise(config, numbers, 0, size, channels).to(state.device), [0]
+        labels, y = [-1] * len(numbers), None
+        if classes is not None:
+            random = (RandomStream.SAMPLES.generator(config.seed, n, 0, 0) for n in numbers)
+            labels = [int(r.integers(classes)) for r in random]
+            labels = labels if config.label is None else [config.label] * len(numbers)
+            y = torch.tensor(labels, device=state.device)
+
+        def predict(x_t: Tensor, t: int, y: Tensor | None = y) -> Tensor:
+            return unet(x_t, t, y)
+
+        def draw(numbers: Sequence[int] = numbers, drawn: list[int] = drawn) -> Tensor:
+            drawn[0] += 1
+            return _noise(config, numbers, drawn[0], size, channels).to(state.device)
+
+        if config.sampler == "ddim":
+            images = sample_ddim(predict, schedule, x, steps)
+        else:
+            images = sample_ddpm(predict, schedule, x, steps, draw)
+        pixels = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        found += zip(pixels.numpy(), labels)
+        bar.update(len(numbers))
+    bar.close()
+    return found
+
+
+def _noise(
+    config: SampleConfig, numbers: Sequence[int], step: int, size: int, channels: int
+) -> Tensor:
+    """Noise (N, C, size, size) of images by their numbers, new for each step."""
+    key = config.seed + (step << 32)
+    return torch.stack([draw_noise(RandomStream.SAMPLES, key, n, size, channels) for n in numbers])
+
+
+def run(config: SampleConfig) -> np.ndarray:
+    """Generate, write and evaluate; return the images, uint8 (N, H, W, C)."""
+    state = PartialState(cpu=config.device == "cpu")
+    weights = check_fid(config) if config.fid_reference else None
+    unet = build_unet(config).to(state.device)
+    if config.label is not None and not 0 <= config.label < (unet.config.num_classes or 0):
+        raise UserError(f"--label {config.label}: the U-Net has {unet.config.num_classes} classes")
+    if config.num < 1 or (config.steps is not None and config.steps < 2):
+        raise UserError(f"--num must be at least 1 and --steps 2, got {config}")
+    parts = generate(config, unet, state)
+    world = state.num_processes
+    if world > 1:
+        gathered = gather_object([parts])
+        parts = [gathered[i % world][i // world] for i in range(config.num)]
+    samples, labels = np.stack([x for x, _ in parts]), np.array([label for _, label in parts])
+    if not state.is_main_process:
+        return samples
+    arrays = {"arr_0": samples}
+    if unet.config.num_classes is not None:
+        arrays["arr_1"] = labels
+
+    def save(path: Path) -> None:
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    atomic_write(config.out / "samples.npz", save)
+    shown = torch.from_numpy(samples[:SHOWN]).permute(0, 3, 1, 2)
+    save_grid(shown / 127.5 - 1, config.out / "samples.png")
+    print(f"{config.out}: samples.npz, samples.png")
+    if weights is not None:
+        fid = compute_fid(samples, config, weights)
+        write_json(config.out / "fid.json", {"fid": fid, "images": config.num})
+        print(f"FID {fid:.2f} of {config.num} images")
+    return samples
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    run_command(SampleConfig, run, argv)
