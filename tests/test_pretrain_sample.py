@@ -41,7 +41,7 @@ def weights(tmp_path_factory) -> str:
 
 
 def generate(weights, out, **options):
-    options = {"num": 5, "steps": 3, "device": "cpu", "unet": FIELDS, **options}
+    options = {"count": 5, "steps": 3, "device": "cpu", "unet": FIELDS, **options}
     images = sample.run(sample.SampleConfig(checkpoint=weights, out=out, **options))
     with np.load(out / "samples.npz") as file:
         assert (file["arr_0"] == images).all()
@@ -55,7 +55,7 @@ def test_images_depend_on_seed_and_number_alone(sampler, weights, tmp_path):
     assert found["arr_0"].dtype == np.uint8
     assert found["arr_1"].shape == (5,)
     assert set(found["arr_1"]) <= set(range(5))
-    again = generate(weights, tmp_path / "b", sampler=sampler, batch_size=2, num=3)
+    again = generate(weights, tmp_path / "b", sampler=sampler, batch_size=2, count=3)
     difference = again["arr_0"].astype(int) - found["arr_0"][:3]
     assert np.abs(difference).max() <= 1
     assert (again["arr_1"] == found["arr_1"][:3]).all()
@@ -64,6 +64,13 @@ def test_images_depend_on_seed_and_number_alone(sampler, weights, tmp_path):
     assert np.abs(found["arr_0"][0].astype(int) - found["arr_0"][1]).max() > 20
     with Image.open(tmp_path / "a/samples.png") as picture:
         assert picture.width >= 3 * 16
+
+
+def test_every_image_and_step_has_noise_of_its_own(weights, tmp_path, monkeypatch):
+    draw, keys = sample.draw_noise, []
+    monkeypatch.setattr(sample, "draw_noise", lambda *key: keys.append(key) or draw(*key))
+    generate(weights, tmp_path, sampler="ddpm", count=3, batch_size=2)
+    assert len(set(keys)) == len(keys) == 3 * 3
 
 
 def test_label(weights, tmp_path):

@@ -51,7 +51,7 @@ class SampleConfig:
     """Preset, or fields as JSON; default: what a .safetensors file says, else gd256_uncond."""
     out: Path = Path("work_dirs/samples")
     """Folder for the images."""
-    num: int = 16
+    count: int = 16
     """Number of images."""
     batch_size: int = 8
     """Images at a time."""
@@ -142,7 +142,7 @@ def generate(config: SampleConfig, unet: UNet, state: PartialState) -> list[tupl
     size, channels = unet.config.image_size, unet.config.in_channels
     schedule, classes = NoiseSchedule(unet.config.noise_schedule), unet.config.num_classes
     steps = config.steps or {"ddim": 50, "ddpm": 250}[config.sampler]
-    own = range(config.num)[state.process_index :: state.num_processes]
+    own = range(config.count)[state.process_index :: state.num_processes]
     found: list[tuple[np.ndarray, int]] = []
     bar = tqdm(total=len(own), unit="image", disable=None if state.is_main_process else True)
     for start in range(0, len(own), config.batch_size):
@@ -188,13 +188,13 @@ def run(config: SampleConfig) -> np.ndarray:
     unet = build_unet(config).to(state.device)
     if config.label is not None and not 0 <= config.label < (unet.config.num_classes or 0):
         raise UserError(f"--label {config.label}: the U-Net has {unet.config.num_classes} classes")
-    if config.num < 1 or (config.steps is not None and config.steps < 2):
-        raise UserError(f"--num must be at least 1 and --steps 2, got {config}")
+    if config.count < 1 or (config.steps is not None and config.steps < 2):
+        raise UserError(f"--count must be at least 1 and --steps 2, got {config}")
     parts = generate(config, unet, state)
     world = state.num_processes
     if world > 1:
         gathered = gather_object([parts])
-        parts = [gathered[i % world][i // world] for i in range(config.num)]
+        parts = [gathered[i % world][i // world] for i in range(config.count)]
     samples, labels = np.stack([x for x, _ in parts]), np.array([label for _, label in parts])
     if not state.is_main_process:
         return samples
@@ -213,8 +213,8 @@ def run(config: SampleConfig) -> np.ndarray:
     print(f"{config.out}: samples.npz, samples.png")
     if weights is not None:
         fid = compute_fid(samples, config, weights)
-        write_json(config.out / "fid.json", {"fid": fid, "images": config.num})
-        print(f"FID {fid:.2f} of {config.num} images")
+        write_json(config.out / "fid.json", {"fid": fid, "images": config.count})
+        print(f"FID {fid:.2f} of {config.count} images")
     return samples
 
 
