@@ -17,6 +17,7 @@ from diffbackbone.diffusion import NoiseSchedule, coordinate_noise
 from diffbackbone.eval.data import RowImages, list_folder
 from diffbackbone.eval.evaluate_classifier import EvaluateConfig, run
 from diffbackbone.models import build_network, resolve_network
+from diffbackbone.models.classifier import EncoderUNet
 from diffbackbone.utils import UserError
 
 FIELDS = {
@@ -49,8 +50,13 @@ def options(root, **changes):
 
 @pytest.mark.parametrize("timestep", [0, 700])
 @torch.no_grad()
-def test_shares_are_those_of_the_classifier(root, timestep, tmp_path):
+def test_shares_are_those_of_the_classifier(root, timestep, tmp_path, monkeypatch):
+    forward, given = EncoderUNet.forward, []
+    monkeypatch.setattr(
+        EncoderUNet, "forward", lambda self, x, t: given.append(t) or forward(self, x, t)
+    )
     found = run(options(root, timestep=timestep, out=tmp_path))
+    assert set(given) == {timestep}
     network = build_network(resolve_network(FIELDS)).eval()
     network.load_state_dict(torch.load(root / "classifier.pt", weights_only=True))
     folder = list_folder(root / "val")
