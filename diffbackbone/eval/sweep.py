@@ -24,12 +24,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.cli import run_command
 from diffbackbone.costs import counting_flops
+from diffbackbone.eval import onepass
 from diffbackbone.eval.cka import compare_taps, draw_slices
 from diffbackbone.eval.data import ImageFolder, choose_subset, list_images
 from diffbackbone.eval.features import FeatureSpec, open_caches
@@ -52,6 +54,8 @@ from diffbackbone.utils import (
 )
 
 FORMAT = "diffbackbone sweep 4"
+LARGEST_CACHE = 100e9
+"""Bytes of a cache from which on --probe auto trains probes in one pass."""
 BLOCKS = (6, 9, 12, 15, 18, 19, 21, 24, 27, 30, 33, 36)
 
 
@@ -75,6 +79,16 @@ class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
     """Each draws the subset and the held-out images; several give mean and spread."""
     k: int = 20
     """Number of neighbors; all training images if there are fewer."""
+    probe: Literal["auto", "cached", "one-pass"] = "auto"
+    """cached: scikit-learn's logistic regression, and kNN, on cached features. one-pass: probes by
+    the paper's protocol from one run of the network, no cache, no kNN, no CKA. auto: one-pass where
+    the cache would take more than 100 GB."""
+    lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    """One-pass probes: learning rates; held-out training images choose one for each tap."""
+    epochs: int = 15
+    """One-pass probes: epochs."""
+    probe_memory: float = 8.0
+    """One-pass probes: GB that they may take with gradients and moments."""
     cka: bool = True
     """Compute CKA."""
     cka_only: bool = False
@@ -144,12 +158,21 @@ def run(config: SweepConfig) -> dict[str, Any]:
     spec = FeatureSpec.of(config, cache_pool(sides, config.pools), state)
     settings.update(spec.settings(backbone, images))
     del settings["timesteps"], settings["blocks"]
+    one_pass = _choose_probe(config, spec, backbone, folders) == "one-pass"
+    if one_pass:
+        config = replace(config, measures=("linear",), cka=False)
+        settings.update(probe="one-pass", lr=config.lr, epochs=config.epochs, measures=["linear"])
     results: dict[str, Any] = {"settings": settings, "records": []}
     if (config.out / "results.json").is_file() and not config.overwrite:
         saved = json.loads((config.out / "results.json").read_text(encoding="utf-8"))
         check_settings(config.out, saved["settings"], settings)
         results["records"] = saved["records"]
-    caches = open_caches(config, folders, backbone, spec, state)
+    if one_pass:
+        done = {_key(r): r for r in results["records"]}
+        _train_in_one_pass(config, spec, backbone, part, images, draws, state, done)
+        results["records"], caches = list(done.values()), []
+    else:
+        caches = open_caches(config, folders, backbone, spec, state)
     if not state.is_main_process:
         return {}
     weights = Path(config.checkpoint).name if config.checkpoint else "no checkpoint"
@@ -157,7 +180,7 @@ def run(config: SweepConfig) -> dict[str, Any]:
     sections = [f"# Features of {name}"]
     taps = [(t, b) for b in config.blocks for t in config.timesteps]
     if not config.cka_only:
-        done = {(r["b"], r["t"], r["pool"], r["seed"]): r for r in results["records"]}
+        done = {_key(r): r for r in results["records"]}
         for t, b in tqdm(taps, "probes", unit="tap", leave=False, disable=None):
             for pool, draw in ((pool, draw) for pool in config.pools for draw in draws):
                 if (b, t, pool, draw.seed) not in done:
@@ -184,6 +207,53 @@ def run(config: SweepConfig) -> dict[str, Any]:
     print(results.get("recommendation", "").replace("**", ""))
     print(f"{config.out}: summary.md and its figures, results.json")
     return results
+
+
+def _key(record: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    return record["b"], record["t"], record["pool"], record["seed"]
+
+
+def _choose_probe(
+    config: SweepConfig,
+    spec: FeatureSpec,
+    backbone: DiffusionBackbone,
+    folders: Mapping[str, ImageFolder],
+) -> str:
+    """Return ``"cached"`` or ``"one-pass"``, and say why."""
+    if config.cka_only:
+        return "cached"
+    size = onepass.cache_bytes(spec, backbone, sum(map(len, folders.values())))
+    chosen = config.probe
+    if chosen == "auto":
+        chosen = "one-pass" if size > LARGEST_CACHE else "cached"
+        if chosen == "one-pass":
+            print(f"one-pass probes: a cache of all taps would take {size / 1e9:,.0f} GB")
+    if chosen == "one-pass":
+        print("kNN and CKA need a cache and are left out", flush=True)
+    return chosen
+
+
+def _train_in_one_pass(
+    config: SweepConfig,
+    spec: FeatureSpec,
+    backbone: DiffusionBackbone,
+    train: ImageFolder,
+    val: ImageFolder,
+    draws: Sequence[Labels],
+    state: PartialState,
+    done: dict[tuple[int, int, int, int], Mapping[str, Any]],
+) -> None:
+    """Add the records of the draws of labels that are not done yet."""
+    backbone.to(state.device).eval()
+    trainer = onepass.OnePass(
+        backbone, spec, config.pools, config.lr, config.epochs, config.out / "probes",
+        config.workers, state, 1e9 * config.probe_memory,
+    )  # fmt: skip
+    taps = [(b, t, pool) for b in config.blocks for t in config.timesteps for pool in config.pools]
+    for draw in draws:
+        if not all((*tap, draw.seed) in done for tap in taps):
+            records = trainer.run(train.subset(draw.rows), val, draw.seed)
+            done.update({_key(record): record for record in records})
 
 
 def report(

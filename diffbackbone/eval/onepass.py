@@ -1,0 +1,264 @@
+"""Linear probes of many taps, poolings and learning rates, trained from one run of the network.
+
+Nothing is cached: in every step the network runs once for each timestep, and the probes of all
+blocks, poolings and learning rates learn from what it returns. The protocol is the paper's (Section
+4): Adam, cross-entropy, batches of 128, mirrored images, the rate divided by 10 every 7 epochs. For
+each tap, held-out training images choose the learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffbackbone.backbone import DiffusionBackbone
+from diffbackbone.checkpoint import read_checkpoint
+from diffbackbone.eval.data import ImageFolder, RowImages, load_batches, split_holdout
+from diffbackbone.eval.features import FeatureSpec, autocast, pool_maps
+from diffbackbone.utils import RandomStream, UserError, atomic_write
+
+BATCH, STEP, GAMMA, HOLDOUT = 128, 7, 0.1, 0.1
+BYTES = 16
+"""Bytes of a weight with its gradient and Adam's two moments."""
+
+Key = tuple[int, int]
+"""Block and pool: the probes that share one shape."""
+
+
+class ProbeGrid(nn.Module):
+    """Linear probes on blocks and pools, for each timestep and learning rate.
+
+    ``weights`` of (b, pool, rate) are (T, classes, features), a probe for each timestep.
+
+    Args:
+        features: Number of features of each (block, pool).
+        timesteps: T.
+        rates: Number of learning rates.
+        classes: Number of classes.
+        seed: Seed of the weights; all learning rates start the same.
+    """
+
+    def __init__(
+        self, features: Mapping[Key, int], timesteps: int, rates: int, classes: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.rates, self.keys = rates, tuple(features)
+        self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        for key, size in features.items():
+            generator = torch.Generator().manual_seed(seed)
+            start = torch.rand(timesteps, classes, size, generator=generator) * 2 - 1
+            start /= size**0.5
+            for rate in range(rates):
+                name = self.name(key, rate)
+                self.weights[name] = nn.Parameter(start.clone())
+                self.biases[name] = nn.Parameter(torch.zeros(timesteps, 1, classes))
+
+    @staticmethod
+    def name(key: Key, rate: int) -> str:
+        """Return the name of the probes of a block, a pool and a learning rate's index."""
+        return f"b{key[0]}_p{key[1]}_{rate}"
+
+    def forward(self, x: Mapping[Key, Tensor]) -> Iterator[tuple[Key, int, Tensor]]:
+        """Yield (key, rate, scores (T, N, classes)) of features (T, N, D) of each key."""
+        for key in self.keys:
+            for rate in range(self.rates):
+                name = self.name(key, rate)
+                yield key, rate, torch.baddbmm(self.biases[name], x[key], self.weights[name].mT)
+
+    def parameters_of(self, rate: int) -> list[nn.Parameter]:
+        """Return the parameters that learn with one rate."""
+        names = [self.name(key, rate) for key in self.keys]
+        return [part[name] for name in names for part in (self.weights, self.biases)]
+
+
+@dataclass
+class OnePass:
+    """Trains the probes.
+
+    Attributes:
+        backbone: Frozen, on the device of ``state``.
+        spec: Timesteps, blocks and the size of the images.
+        pools: Heights and widths that maps are pooled to.
+        lr: Learning rates.
+        epochs: Epochs.
+        folder: Keeps the state of a run, so that a killed one continues.
+        workers: Processes that read images.
+        state: The processes that share the work.
+        memory: Bytes for probes at most; more are trained one part after the other.
+    """
+
+    backbone: DiffusionBackbone
+    spec: FeatureSpec
+    pools: Sequence[int]
+    lr: Sequence[float]
+    epochs: int
+    folder: Path
+    workers: int
+    state: PartialState
+    memory: float
+
+    def plan(self, classes: int) -> list[dict[Key, int]]:
+        """Divide the probes into parts that fit the memory; print what they take.
+
+        Raises:
+            UserError: The probes of one block and pool alone take more.
+        """
+        parts: list[dict[Key, int]] = [{}]
+        used, most = 0, 0
+        for block in sorted(self.spec.blocks):
+            for pool in self.pools:
+                channels, side, _ = self.spec.shape(self.backbone.unet.blocks[block])
+                features = channels * min(side, pool) ** 2
+                cells = len(self.spec.timesteps) * len(self.lr)
+                size = BYTES * cells * classes * (features + 1)
+                if size > self.memory:
+                    raise UserError(
+                        f"the probes of block {block}, pool {pool} take {size / 1e9:.1f} GB: "
+                        f"allow more by --probe-memory, or give fewer --lr or --timesteps"
+                    )
+                if used + size > self.memory:
+                    parts.append({})
+                    used = 0
+                parts[-1][block, pool] = features
+                used += size
+                most = max(most, used)
+        if self.state.is_main_process:
+            count = sum(map(len, parts)) * len(self.spec.timesteps) * len(self.lr)
+            print(
+                f"{count:,} linear probes in {len(parts)} part(s); with gradients and Adam's "
+                f"moments they take at most {most / 1e9:.3g} GB",
+                flush=True,
+            )
+        return parts
+
+    def run(self, train: ImageFolder, val: ImageFolder, seed: int) -> list[dict[str, Any]]:
+        """Train on one draw of labels.
+
+        Returns:
+            For each tap and pool ``b``, ``t``, ``pool``, ``seed``, ``features``, ``train_images``,
+            ``linear`` (accuracy on the validation images) and ``lr``, the chosen rate.
+        """
+        records = []
+        for number, features in enumerate(self.plan(len(train.classes))):
+            records += self._run_part(train, val, seed, number, features)
+        return records
+
+    def _run_part(
+        self, train: ImageFolder, val: ImageFolder, seed: int, number: int, sizes: dict[Key, int]
+    ) -> list[dict[str, Any]]:
+        classes, device = len(train.classes), self.state.device
+        timesteps = self.spec.timesteps
+        grid = ProbeGrid(sizes, len(timesteps), len(self.lr), classes, seed).to(device)
+        optimizer = torch.optim.Adam(
+            [{"params": grid.parameters_of(i), "lr": lr} for i, lr in enumerate(self.lr)]
+        )
+        learn, held = split_holdout(train.labels, HOLDOUT, seed)
+        path = self.folder / f"probes-{seed}-{number}.pt"
+        settings = json.dumps([list(map(list, sizes)), timesteps, list(self.lr), len(train), seed])
+        first = 0
+        if path.is_file():
+            saved = read_checkpoint(path)
+            if saved["settings"] == settings:
+                grid.load_state_dict(saved["grid"])
+                optimizer.load_state_dict(saved["optimizer"])
+                first = saved["epoch"]
+        for epoch in range(first, self.epochs):
+            for group, lr in zip(optimizer.param_groups, self.lr):
+                group["lr"] = lr * GAMMA ** (epoch // STEP)
+            order = RandomStream.PERMUTATION.generator(seed, epoch).permutation(len(learn))
+            flips = RandomStream.FLIPS.generator(seed, epoch).random(len(train)) < 0.5
+            rows = learn[order]
+            rows = rows + len(train) * flips[rows]
+            for x, labels, total in self._batches(train, rows, grid.keys, f"epoch {epoch + 1}"):
+                optimizer.zero_grad()
+                loss = x[grid.keys[0]].new_zeros((), requires_grad=True)
+                for _, _, scores in grid(x) if len(labels) else ():
+                    truth = labels.expand(len(scores), -1).flatten()
+                    loss = loss + F.cross_entropy(scores.flatten(0, 1), truth, reduction="sum")
+                (loss / total).backward()
+                self._reduce(grid)
+                optimizer.step()
+            if self.state.is_main_process:
+                content = {"settings": settings, "epoch": epoch + 1, "grid": grid.state_dict()}
+                content["optimizer"] = optimizer.state_dict()
+                atomic_write(path, lambda file, content=content: torch.save(content, file))
+        scores = {name: self._evaluate(grid, *images) for name, images in {
+            "held": (train, held), "val": (val, np.arange(len(val)))
+        }.items()}  # fmt: skip
+        records = []
+        for index, (block, pool) in enumerate(grid.keys):
+            for place, t in enumerate(timesteps):
+                best = int(scores["held"][index, :, place].argmax())
+                record = {"b": block, "t": t, "pool": pool, "seed": seed}
+                record |= {"features": sizes[block, pool], "train_images": len(train)}
+                record |= {"linear": scores["val"][index, best, place].item(), "lr": self.lr[best]}
+                records.append(record)
+        return records
+
+    def _reduce(self, grid: ProbeGrid) -> None:
+        """Add up the gradients of all processes; one without images has none."""
+        if self.state.num_processes > 1:
+            for parameter in grid.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+
+    @torch.no_grad()
+    def _evaluate(self, grid: ProbeGrid, images: ImageFolder, rows: np.ndarray) -> Tensor:
+        """Return accuracies (keys, rates, T)."""
+        shape = len(grid.keys), len(self.lr), len(self.spec.timesteps)
+        right = torch.zeros(shape, dtype=torch.float64, device=self.state.device)
+        for x, labels, _ in self._batches(images, rows, grid.keys, "evaluation"):
+            for key, rate, scores in grid(x) if len(labels) else ():
+                hits = (scores.argmax(2) == labels).sum(1)
+                right[grid.keys.index(key), rate] += hits
+        if self.state.num_processes > 1:
+            dist.all_reduce(right)
+        return right.cpu() / len(rows)
+
+    @torch.no_grad()
+    def _batches(
+        self, images: ImageFolder, rows: np.ndarray, keys: Sequence[Key], what: str
+    ) -> Iterator[tuple[dict[Key, Tensor], Tensor, int]]:
+        """Yield features (T, N, D) of this process's images, their labels, and the batch's size."""
+        rank, world = self.state.process_index, self.state.num_processes
+        batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        pieces = [np.array_split(batch, world)[rank] for batch in batches]
+        own = [piece if len(piece) else batch[:1] for piece, batch in zip(pieces, batches)]
+        loaded = load_batches(RowImages(images, self.spec.image_size), own, self.workers)
+        labels = torch.from_numpy(images.labels).to(self.state.device)
+        blocks = sorted({block for block, _ in keys})
+        bar = tqdm(
+            loaded, what, len(own), unit="batch", leave=False,
+            disable=None if self.state.is_main_process else True,
+        )  # fmt: skip
+        for pixels, piece, batch in zip(bar, pieces, batches):
+            found: dict[Key, list[Tensor]] = {key: [] for key in keys}
+            # in parts of the same size as elsewhere, which bound the network's memory
+            for part in pixels.to(self.state.device).split(self.spec.batch):
+                with autocast(part.device, self.spec.compute):
+                    taps = self.backbone.forward_taps(part, self.spec.timesteps, blocks)
+                for block, pool in keys:
+                    maps = [taps[t, block] for t in self.spec.timesteps]
+                    found[block, pool].append(
+                        torch.stack([pool_maps(x, pool).float().flatten(1) for x in maps])
+                    )
+            x = {key: torch.cat(parts, dim=1)[:, : len(piece)] for key, parts in found.items()}
+            yield x, labels[torch.from_numpy(piece % len(images)).to(labels.device)], len(batch)
+
+
+def cache_bytes(spec: FeatureSpec, backbone: DiffusionBackbone, images: int) -> int:
+    """Return the size of a cache of all taps of some images."""
+    numbers = sum(int(np.prod(spec.shape(backbone.unet.blocks[b]))) for b in spec.blocks)
+    return 2 * numbers * len(spec.timesteps) * images

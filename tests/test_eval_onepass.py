@@ -1,0 +1,183 @@
+"""Linear probes of many cells in one run of the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+
+import forked
+import image_folders
+from accelerate import PartialState
+
+from diffbackbone.costs import counting_flops
+from diffbackbone.eval import onepass, sweep
+from diffbackbone.eval.data import RowImages, list_folder
+from diffbackbone.eval.features import FeatureSpec
+from diffbackbone.eval.options import build_backbone
+from diffbackbone.utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+weights = image_folders.weights
+one_thread = image_folders.one_thread
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    image_folders.write_folder(root / "train", 12, 0)
+    image_folders.write_folder(root / "val", 6, 1)
+    return root
+
+
+@pytest.fixture
+def make(weights, tmp_path):
+    """Build a trainer."""
+
+    def build(blocks=(12, 24), timesteps=(30, 90), pools=(1, 2), lr=(1e-3, 1e-2), **options):
+        config = sweep.SweepConfig(
+            unet="tiny", checkpoint=weights, blocks=blocks, timesteps=timesteps, device="cpu"
+        )
+        state = PartialState(cpu=True)
+        spec = FeatureSpec(timesteps, blocks, 32, batch=8)
+        settings = {"epochs": 2, "folder": tmp_path / "probes", "memory": 1e9, **options}
+        backbone = build_backbone(config).eval()
+        return onepass.OnePass(backbone, spec, pools, lr, workers=0, state=state, **settings)
+
+    return build
+
+
+def folders(data):
+    train = list_folder(data / "train")
+    return train, list_folder(data / "val", train.classes)
+
+
+def by_cell(records):
+    return {(r["b"], r["t"], r["pool"]): (r["linear"], r["lr"]) for r in records}
+
+
+def grid_of(trainer, number=0):
+    path = trainer.folder / f"probes-0-{number}.pt"
+    return torch.load(path, weights_only=True)["grid"]
+
+
+def test_each_probe_is_trained_as_if_it_were_alone(make, data, tmp_path):
+    records = by_cell(make().run(*folders(data), 0))
+    assert len(records) == 2 * 2 * 2
+    together = grid_of(make())
+    for b, pool, lr, rate in ((24, 2, 1e-2, 1), (12, 1, 1e-3, 0)):
+        alone = make((b,), (30,), (pool,), (lr,), folder=tmp_path / f"{b}")
+        alone.run(*folders(data), 0)
+        many = together[f"weights.{onepass.ProbeGrid.name((b, pool), rate)}"][0]
+        (one,) = (x[0] for name, x in grid_of(alone).items() if name.startswith("weights"))
+        torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_is_adams_on_the_cross_entropy(make, data):
+    train, val = folders(data)
+    trainer = make((12,), (90,), (2,), (1e-2,), epochs=1)
+    trainer.run(train, val, 0)
+    learn, _ = onepass.split_holdout(train.labels, onepass.HOLDOUT, 0)
+    flips = onepass.RandomStream.FLIPS.generator(0, 0).random(len(train)) < 0.5
+    rows = learn + len(train) * flips[learn]
+    images = RowImages(train, 32)
+    x = torch.stack([images[0, row] for row in rows])
+    with torch.no_grad():
+        maps = trainer.backbone.forward_taps(x, (90,), (12,))[90, 12]
+    x = F.adaptive_avg_pool2d(maps, 2).flatten(1)
+    linear = torch.nn.Linear(x.shape[1], 3)
+    start = onepass.ProbeGrid({(12, 2): x.shape[1]}, 1, 1, 3, 0)
+    linear.weight.data = next(iter(start.weights.values()))[0].detach().clone()
+    linear.bias.data.zero_()
+    optimizer = torch.optim.Adam(linear.parameters(), lr=1e-2)
+    F.cross_entropy(linear(x), torch.from_numpy(train.labels[learn])).backward()
+    optimizer.step()
+    torch.testing.assert_close(
+        grid_of(trainer)["weights.b12_p2_0"][0], linear.weight.data, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_the_network_runs_once_for_many_probes(make, data):
+    blocks, timesteps, rates = (12, 15, 18, 21, 24, 27), (10, 50, 90, 150, 300), (1, 2, 3, 4, 5)
+    trainer = make(blocks, timesteps, (1,), tuple(10.0**-r for r in rates), epochs=1)
+    train, val = folders(data)
+    with counting_flops() as counter:
+        trainer.run(train, val, 0)
+    images = len(train) + len(val)  # learning and held-out ones are together the training set
+    flops = sweep.flops_to(trainer.backbone, blocks, 32)
+    apart = len(timesteps) * len(rates) * images * sum(flops.values())
+    assert counter.get_total_flops() < apart / 10
+    assert counter.get_total_flops() > 0.9 * len(timesteps) * images * max(flops.values())
+
+
+def test_memory_is_bounded(make, data, capsys):
+    whole = make()
+    expected = by_cell(whole.run(*folders(data), 0))
+    sizes = [onepass.BYTES * 4 * 3 * (n + 1) for p in whole.plan(3) for n in p.values()]
+    parts = make(memory=max(sizes) + 1, folder=whole.folder.parent / "parts")
+    assert by_cell(parts.run(*folders(data), 0)) == expected
+    assert "in 4 part(s)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--probe-memory"):
+        make(memory=max(sizes) - 1).run(*folders(data), 0)
+
+
+def test_a_killed_run_continues(make, data):
+    train, val = folders(data)
+    whole = make(epochs=3)
+    expected = by_cell(whole.run(train, val, 0))
+    folder = whole.folder.parent / "killed"
+    make(epochs=1, folder=folder).run(train, val, 0)
+    resumed = make(epochs=3, folder=folder)
+    assert by_cell(resumed.run(train, val, 0)) == expected
+    for name, value in grid_of(whole).items():
+        assert value.equal(grid_of(resumed)[name])
+
+
+def command(data, weights, out):
+    return [
+        "tools/sweep.py", "--data", data, "--unet", "tiny", "--checkpoint", weights, "--image-size",
+        32, "--blocks", 12, 24, "--timesteps", 30, 90, "--pools", 1, 2, "--device", "cpu",
+        "--workers", 0, "--batch-size", 8, "--probe", "one-pass", "--epochs", 2, "--out", out,
+    ]  # fmt: skip
+
+
+def test_sweep_in_one_and_two_processes(data, weights, tmp_path):
+    forked.run(*command(data, weights, tmp_path / "one"), log=tmp_path / "log")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += map(str, command(data, weights, tmp_path / "two"))
+    subprocess.run(launch, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert by_cell(one["records"]) == by_cell(two["records"])
+    assert len(one["records"]) == 8
+    assert "linear" in one["cells"][0]
+    assert "knn" not in one["cells"][0]
+    assert (tmp_path / "one/linear_pool2.png").is_file()
+    assert not (tmp_path / "one/cache").exists()
+
+
+def test_large_sets_take_one_pass(make, data, monkeypatch):
+    trainer, images = make(), dict(zip(("train", "val"), folders(data)))
+    config = sweep.SweepConfig()
+    size = onepass.cache_bytes(trainer.spec, trainer.backbone, sum(map(len, images.values())))
+    assert size == 54 * 2 * 2 * sum(
+        math.prod(trainer.spec.shape(trainer.backbone.unet.blocks[b])) for b in (12, 24)
+    )
+    for limit, expected in ((size, "cached"), (size - 1, "one-pass")):
+        monkeypatch.setattr(sweep, "LARGEST_CACHE", limit)
+        found = sweep._choose_probe(config, trainer.spec, trainer.backbone, images)
+        assert found == expected
+    forced = dataclasses.replace(config, probe="cached")
+    assert sweep._choose_probe(forced, trainer.spec, trainer.backbone, images) == "cached"
