@@ -181,3 +181,20 @@ def test_large_sets_take_one_pass(make, data, monkeypatch):
         assert found == expected
     forced = dataclasses.replace(config, probe="cached")
     assert sweep._choose_probe(forced, trainer.spec, trainer.backbone, images) == "cached"
+
+
+def test_held_out_images_choose_the_rate_of_each_tap(make, data, monkeypatch):
+    train, val = folders(data)
+    trainer = make((12,), (30, 90), (1,), (1e-3, 1e-2), epochs=1)
+    held, scores = (
+        torch.tensor([[[0.2, 0.6], [0.5, 0.1]]]),
+        torch.tensor([[[0.9, 0.4], [0.3, 0.8]]]),
+    )
+    monkeypatch.setattr(
+        trainer, "_evaluate", lambda grid, images, rows: held if images is train else scores
+    )
+    found = by_cell(trainer.run(train, val, 0))
+    assert found == {
+        (12, 30, 1): (pytest.approx(0.3), 1e-2),
+        (12, 90, 1): (pytest.approx(0.4), 1e-3),
+    }
