@@ -167,3 +167,58 @@ train_cfg = dict(max_epochs=2)
     assert not any("unet." in key for key in state)  # the test found them all the same
     scores = [re.findall(r"accuracy/top1: (\d+\.\d+)", output)[-1] for output in outputs]
     assert scores == ["100.0000", "100.0000"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG.parent.glob("*.py")), ids=lambda path: path.stem)
+def test_configs_train_on_small_data(path, folder, tmp_path):
+    """Each config for some iterations at a small size: its head, taps, feedback and pipelines."""
+    cfg = Config.fromfile(str(path))
+    MODELS.build(cfg.model.head)  # at full size
+    backbone, head = cfg.model.backbone, cfg.model.head
+    blocks = MODELS.build({**BACKBONE, "blocks": backbone.blocks}).unet.blocks
+    channels = [blocks[b].channels for b in backbone.blocks]
+    several = head.head == "difformer"
+    backbone.update(unet="tiny", init_cfg={"checkpoint": "diffbackbone://tiny.safetensors"})
+    cfg.model.data_preprocessor.num_classes = 2
+    head.update(in_channels=channels if several else channels[0], num_classes=2, topk=(1,))
+    if head.head != "linear":
+        head.update(width=32, num_heads=2)
+    if head.head == "attention":
+        head.size = head.size // 2
+    elif several:
+        head.sizes = [4, 8, 16]
+    for split in ("train", "val"):
+        loader = cfg[f"{split}_dataloader"]
+        pipeline = loader.dataset.pipeline
+        pipeline[1].scale = pipeline[2].crop_size = 128
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        data = {"type": "CustomDataset", "data_prefix": str(folder / split), "indices": 4}
+        loader.dataset = {**data, "pipeline": pipeline}
+    cfg.val_evaluator.topk = (1,)
+    cfg.update(test_dataloader=cfg.val_dataloader, test_evaluator=cfg.val_evaluator)
+    cfg.train_cfg.max_epochs = 1
+    cfg.dump(str(tmp_path / "config.py"))
+    import mmpretrain
+
+    tool = Path(mmpretrain.__file__).parent / ".mim/tools/train.py"
+    command = [tool, tmp_path / "config.py", "--work-dir", tmp_path / "run"]
+    assert "accuracy/top1" in forked.run(*command, log=tmp_path / "log")
+
+
+def test_cub_is_read_in_its_own_layout(tmp_path):
+    from mmpretrain.registry import DATASETS
+
+    root = tmp_path / "CUB_200_2011"
+    paths = ["001.Albatross/a.jpg", "002.Wren/b.jpg", "002.Wren/c.jpg"]
+    for path in paths:
+        (root / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (300, 280)).save(root / "images" / path)
+    lists = {"images": paths, "image_class_labels": "122", "train_test_split": "101"}
+    for name, values in lists.items():
+        lines = "".join(f"{i} {value}\n" for i, value in enumerate(values, 1))
+        (root / f"{name}.txt").write_text(lines)
+    cfg = Config.fromfile(str(CONFIG.parent / "attention_gd_t150_b19_cub.py"))
+    for loader, count in ((cfg.train_dataloader, 2), (cfg.val_dataloader, 1)):
+        dataset = DATASETS.build({**loader.dataset, "data_root": str(root)})
+        assert len(dataset) == count
+        assert dataset[0]["inputs"].shape == (3, 256, 256)
