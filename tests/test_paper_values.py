@@ -132,7 +132,8 @@ def test_classification_recipes():
         assert recipe.augment == "flip"
         assert (recipe.unet, recipe.image_size) == ("gd256_uncond", 256)
         assert (recipe.head, recipe.pool) == ("linear", 2)  # Section 4.1
-        assert (recipe.timesteps, recipe.blocks) == ((150,), (24,))
+        block = 19 if name == "fgvc" else 24  # Figure 4
+        assert (recipe.timesteps, recipe.blocks) == ((150,), (block,))
         assert recipe.layers == 2  # of the attention head (Table 2)
         assert not recipe.finetune
     for name, subset in (("semi-1", "1%"), ("semi-10", "10%")):  # Table 5
