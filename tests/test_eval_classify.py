@@ -18,10 +18,11 @@ pytest.importorskip("tyro")
 import forked
 import image_folders
 from image_folders import CLASSES, write_folder
+from published import published_names
 
 from diffbackbone.checkpoint import CheckpointError
 from diffbackbone.eval import classify
-from diffbackbone.eval.features import FeatureCache
+from diffbackbone.eval.features import FeatureCache, FeatureSpec
 from diffbackbone.eval.recipes import RECIPES, resolve
 from diffbackbone.heads import LinearHead
 from diffbackbone.utils import UserError
@@ -374,8 +375,52 @@ def test_head_of_the_published_code_is_evaluated(data, tmp_path, cache):
     found = train(data, None, evaluate=tmp_path / "latest.pth")
     assert found["val"] == trained["val"]
     torch.save({"model_head": published, "model_feedback": {"a": 1}}, tmp_path / "latest.pth")
-    with pytest.raises(UserError, match="feedback"):
+    with pytest.raises(UserError, match="trained with --feedback"):
         train(data, None, evaluate=tmp_path / "latest.pth")
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_difffeed_of_the_published_code_is_evaluated(data, tmp_path, weights, flags):
+    """With the authors' options, their file needs none of ours but the U-Net's."""
+    options = {
+        "feedback": "24:14,21:17", "feedback_layers": ("conv", "group", "silu", "depthwise"),
+        "timesteps": (150,), "head": "difformer", "blocks": (24, 30), "first_blocks": (19, 24),
+        "norm": "batch", "readout": "mean", "mlp_ratio": 2.0, "pool": 4, "checkpoint": weights,
+        "lr": (0.01,),
+    }  # fmt: skip
+    trained = train(data, tmp_path / "out", **options)
+    saved = classify.read_checkpoint(tmp_path / "out/best.pt")
+    config = resolve(classify.saved_config(replace(RECIPES["probe"], data=data, **SMALL), saved))
+    spec = FeatureSpec.of(config, config.pool, config.start())
+    model = classify.build_model(config, CLASSES, spec)
+    model.heads[0].load_state_dict(saved["head"])
+    order = ["21", "24"]  # --feedback_b_list
+    feedback = {}
+    for key, value in saved["backbone"].items():
+        if key.startswith("feedback."):
+            _, b, *name = key.split(".")
+            feedback[".".join([str(order.index(b)), *name])] = value
+    latest = {"model_head": published_names(model.heads[0]), "model_feedback": feedback}
+    torch.save({**latest, "epoch": 1, "optimizer": {}}, tmp_path / "latest.pth")
+    if flags:
+        options = {"checkpoint": weights, "blocks": (), "width": 8, "published": (
+            "--t_list 150 --first_fw_b_list 19 24 --second_fw_b_list 24 30 --pre_pool_size 4 "
+            "--feedback_b_list 21 24 --feedback_arch C_G_S_C --norm_type batch --lr 1e-2 "
+            "--fusion_arc Use_CLS_Token:True:32,Attention:32:2:2:1,FullyPool"
+        )}  # fmt: skip
+    found = train(data, None, evaluate=tmp_path / "latest.pth", **options)
+    assert found["val"] == trained["val"]
+    for wrong in ({"feedback": "none", "first_blocks": ()}, {"norm": "layer"}):
+        with pytest.raises(UserError, match=r"trained with --feedback|doesn't fit"):
+            train(
+                data,
+                tmp_path / "x",
+                evaluate=tmp_path / "latest.pth",
+                **options | wrong | {"published": None},
+            )
+    torch.save({**latest, "model_fpn": {}}, tmp_path / "latest.pth")
+    with pytest.raises(UserError, match="model_fpn"):
+        train(data, tmp_path / "x", evaluate=tmp_path / "latest.pth", **options)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -137,17 +137,14 @@ def published_options(flags: str) -> dict[str, Any]:
     Raises:
         ValueError: An option is missing, or asks for what the published code can't build or run.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser = _Parser(allow_abbrev=False, add_help=False)
     for name in ("t_list", "first_fw_b_list", "second_fw_b_list", "feedback_b_list"):
         parser.add_argument(f"--{name}", nargs="+", type=int, required=True)
     texts = {"feedback_arch": "C_B_R", "head_type": "attention", "head_arc": "", "norm_type": ""}
     for name, default in {**texts, "fusion_arc": "", "mode": "freeze"}.items():
         parser.add_argument(f"--{name}", default=default)
     parser.add_argument("--pre_pool_size", type=int, default=16)
-    try:
-        args, _ = parser.parse_known_args(shlex.split(flags))
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise ValueError(f"options of the published code: {error}") from error
+    args, _ = parser.parse_known_args(shlex.split(flags))
     first, second, sources = (
         [] if blocks[0] == -1 else blocks
         for blocks in (args.first_fw_b_list, args.second_fw_b_list, args.feedback_b_list)
@@ -179,6 +176,11 @@ def published_options(flags: str) -> dict[str, Any]:
         "norm": "batch" if args.norm_type == "batch" else "layer",
     }
     return {**options, "hidden": (), "head": "attention" if single else "difformer"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"options of the published code: {message}")
 
 
 def _feedback_layers(arch: str) -> tuple[str, ...]:
