@@ -115,6 +115,12 @@ def test_recipe_gives_the_defaults_of_the_command_line(monkeypatch):
     classify.main(["--recipe", "semi-10", "--no-finetune", "--epochs", "5", "--lr", "1", "2"])
     expected = replace(RECIPES["semi-10"], finetune=False, epochs=5, lr=(1.0, 2.0))
     assert seen == [expected]
+    words = "--feedback 24:14,21:17 --feedback-layers conv group --first-blocks 19 24"
+    classify.main([*words.split(), "--published=--t_list 150 --feedback_b_list 21"])
+    found = seen[1]
+    assert (found.feedback, found.feedback_layers) == ("24:14,21:17", ("conv", "group"))
+    assert found.first_blocks == (19, 24)
+    assert found.published == "--t_list 150 --feedback_b_list 21"  # underscores stay
     with pytest.raises(SystemExit):
         classify.main(["--recipe", "none"])
 

@@ -83,8 +83,8 @@ class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
     evaluate: Path | None = None
     """Train nothing; evaluate a best.pt, or a latest.pth of the published code."""
     published: str | None = None
-    """Options that the published finetune.py was run with, as one string: they say how to build the
-    network of latest.pth, in place of those here."""
+    """Options that the published finetune.py was run with, as one string after an equals sign: they
+    say how to build the network of latest.pth, in place of those here."""
     finetune: bool = False
     """Train the U-Net too."""
     epochs: int = 28
