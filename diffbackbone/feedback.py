@@ -249,7 +249,6 @@ class Feedback(nn.ModuleDict):
             layers, feature = self[str(source)], features.pop(source)
             feature = as_type(feature, next(layers.parameters(), feature).dtype)
             maps.setdefault(target, []).append(layers(feature))
-        del features
         second = unet.fork(state, end)
         del state
         second.inject(maps.pop(start))

@@ -234,6 +234,19 @@ def test_selection_is_made_on_held_out_training_images(data, tmp_path, cache):
     assert best["lr"] == results["lr"]
 
 
+def test_held_out_images_choose_between_runs(data, tmp_path, monkeypatch):
+    keys, calls = {0.1: [0.5, -1.0], 0.2: [0.5, -0.5], 0.3: [0.4, -0.1]}, []
+
+    def fake(config, *_):
+        calls.append((config.lr, config.epochs, config.select_on))
+        result = {"lr": config.lr[0], "epoch": 2, "key": keys[config.lr[0]], "heldout": {}}
+        return {**result, "selected_on": "heldout", "val": {"top1": config.lr[0]}}
+
+    monkeypatch.setattr(classify, "_run", fake)
+    train(data, tmp_path, lr=tuple(keys), finetune=True, epochs=3)
+    assert calls == [*(((lr,), 3, "heldout") for lr in keys), ((0.2,), 2, "none")]
+
+
 def test_choice_is_trained_again_on_all_images(data, tmp_path, cache):
     options = {"holdout": 0.33, "epochs": 3, "cache": cache}
     found = train(data, tmp_path / "out", lr=(1e-4, 0.01), **options)

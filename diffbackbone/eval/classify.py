@@ -73,13 +73,14 @@ def _search(config: ClassifierConfig, caches: Sequence[FeatureCache] | None) -> 
     runs = [replace(config, out=folder)]
     if config.feedback != "none" or config.finetune:
         runs = [replace(config, out=folder / f"lr-{lr:g}", lr=(lr,)) for lr in config.lr]
-    found: list[dict[str, Any]] = []
-    for number, one in enumerate(runs, 1):
+    for one in runs:
         _check_out(one)
+    found: list[dict[str, Any]] = []
+    for one in runs:
         try:
             found.append(_run(one, caches, None))
         except DivergedError:
-            if number == len(runs) and not found:
+            if one is runs[-1] and not found:
                 raise
     best = max(found, key=lambda results: results["key"])
     return {name: best[name] for name in ("lr", "epoch", "heldout", "selected_on")}
