@@ -33,6 +33,7 @@ TOOLS = [  # sample data, evaluation, pretraining, benchmarks, plots
     "opencv-python",
     "pillow",
     "scikit-learn",
+    "scipy",
     "torchmetrics>=1.4",
     "torchvision",
     "tqdm",

@@ -20,7 +20,7 @@ from diffbackbone.diffusion import (
     coordinate_noise,
     image_seeds,
 )
-from diffbackbone.feedback import Feedback
+from diffbackbone.feedback import DEFAULT_LAYERS, Feedback
 from diffbackbone.models import build_network, resolve_network
 from diffbackbone.models.base import (
     DiffusionModel,
@@ -69,7 +69,8 @@ class DiffusionBackbone(nn.Module):
             block's taps become one map.
         blocks: Tapped blocks, 1-based, one for each map; a block may be named more than once.
         feedback: None for a single pass; ``"all"``, ``"bottleneck"``, ``"windowed"``,
-            ``"multi-scale"`` or a map {source block: target block} for DifFeed.
+            ``"multi-scale"``, a map {source block: target block} or pairs in a string
+            (``"24:14,21:17"``) for DifFeed.
         out_channels: Channels of every map, through a 1x1 convolution; None keeps the taps'.
         out_strides: Stride of each map, powers of two; None keeps the taps'.
         noise: ``"random"`` draws fresh noise in each call, ``"fixed"`` takes noise that depends on
@@ -86,6 +87,7 @@ class DiffusionBackbone(nn.Module):
         class_label: Label given to a class-conditional U-Net. None runs it without: the label
             embedding is then left out.
         first_pass_grad: DifFeed: let gradients through the first pass too (the paper does not).
+        feedback_layers: DifFeed: the layers of each source block; see :class:`Feedback`.
         activation_checkpointing: Recompute the U-Net's blocks in the backward pass: less memory,
             more time.
         activation_budget: GB of activations that the U-Net may keep for the backward pass, all
@@ -128,6 +130,7 @@ class DiffusionBackbone(nn.Module):
         seed: int = 0,
         class_label: int | None = None,
         first_pass_grad: bool = False,
+        feedback_layers: Sequence[str] = DEFAULT_LAYERS,
         activation_checkpointing: bool = False,
         activation_budget: float | None = None,
         dtype: str | torch.dtype = "float32",
@@ -193,7 +196,7 @@ class DiffusionBackbone(nn.Module):
         self.feedback = None
         last = max(self.blocks)
         if feedback is not None:
-            self.feedback = Feedback(config, feedback, first_pass_grad)
+            self.feedback = Feedback(config, feedback, first_pass_grad, feedback_layers)
             self.feedback.check_taps(self.blocks)
             last = max(last, self.feedback.last_source)
         budget = check_budget(activation_budget)
@@ -365,7 +368,8 @@ class DiffusionBackbone(nn.Module):
         timesteps: int | Iterable[int] | None = None,
         blocks: Iterable[int] | None = None,
         y: Tensor | None = None,
-    ) -> dict[tuple[int, int], Tensor]:
+        first_blocks: Sequence[int] = (),
+    ) -> dict[tuple[Any, ...], Tensor]:
         """Compute raw taps at several timesteps and blocks, neither projected nor resized.
 
         Args:
@@ -373,10 +377,11 @@ class DiffusionBackbone(nn.Module):
             timesteps: 0-based timesteps, each once; None takes the backbone's.
             blocks: 1-based blocks, none after the last one built; None takes the backbone's.
             y: See :meth:`forward`.
+            first_blocks: Blocks to tap in DifFeed's first pass too (1-based).
 
         Returns:
             ``{(t, b): (N, C_b, ceil(H / stride_b), ceil(W / stride_b))}``. With feedback these are
-            outputs of the second pass.
+            outputs of the second pass; those of the first are named ``(t, b, "first")``.
 
         Raises:
             ValueError: See :meth:`forward`; a timestep or block is out of range, or a timestep is
@@ -384,15 +389,18 @@ class DiffusionBackbone(nn.Module):
         """
         check_images(images, self.in_channels)
         chosen = self.blocks if blocks is None else self.unet.blocks.check(blocks)
-        if max(chosen) > self.unet.last_block:
+        if first_blocks and self.feedback is None:
+            raise ValueError("first_blocks need feedback: there is one pass only")
+        if max(*chosen, *first_blocks, 0) > self.unet.last_block:
             raise ValueError(
-                f"blocks {list(chosen)}: this U-Net was built up to block {self.unet.last_block}"
+                f"blocks {[*chosen, *first_blocks]}: this U-Net was built up to block "
+                f"{self.unet.last_block}"
             )
         steps = self._check_timesteps(self.timesteps if timesteps is None else timesteps)
         height, width = images.shape[-2:]
         return {
-            (t, b): as_type(crop_map(x, height, width, self.unet.blocks[b].stride), images.dtype)
-            for (t, b), x in self._run(images, steps, chosen, y).items()
+            tap: as_type(crop_map(x, height, width, self.unet.blocks[tap[1]].stride), images.dtype)
+            for tap, x in self._run(images, steps, chosen, y, first_blocks).items()
         }
 
     def _combine(self, maps: Sequence[Tensor]) -> Tensor:
@@ -402,9 +410,14 @@ class DiffusionBackbone(nn.Module):
         return torch.cat(maps, 1) if self.combine == "concat" else sum(maps) / len(maps)
 
     def _run(
-        self, images: Tensor, timesteps: Sequence[int], blocks: Sequence[int], y: Tensor | None
-    ) -> dict[tuple[int, int], Tensor]:
-        """Return taps {(t, b): map} of the padded images."""
+        self,
+        images: Tensor,
+        timesteps: Sequence[int],
+        blocks: Sequence[int],
+        y: Tensor | None,
+        first_blocks: Sequence[int] = (),
+    ) -> dict[tuple[Any, ...], Tensor]:
+        """Return taps {(t, b): map} and {(t, b, "first"): map} of the padded images."""
         if y is None and self.class_label is not None:
             y = torch.full((images.shape[0],), self.class_label, device=images.device)
         x_start = self.unet.encode(pad_to_multiple(images, self.size_divisibility))
@@ -414,16 +427,21 @@ class DiffusionBackbone(nn.Module):
             if self.noise == "random":
                 noise = torch.randn_like(x_start)
             x_t = x_start if self.clean else self.schedule.add_noise(x_start, t, noise)
-            for b, x in self._features(x_t, t, blocks, y).items():
-                taps[t, b] = x
+            for b, x in self._features(x_t, t, blocks, y, first_blocks).items():
+                taps[(t, b) if isinstance(b, int) else (t, *b)] = x
         return taps
 
     def _features(
-        self, x_t: Tensor, t: int, blocks: Sequence[int], y: Tensor | None
-    ) -> dict[int, Tensor]:
+        self,
+        x_t: Tensor,
+        t: int,
+        blocks: Sequence[int],
+        y: Tensor | None,
+        first_blocks: Sequence[int],
+    ) -> dict[Any, Tensor]:
         """Run the U-Net on noised images once, or twice with feedback."""
         if self.feedback is not None:
-            return self.feedback(self.unet, x_t, t, blocks, y)
+            return self.feedback(self.unet, x_t, t, blocks, y, first_blocks)
         fixed = self.frozen and not self.unet.learned
         with torch.no_grad() if fixed else contextlib.nullcontext():
             return self.unet.forward_features(x_t, t, blocks, y)

@@ -1,14 +1,14 @@
 """DifFeed: two passes through the U-Net with learned feedback between them (Section 3.3).
 
-The first pass collects decoder features without gradient. Each source block has a 1x1 convolution,
-batch norm and ReLU of its own. The second pass sees the same x_t and adds the feedback to the
-output of encoder blocks; it starts from what the first pass has already computed.
+The first pass collects decoder features without gradient. Each source block has layers of its own,
+a 1x1 convolution, batch norm and ReLU in the paper. The second pass sees the same x_t and adds the
+feedback to the output of encoder blocks; it starts from what the first pass has already computed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.ops import as_type
 
 STRATEGIES = ("all", "bottleneck", "windowed", "multi-scale")
+LAYERS = ("conv", "batch", "group", "relu", "silu", "depthwise")
+"""Kinds of feedback layers: 1x1 convolution, batch norm, group norm (32 groups), ReLU, SiLU, and
+depthwise 3x3 convolution; convolutions have no bias."""
+DEFAULT_LAYERS = ("conv", "batch", "relu")
+"""The paper's feedback layers."""
 _WINDOW = 5
 
 
@@ -101,24 +106,54 @@ class _BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
+def _build_layers(kinds: Sequence[str], channels: int, out_channels: int) -> nn.Sequential:
+    """Build one source block's layers; the first 1x1 convolution changes the channels."""
+    layers = nn.Sequential()
+    for kind in kinds:
+        match kind:
+            case "conv":
+                layers.append(nn.Conv2d(channels, out_channels, 1, bias=False))
+                channels = out_channels
+            case "depthwise":
+                conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+                layers.append(conv)
+            case "batch":
+                layers.append(_BatchNorm(channels))
+            case "group":
+                layers.append(nn.GroupNorm(32, channels))
+            case "relu" | "silu":  # the source's own output is not written over
+                activation = nn.ReLU if kind == "relu" else nn.SiLU
+                layers.append(activation(inplace=len(layers) > 0))
+            case _:
+                raise ValueError(
+                    f"unknown feedback layer {kind!r}; choose from {', '.join(LAYERS)}"
+                )
+    if channels != out_channels:
+        raise ValueError(f"feedback layers {list(kinds)} need 'conv' to change the channels")
+    return layers
+
+
 class Feedback(nn.ModuleDict):
     """The feedback network, and the two passes that use it.
 
-    Its layers are named after their source block: ``<b>.0`` is the 1x1 convolution (no bias),
-    ``<b>.1`` the batch norm. Table 4 gives their parameters for the 256-px model: all 7.6M,
-    bottleneck 2.8M, windowed and multi-scale 5.2M (the convolutions' 5,242,880; batch norm brings
-    it to 5,253,120).
+    Its layers are named after their source block: with the paper's, ``<b>.0`` is the 1x1
+    convolution (no bias), ``<b>.1`` the batch norm. Table 4 gives their parameters for the 256-px
+    model: all 7.6M, bottleneck 2.8M, windowed and multi-scale 5.2M (the convolutions' 5,242,880;
+    batch norm brings it to 5,253,120).
 
     Args:
         config: Architecture of the U-Net, or the network.
         strategy: See :func:`feedback_map`.
         first_pass_grad: Let gradients through the first pass too (the paper does not).
+        layers: What each source's features go through, of :data:`LAYERS`, in order. Group norm
+            needs channels in multiples of 32.
 
     Attributes:
         mapping: Source block -> target block, 1-based.
 
     Raises:
-        ValueError: See :func:`feedback_map`.
+        ValueError: See :func:`feedback_map`; an unknown layer, or no ``"conv"`` where source and
+            target have different channels.
     """
 
     def __init__(
@@ -126,17 +161,14 @@ class Feedback(nn.ModuleDict):
         config: UNetConfig | DiffusionModel,
         strategy: str | Mapping[int, int] = "bottleneck",
         first_pass_grad: bool = False,
+        layers: Sequence[str] = DEFAULT_LAYERS,
     ) -> None:
         super().__init__()
         self.mapping = feedback_map(config.blocks, strategy)
         self.first_pass_grad = first_pass_grad
         for source, target in self.mapping.items():
-            channels = config.blocks[target].channels
-            self[str(source)] = nn.Sequential(
-                nn.Conv2d(config.blocks[source].channels, channels, 1, bias=False),
-                _BatchNorm(channels),
-                nn.ReLU(inplace=True),
-            )
+            channels = (config.blocks[b].channels for b in (source, target))
+            self[str(source)] = _build_layers(layers, *channels)
 
     @property
     def first_target(self) -> int:
@@ -168,8 +200,9 @@ class Feedback(nn.ModuleDict):
         t: Tensor | int | float,
         blocks: Collection[int],
         y: Tensor | None = None,
-    ) -> dict[int, Tensor]:
-        """Outputs of any blocks in the second pass.
+        first_blocks: Collection[int] = (),
+    ) -> dict[Any, Tensor]:
+        """Outputs of any blocks in the second pass, and of others in the first.
 
         Args:
             unet: The U-Net, run twice on the same input.
@@ -177,24 +210,32 @@ class Feedback(nn.ModuleDict):
             t: Timesteps (N,) or (1,), 0-based, or one number.
             blocks: Block numbers (1-based).
             y: Class labels (N,), for a class-conditional model.
+            first_blocks: Blocks whose outputs in the first pass are returned too (1-based).
 
         Returns:
-            ``{b: (N, C_b, H/stride_b, W/stride_b)}`` in the order asked for.
+            ``{b: (N, C_b, H/stride_b, W/stride_b)}`` in the order asked for; then
+            ``{(b, "first"): ...}``, without gradient unless ``first_pass_grad`` is set.
 
         Raises:
             ValueError: See :meth:`check_taps` and :meth:`UNet.forward_features`.
         """
         wanted = unet.blocks.check(blocks)
         self.check_taps(wanted)
+        early = unet.blocks.check(first_blocks) if first_blocks else ()
         end, start = max(wanted), self.first_target
+        stop = max(self.last_source, *early, 0)
         # Both passes share the blocks up to the first target, whose own output is not yet changed.
-        state = unet.start(x_t, t, max(end, self.last_source), y)
-        outputs = unet.traverse(state, start, [b for b in wanted if b < start])
-        first = unet.fork(state, self.last_source)
+        state = unet.start(x_t, t, max(end, stop), y)
+        shared = unet.traverse(state, start, [b for b in (*wanted, *early) if b <= start])
+        first = unet.fork(state, stop)
         # no_grad and not set_grad_enabled, which torch.export can't save
         with contextlib.nullcontext() if self.first_pass_grad else torch.no_grad():
-            features = unet.traverse(first, self.last_source, self.mapping)
+            features = shared | unet.traverse(first, stop, {*self.mapping, *early})
         del first
+        firsts = {
+            (b, "first"): features[b] if self.first_pass_grad else features[b].detach()
+            for b in early
+        }
         if (
             torch.is_grad_enabled()
             and not self.first_pass_grad
@@ -205,13 +246,14 @@ class Feedback(nn.ModuleDict):
             torch.clear_autocast_cache()
         maps: dict[int, list[Tensor]] = {}
         for source, target in self.mapping.items():
-            layers = self[str(source)]
-            feature = as_type(features.pop(source), layers[0].weight.dtype)
+            layers, feature = self[str(source)], features.pop(source)
+            feature = as_type(feature, next(layers.parameters(), feature).dtype)
             maps.setdefault(target, []).append(layers(feature))
         second = unet.fork(state, end)
         del state
         second.inject(maps.pop(start))
+        outputs = shared
         if start in wanted:
             outputs[start] = unet.tap(start, second)
         outputs.update(unet.traverse(second, end, wanted, maps))
-        return {index: outputs[index] for index in wanted}
+        return {index: outputs[index] for index in wanted} | firsts

@@ -18,10 +18,11 @@ pytest.importorskip("tyro")
 import forked
 import image_folders
 from image_folders import CLASSES, write_folder
+from published import published_names
 
 from diffbackbone.checkpoint import CheckpointError
 from diffbackbone.eval import classify
-from diffbackbone.eval.features import FeatureCache
+from diffbackbone.eval.features import FeatureCache, FeatureSpec
 from diffbackbone.eval.recipes import RECIPES, resolve
 from diffbackbone.heads import LinearHead
 from diffbackbone.utils import UserError
@@ -99,6 +100,11 @@ def test_recipes_are_the_papers_protocols():
     assert (config.timesteps, config.blocks, config.pool) == ((90, 150, 300), (19, 24, 30), 16)
     config = filled("semi-1")
     assert (config.subset, config.finetune, config.lr) == ("1%", True, (1e-3,))
+    assert filled("probe", feedback="24:14").batch_size == 16
+    config = filled("fgvc")
+    assert (config.optimizer, config.epochs, config.blocks) == ("adam", 28, (19,))
+    assert filled("fgvc", head="attention").blocks == (24,)
+    assert filled("fgvc", head="difformer").blocks == (19, 24, 30)
     assert (filled("semi-10").subset, filled("semi-10").optimizer) == ("10%", "sgd")
     assert (filled("digits").unet, filled("digits").width) == ("tiny", 128)
 
@@ -109,6 +115,12 @@ def test_recipe_gives_the_defaults_of_the_command_line(monkeypatch):
     classify.main(["--recipe", "semi-10", "--no-finetune", "--epochs", "5", "--lr", "1", "2"])
     expected = replace(RECIPES["semi-10"], finetune=False, epochs=5, lr=(1.0, 2.0))
     assert seen == [expected]
+    words = "--feedback 24:14,21:17 --feedback-layers conv group --first-blocks 19 24"
+    classify.main([*words.split(), "--published=--t_list 150 --feedback_b_list 21"])
+    found = seen[1]
+    assert (found.feedback, found.feedback_layers) == ("24:14,21:17", ("conv", "group"))
+    assert found.first_blocks == (19, 24)
+    assert found.published == "--t_list 150 --feedback_b_list 21"  # underscores stay
     with pytest.raises(SystemExit):
         classify.main(["--recipe", "none"])
 
@@ -119,13 +131,16 @@ def test_recipe_gives_the_defaults_of_the_command_line(monkeypatch):
         ({"blocks": (19, 24)}, "one block and timestep"),
         ({"blocks": (38,)}, "from 1 to 37"),
         ({"head": "attention", "width": 33}, "33"),
-        ({"lr": (0.1, 0.2), "finetune": True}, "several learning rates"),
+        ({"lr": (0.1, 0.2), "finetune": True, "select_on": "val"}, "need --select-on heldout"),
+        ({"first_blocks": (19,), "head": "difformer"}, "--first-blocks needs"),
+        ({"published": "--t_list 150"}, "--published is for"),
         ({"lr": (0.1, 0.2), "select_on": "none"}, "need --select-on"),
         ({"cache": Path("c"), "feedback": "windowed", "blocks": (24,)}, "without feedback"),
         ({"cache": Path("c"), "finetune": True}, "frozen"),
         ({"cache": Path("c"), "noise": "random"}, "noise"),
         ({"cache": Path("c"), "augment": "crop-flip"}, "random crops"),
         ({"feedback": "windowed", "blocks": (3,)}, "block"),
+        ({"feedback": "24:19", "blocks": (24,)}, "24 -> 19"),
     ],
 )
 def test_options_that_exclude_each_other(data, tmp_path, monkeypatch, options, message):
@@ -143,6 +158,17 @@ def test_options_that_exclude_each_other(data, tmp_path, monkeypatch, options, m
         {"head": "cnn", "hidden": (8,), "pool": 4},
         {"head": "difformer", "timesteps": (90,), "blocks": (19, 24)},
         {"feedback": "windowed", "blocks": (24,)},
+        {
+            "feedback": "24:14,21:17",
+            "feedback_layers": ("conv", "group", "silu", "depthwise"),
+            "blocks": (24,),
+            "first_blocks": (19, 24),
+            "head": "difformer",
+            "timesteps": (90,),
+            "norm": "batch",
+            "readout": "mean",
+            "mlp_ratio": 2.0,
+        },
         {"finetune": True, "noise": "random", "backbone_lr": 1e-5},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
@@ -194,7 +220,7 @@ def test_several_rates_are_several_runs(data, tmp_path, cache):
 def test_selection_is_made_on_held_out_training_images(data, tmp_path, cache):
     rates = (1e-4, 0.01, 0.1)
     results = train(data, tmp_path, lr=rates, holdout=0.33, epochs=4, cache=cache)
-    records = history(tmp_path)
+    records = history(tmp_path / "search")
     assert results["selected_on"] == "heldout"
     assert records[0]["heldout"][0]["images"] == CLASSES * TRAIN // 3
     *_, epoch, index = max(
@@ -203,9 +229,50 @@ def test_selection_is_made_on_held_out_training_images(data, tmp_path, cache):
         for index, found in enumerate(record["heldout"])
     )
     assert (results["epoch"], results["lr"]) == (-epoch, rates[-index])
-    assert results["val"] == records[results["epoch"] - 1]["val"][-index]
+    assert results["heldout"] == records[results["epoch"] - 1]["heldout"][-index]
     best = classify.read_checkpoint(tmp_path / "best.pt")["best"]
     assert best["lr"] == results["lr"]
+
+
+def test_held_out_images_choose_between_runs(data, tmp_path, monkeypatch):
+    keys, calls = {0.1: [0.5, -1.0], 0.2: [0.5, -0.5], 0.3: [0.4, -0.1]}, []
+
+    def fake(config, *_):
+        calls.append((config.lr, config.epochs, config.select_on))
+        result = {"lr": config.lr[0], "epoch": 2, "key": keys[config.lr[0]], "heldout": {}}
+        return {**result, "selected_on": "heldout", "val": {"top1": config.lr[0]}}
+
+    monkeypatch.setattr(classify, "_run", fake)
+    train(data, tmp_path, lr=tuple(keys), finetune=True, epochs=3)
+    assert calls == [*(((lr,), 3, "heldout") for lr in keys), ((0.2,), 2, "none")]
+
+
+def test_choice_is_trained_again_on_all_images(data, tmp_path, cache):
+    options = {"holdout": 0.33, "epochs": 3, "cache": cache}
+    found = train(data, tmp_path / "out", lr=(1e-4, 0.01), **options)
+    assert history(tmp_path / "out")[0]["train"][0]["images"] == CLASSES * TRAIN
+    options["epochs"] = found["epoch"]
+    train(data, tmp_path / "alone", lr=(found["lr"],), **options)
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("kind", ["feedback", "finetune"])
+def test_rates_that_share_no_backbone_are_tried_one_after_the_other(data, tmp_path, weights, kind):
+    options = {"checkpoint": weights, "blocks": (24,), "optimizer": "sgd", "epochs": 1}
+    options |= {"feedback": "24:14"} if kind == "feedback" else {"finetune": True, "head": "linear"}
+    found = train(data, tmp_path / "out", lr=(1e30, 1e-3, 0.1), **options)
+    searched = {lr: tmp_path / f"out/search/lr-{lr:g}" for lr in (1e-3, 0.1)}
+    keys = {}
+    for lr, folder in searched.items():
+        (record,) = history(folder)
+        keys[lr] = [record["heldout"][0]["top1"], -record["heldout"][0]["loss"]]
+        assert record["train"][0]["images"] < CLASSES * TRAIN
+    assert found["lr"] == max(keys, key=keys.get)  # a rate that diverges is passed over
+    assert history(tmp_path / "out")[0]["train"][0]["images"] == CLASSES * TRAIN
+    train(data, tmp_path / "alone", lr=(found["lr"],), **options)
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "alone")
+    again = train(data, tmp_path / "out", lr=(1e30, 1e-3, 0.1), resume=True, **options)
+    assert again["val"] == found["val"]
 
 
 def test_epoch_takes_every_image_once_and_half_of_them_mirrored(data, tmp_path, cache, monkeypatch):
@@ -217,7 +284,12 @@ def test_epoch_takes_every_image_once_and_half_of_them_mirrored(data, tmp_path, 
         return original(self, row, tap)
 
     monkeypatch.setattr(FeatureCache, "read", spy)
-    train(data, tmp_path, lr=(0.01, 0.1), holdout=0.33, epochs=8, cache=cache)
+    options = {"lr": (0.01, 0.1), "select_on": "heldout", "holdout": 0.33, "epochs": 8}
+    searched = []
+    run = classify._run
+    monkeypatch.setattr(classify, "_run", lambda *args: searched.append(len(read)) or run(*args))
+    train(data, tmp_path, cache=cache, **options)
+    read = read[: searched[1]]  # without the training on all images
     count, held = CLASSES * TRAIN, CLASSES * TRAIN // 3
     rows = [row for name, row in read if name == "train"]
     assert len(rows) == 8 * count
@@ -326,22 +398,48 @@ def test_head_of_the_published_code_is_evaluated(data, tmp_path, cache):
         train(data, None, evaluate=tmp_path / "latest.pth")
 
 
-def test_difffeed_of_the_published_code_is_evaluated(data, tmp_path):
-    options = dict(feedback="24:14,21:17", blocks=(24,), head="linear", lr=(0.1,))
+@pytest.mark.parametrize("flags", [True, False])
+def test_difffeed_of_the_published_code_is_evaluated(data, tmp_path, weights, flags):
+    """With the authors' options, their file needs none of ours but the U-Net's."""
+    options = {
+        "feedback": "24:14,21:17", "feedback_layers": ("conv", "group", "silu", "depthwise"),
+        "timesteps": (150,), "head": "difformer", "blocks": (24, 30), "first_blocks": (19, 24),
+        "norm": "batch", "readout": "mean", "mlp_ratio": 2.0, "pool": 4, "checkpoint": weights,
+        "lr": (0.01,),
+    }  # fmt: skip
     trained = train(data, tmp_path / "out", **options)
     saved = classify.read_checkpoint(tmp_path / "out/best.pt")
-    head = {key.replace("linear.", "fcs.0."): value for key, value in saved["head"].items()}
-    published = {}  # their layers are numbered in the order of --feedback_b_list 21 24
+    config = resolve(classify.saved_config(replace(RECIPES["probe"], data=data, **SMALL), saved))
+    spec = FeatureSpec.of(config, config.pool, config.start())
+    model = classify.build_model(config, CLASSES, spec)
+    model.heads[0].load_state_dict(saved["head"])
+    order = ["21", "24"]  # --feedback_b_list
+    feedback = {}
     for key, value in saved["backbone"].items():
-        part, b, *name = key.split(".")
-        if part == "feedback":
-            published[".".join([str(["21", "24"].index(b)), *name])] = value
-    torch.save({"model_head": head, "model_feedback": published}, tmp_path / "latest.pth")
+        if key.startswith("feedback."):
+            _, b, *name = key.split(".")
+            feedback[".".join([str(order.index(b)), *name])] = value
+    latest = {"model_head": published_names(model.heads[0]), "model_feedback": feedback}
+    torch.save({**latest, "epoch": 1, "optimizer": {}}, tmp_path / "latest.pth")
+    if flags:
+        options = {"checkpoint": weights, "blocks": (), "width": 8, "published": (
+            "--t_list 150 --first_fw_b_list 19 24 --second_fw_b_list 24 30 --pre_pool_size 4 "
+            "--feedback_b_list 21 24 --feedback_arch C_G_S_C --norm_type batch --lr 1e-2 "
+            "--fusion_arc Use_CLS_Token:True:32,Attention:32:2:2:1,FullyPool"
+        )}  # fmt: skip
     found = train(data, None, evaluate=tmp_path / "latest.pth", **options)
     assert found["val"] == trained["val"]
-    del options["feedback"]
-    with pytest.raises(UserError, match="trained with --feedback"):
-        train(data, None, evaluate=tmp_path / "latest.pth", **options)
+    for wrong in ({"feedback": "none", "first_blocks": ()}, {"norm": "layer"}):
+        with pytest.raises(UserError, match=r"trained with --feedback|doesn't fit"):
+            train(
+                data,
+                tmp_path / "x",
+                evaluate=tmp_path / "latest.pth",
+                **options | wrong | {"published": None},
+            )
+    torch.save({**latest, "model_fpn": {}}, tmp_path / "latest.pth")
+    with pytest.raises(UserError, match="model_fpn"):
+        train(data, tmp_path / "x", evaluate=tmp_path / "latest.pth", **options)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_subset_is_balanced_and_seeded():
     assert set(chosen) < set(choose_subset(folder, "20%", seed=0))
     even = make_folder([50, 50, 50])
     counts = np.bincount(even.labels[choose_subset(even, "11%", seed=0)])
-    assert sorted(counts) == [5, 5, 6]  # 16.5 rounds to 16
+    assert sorted(counts) == [5, 5, 6]  # 16 of 16.5
     assert len(choose_subset(folder, "1", seed=0)) == 603
     labels = np.arange(1_281_167) % 1000
     imagenet = ImageFolder(Path("root"), (), labels, tuple(map(str, range(1000))))

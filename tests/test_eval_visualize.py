@@ -122,6 +122,7 @@ def save_classifier(path, weights, feedback, finetune):
     settings = {
         "unet": "tiny", "noise": "none", "seed": 3, "feedback": feedback or "none",
         "value_range": None, "blocks": [24], "finetune": finetune,
+        "feedback_layers": ["conv", "batch", "relu"],
     }  # fmt: skip
     content = {"format": "diffbackbone classifier 2", "settings": settings}
     torch.save({**content, "backbone": backbone.state_dict()}, path)

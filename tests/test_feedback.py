@@ -8,6 +8,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffbackbone import DiffusionBackbone, Feedback, UNet, UNetConfig
 from diffbackbone.feedback import STRATEGIES, feedback_map
@@ -131,13 +132,83 @@ def test_pairs_in_a_string_are_a_map():
 
 
 @pytest.mark.parametrize(
+    "kinds",
+    [
+        ("conv", "group", "silu"),
+        ("conv", "batch", "relu", "depthwise"),
+        ("conv", "depthwise", "batch", "relu"),
+        ("relu", "depthwise"),
+        ("relu",),
+    ],
+    ids="-".join,
+)
+def test_layers_are_applied_in_order(kinds, small):
+    """Against functional calls; the source's own output stays as it is."""
+    feedback = golden.fill(Feedback(SMALL, {24: 14}, layers=kinds), "feedback.")
+    weights = feedback.state_dict()
+    x = golden.image("narrow256")
+    source = small.forward_features(x, golden.T, [24])[24].detach()
+    y = source
+    for i, kind in enumerate(kinds):
+        w = {name.split(".")[2]: v for name, v in weights.items() if name.startswith(f"24.{i}.")}
+        if kind in ("conv", "depthwise"):
+            y = F.conv2d(
+                y,
+                w["weight"],
+                padding=w["weight"].shape[-1] // 2,
+                groups=len(y[0]) // w["weight"].shape[1],
+            )
+        elif kind == "batch":
+            y = F.batch_norm(y, w["running_mean"], w["running_var"], w["weight"], w["bias"])
+        elif kind == "group":
+            y = F.group_norm(y, 32, w["weight"], w["bias"])
+        else:
+            y = F.relu(y) if kind == "relu" else F.silu(y)
+    expected = small.forward_features(x, golden.T, [24], inject={14: y})[24]
+    found = feedback(small, x, golden.T, [24], first_blocks=[24])
+    torch.testing.assert_close(found[24], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[24, "first"], source, rtol=1e-5, atol=1e-5)
+
+
+def test_taps_of_both_passes(small):
+    """The first pass is a plain run without gradient, wherever the taps stand."""
+    feedback = golden.fill(Feedback(SMALL, {30: 14, 24: 15}), "feedback.")
+    x, early = golden.image("narrow256"), (36, 19, 14, 12)
+    found = feedback(small, x, golden.T, (24, 14, 12), first_blocks=early)
+    assert list(found) == [24, 14, 12, *((b, "first") for b in early)]
+    plain = small.forward_features(x, golden.T, early)
+    second = feedback(small, x, golden.T, (24, 14, 12))
+    for b in early:
+        torch.testing.assert_close(found[b, "first"], plain[b], rtol=1e-5, atol=1e-5)
+        assert not found[b, "first"].requires_grad
+    assert all(torch.equal(found[b], second[b]) for b in second)
+    assert (found[14] - plain[14]).abs().max() > 0.01
+    backbone = DiffusionBackbone(small, None, 90, (24,), {30: 14}, None, None)
+    images = x.clamp(-1, 1)[:1]
+    taps = backbone.eval().forward_taps(images, (90, 150), first_blocks=(19,))
+    assert list(taps) == [(90, 24), (90, 19, "first"), (150, 24), (150, 19, "first")]
+    backbone = DiffusionBackbone(small, None, 90, (24,), None, None, None)
+    with pytest.raises(ValueError, match="need feedback"):
+        backbone.forward_taps(images, first_blocks=(19,))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [(("conv", "norm"), "unknown feedback layer 'norm'"), (("batch",), "need 'conv'")],
+)
+def test_bad_layers(layers, message):
+    with pytest.raises(ValueError, match=message):
+        Feedback(SMALL, {25: 13}, layers=layers)
+
+
+@pytest.mark.parametrize(
     ("strategy", "message"),
     [
+        ("24:14,x:3", "feedback sources"),
         ("botleneck", "unknown feedback 'botleneck'; choose from all, bottleneck"),
         ({40: 3}, r"feedback sources .* 1 to 37 .* got \[40\]"),
         ({24: 19}, r"24 -> 19: the target must be an encoder block \(1 to 18\)"),
         ({5: 9}, "5 -> 9"),
-        ("24:14,x:3", "feedback sources"),
     ],
 )
 def test_bad_strategies(strategy, message):

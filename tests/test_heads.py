@@ -8,6 +8,7 @@ import golden
 import pytest
 import torch
 import torch.nn.functional as F
+from published import published_names
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
@@ -19,7 +20,9 @@ from diffbackbone.heads import (
     LinearHead,
     MLPHead,
     build_head,
+    convert_published_feedback,
     convert_published_head,
+    published_options,
 )
 
 REAL = UNetConfig.from_preset("gd256_uncond")
@@ -221,6 +224,104 @@ def test_difformer_equals_the_reference():
             head(wrong)
 
 
+INSERT = "Use_CLS_Token:True:16,Insert_CLS_Token,Attention:16:4:1.5:2,"
+PLAIN = "Use_CLS_Token:True:16,Attention:16:4:4:2,"
+FLAGS = "--t_list 150 --first_fw_b_list 24 --second_fw_b_list -1 --feedback_b_list -1"
+BOTH = "--t_list 90 150 --first_fw_b_list 19 24 --second_fw_b_list 24 30 --feedback_b_list 21 24"
+OPTIONS = {  # logits of two images, by the authors' code
+    f"{FLAGS} --norm_type batch --fusion_arc {INSERT}Extract_CLS_Token": (
+        [-0.14002, -3.40459, -0.24016], [-0.74752, -3.79188, 0.9257],
+    ),
+    f"{FLAGS} --norm_type layer --fusion_arc {INSERT}FullyPool": (
+        [-2.06154, -3.68716, 1.7294], [-2.12926, -3.66293, 2.55165],
+    ),
+    f"{FLAGS} --norm_type layer --fusion_arc {PLAIN}FullyPool": (
+        [-0.97492, 1.38714, 0.05234], [0.20096, 2.00601, 0.54995],
+    ),
+    f"{FLAGS} --fusion_arc {INSERT}Extract_CLS_Token,Dense:16:24:relu,Dense:24:16:tanh": (
+        [0.14478, 0.11675, -0.42816], [0.55223, -0.0161, -0.963],
+    ),
+    f"{FLAGS} --norm_type batch --fusion_arc {PLAIN}Flatten,Dense:256:16:sigmoid": (
+        [-0.71535, 0.99773, 0.87003], [-0.28233, 1.09206, 0.00461],
+    ),
+    f"{BOTH} --fusion_arc {INSERT}Extract_CLS_Token": (
+        [-3.12215, 3.08828, -2.7781], [-3.14521, 2.33939, -2.2697],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", OPTIONS, ids=lambda flags: flags.split("_type ")[-1][-60:])
+def test_published_options_give_the_published_logits(flags):
+    options, shapes = published_options(flags + " --pre_pool_size 4"), {
+        19: (12, 3, 3), 24: (12, 6, 6), 30: (6, 6, 6)
+    }  # fmt: skip
+    given, both = options["head_options"] | {"pool": options["pool"]}, bool(options["first_blocks"])
+    if both:
+        taps = {name: options[name] for name in ("blocks", "timesteps", "first_blocks")}
+        head = build_head("difformer", (12, 6, 12), 3, (6, 6, 3), **taps, **given)
+    else:
+        head = build_head(options["head"], 12, 3, 6, **given)
+    names = published_names(head)
+    state = {name: golden.value(name, tuple(v.shape)) for name, v in names.items()}
+    head.load_state_dict(convert_published_head({"model_head": state}, head.eval()))
+    maps = {
+        (t, b, *mark): noise(f"{mark[0] if mark else 'second'}.{t}.{b}", 2, *shapes[b])
+        for t in options["timesteps"]
+        for blocks, mark in ((options["first_blocks"], ("first",)), (options["blocks"], ()))
+        for b in blocks
+    }
+    x = maps if both else noise("first.150.24", 2, *shapes[24])
+    torch.testing.assert_close(head(x), torch.tensor(OPTIONS[flags]), rtol=0, atol=2e-5)
+
+
+def test_published_options():
+    options = published_options(f"{BOTH} --fusion_arc {INSERT}Extract_CLS_Token --lr 1 --x")
+    assert (options["timesteps"], options["blocks"], options["first_blocks"]) == (
+        (90, 150), (24, 30), (19, 24),
+    )  # fmt: skip
+    assert (options["head"], options["feedback"]) == ("difformer", {21: 17, 24: 14})
+    assert options["feedback_layers"] == ("conv", "batch", "relu")
+    assert published_options(BOTH.replace("21 24", "24 21") + f" --fusion_arc {INSERT}FullyPool")[
+        "feedback"
+    ] == {24: 17, 21: 14}  # in reverse order there
+    for arch, layers in {
+        "C_G_S_C": ("conv", "group", "silu", "depthwise"),
+        "B_C": ("batch", "depthwise"),
+        "C2_Res": ("conv", "relu"),
+    }.items():
+        flags = f"{BOTH} --fusion_arc {INSERT}FullyPool --feedback_arch {arch}"
+        assert published_options(flags)["feedback_layers"] == layers
+    options = published_options(f"{FLAGS} --head_type linear --head_arc 8_7 --pre_pool_size 2")
+    assert (options["head"], options["hidden"], options["pool"]) == ("mlp", (8, 7), 2)
+    assert published_options(f"{FLAGS} --head_type linear")["head"] == "linear"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--t_list 150", "first_fw_b_list"),
+        (f"{FLAGS} --fusion_arc {INSERT}", "'' is not supported"),
+        (f"{FLAGS} --fusion_arc {INSERT}FullPool", "'FullPool' is not supported"),
+        (f"{FLAGS} --fusion_arc {INSERT[:-1]}", "needs .* a readout"),
+        (f"{FLAGS} --fusion_arc {INSERT}Attention:16:8:1.5:1,FullyPool", "blocks that differ"),
+        (f"{FLAGS} --mode finetune --head_type linear", "--mode finetune"),
+        (f"{FLAGS.replace('24', '30 24')} --fusion_arc {INSERT}FullyPool", "must ascend"),
+        (f"{BOTH.replace('21 24', '19 21')} --fusion_arc {INSERT}FullyPool", "from 20 to 37"),
+    ],
+)
+def test_published_options_that_cannot_be_used(flags, message):
+    with pytest.raises(ValueError, match=message):
+        published_options(flags)
+
+
+def test_published_feedback_layers_are_named_by_their_source():
+    weights = {"0.0.weight": 1, "1.0.weight": 2, "1.1.bias": 3}
+    expected = {"24.0.weight": 1, "21.0.weight": 2, "21.1.bias": 3}
+    assert convert_published_feedback(weights, {24: 17, 21: 14}) == expected
+    with pytest.raises(ValueError, match="layers 1 have no source"):
+        convert_published_feedback(weights, [24])
+
+
 @pytest.mark.parametrize("pool", [1, 3])
 def test_linear_and_mlp_equal_the_reference(pool):
     widths, x = (6 * pool**2, 8, 7, 5), noise("map", 2, 6, 9, 5)
@@ -280,6 +381,9 @@ CASES = {
     "cnn": lambda: CNNHead(6, 3, (9, 8)),
     "attention": lambda: AttentionHead(6, 3, (8, 12), pool=4, **SMALL),
     "attention, no proj": lambda: AttentionHead(6, 3, (8, 12), proj=False, num_heads=2),
+    "attention, options": lambda: AttentionHead(
+        6, 3, (8, 12), 4, norm="batch", readout="mean", dense=[(32, 9, "tanh")], **SMALL
+    ),
     "difformer": lambda: DifFormerHead(
         (6, 6), 3, ((8, 12), (8, 12)), (24, 30), (90, 150), 9, **SMALL
     ),
@@ -395,6 +499,8 @@ def test_build_head_by_name():
         ("linear", (6, 5), {"layers": 2}, "'linear': .*'layers'"),
         ("attention", (6, 5), {}, "'attention': .*'size'"),
         ("attention", (6, 5, 8), {"width": 30}, "num_heads=8 does not divide width=30"),
+        ("attention", (6, 5, 8), {"norm": "group"}, "unknown norm 'group'"),
+        ("attention", (6, 5, 8), {"readout": "max"}, "unknown readout 'max'"),
         ("cnn", (6, 5, (8, 8), 6), {}, "multiple of 4, got 6"),
         ("difformer", ((6, 6), 5, (8,) * 3), {}, "shorter"),
         ("difformer", ((6,) * 3, 5, (8,) * 3, (19, 24, 24)), {}, "duplicate"),

@@ -132,13 +132,19 @@ def test_classification_recipes():
         assert recipe.augment == "flip"
         assert (recipe.unet, recipe.image_size) == ("gd256_uncond", 256)
         assert (recipe.head, recipe.pool) == ("linear", 2)  # Section 4.1
-        block = 19 if name == "fgvc" else 24  # Figure 4
-        assert (recipe.timesteps, recipe.blocks) == ((150,), (block,))
+        assert recipe.timesteps == (150,)
+        assert recipe.blocks == ((19,) if name == "fgvc" else (24,))  # Figure 4
         assert recipe.layers == 2  # of the attention head (Table 2)
+        assert (recipe.width, recipe.feedback_layers) == (1024, ("conv", "batch", "relu"))
         assert not recipe.finetune
     for name, subset in (("semi-1", "1%"), ("semi-10", "10%")):  # Table 5
         recipe = recipes.resolve(recipes.RECIPES[name])
         assert (recipe.subset, recipe.finetune) == (subset, True)
+    for name in ("probe", "probe-sgd", "ablation", "fgvc"):  # Tables 2 and 4 have CUB, too
+        for options in ({"head": "attention"}, {"feedback": "bottleneck"}):
+            recipe = recipes.resolve(recipes.replace(recipes.RECIPES[name], **options))
+            taps = recipe.timesteps, recipe.blocks, recipe.pool  # Sections 3.1, 4.1.1
+            assert (recipe.head, taps) == ("attention", ((150,), (24,), 16))
 
 
 def test_difformer_taps():

@@ -23,8 +23,13 @@ from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_caches
 from diffbackbone.eval.options import build_backbone, check_settings
 from diffbackbone.eval.plots import draw_confusion
 from diffbackbone.eval.recipes import RECIPES, ClassifierConfig, resolve
-from diffbackbone.eval.trainer import FORMAT, Classifier, Trainer
-from diffbackbone.heads import build_head, convert_published_feedback, convert_published_head
+from diffbackbone.eval.trainer import FORMAT, Classifier, DivergedError, Trainer
+from diffbackbone.heads import (
+    build_head,
+    convert_published_feedback,
+    convert_published_head,
+    published_options,
+)
 from diffbackbone.utils import UserError, save_figure, settings_of, write_json
 
 _TRAINING_FILES = ("last.pt", "best.pt", "metrics.jsonl")
@@ -37,7 +42,9 @@ _MAY_CHANGE = {  # on resume, and between training and evaluation
 def run(config: ClassifierConfig, caches: Sequence[FeatureCache] | None = None) -> dict[str, Any]:
     """Train, or continue, and evaluate; return the content of ``results.json``.
 
-    Without ``caches`` of training and validation images those that the options name are opened.
+    Where held-out images select, the selection is in OUT/search and OUT has the head that is then
+    trained on all training images. Without ``caches`` of training and validation images those that
+    the options name are opened.
     """
     saved = None
     if config.evaluate is not None:
@@ -45,8 +52,47 @@ def run(config: ClassifierConfig, caches: Sequence[FeatureCache] | None = None) 
         if not isinstance(saved, dict) or "model_head" not in saved:
             saved = read_checkpoint(config.evaluate)
             config = saved_config(config, saved)
+        elif config.published is not None:
+            config = published_config(config)
     config = resolve(config)
     _check_out(config)
+    if saved is None and config.select_on == "heldout":
+        choice = _search(config, caches)
+        given = {name: choice.pop(name) for name in ("lr", "epoch")}
+        config = replace(config, lr=(given["lr"],), epochs=given["epoch"], select_on="none")
+        return _run(config, caches, None, choice)
+    return _run(config, caches, saved)
+
+
+def _search(config: ClassifierConfig, caches: Sequence[FeatureCache] | None) -> dict[str, Any]:
+    """Train all learning rates on a part of the training images, and return the best's results.
+
+    Heads on one frozen U-Net are trained together, others one after the other.
+    """
+    folder = config.out / "search"
+    runs = [replace(config, out=folder)]
+    if config.feedback != "none" or config.finetune:
+        runs = [replace(config, out=folder / f"lr-{lr:g}", lr=(lr,)) for lr in config.lr]
+    for one in runs:
+        _check_out(one)
+    found: list[dict[str, Any]] = []
+    for one in runs:
+        try:
+            found.append(_run(one, caches, None))
+        except DivergedError:
+            if one is runs[-1] and not found:
+                raise
+    best = max(found, key=lambda results: results["key"])
+    return {name: best[name] for name in ("lr", "epoch", "heldout", "selected_on")}
+
+
+def _run(
+    config: ClassifierConfig,
+    caches: Sequence[FeatureCache] | None,
+    saved: Mapping[str, Any] | None,
+    choice: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train one head, or several together, or evaluate a saved one; write the results."""
     compute = config.compute_dtype(config.start().device)
     accelerator = Accelerator(
         cpu=config.device == "cpu",
@@ -80,6 +126,7 @@ def run(config: ClassifierConfig, caches: Sequence[FeatureCache] | None = None) 
     trainer = Trainer(config, accelerator, model, train, val, caches)
     if saved is None:
         results, confusion = _train(trainer, resumed, settings)
+        results |= choice or {}
     else:
         results, confusion = _evaluate(trainer, saved, settings)
     out, scores = config.out, results["val"]
@@ -103,7 +150,8 @@ def _train(
     trainer.accelerator.print(f"{trained:,} trained parameters")
     trainer.prepare(saved)
     trainer.fit(settings)
-    best = {name: trainer.best[name] for name in ("lr", "epoch", "val")}
+    names = ("lr", "epoch", "val", "heldout", "key")
+    best = {name: trainer.best[name] for name in names if name in trainer.best}
     chosen = {"trained_parameters": trained, "selected_on": trainer.config.select_on}
     return {**chosen, **best, "settings": dict(settings)}, trainer.best["confusion"]
 
@@ -114,12 +162,7 @@ def _evaluate(
     """Return the results of a saved head, and its confusion matrix."""
     path, head = trainer.config.evaluate, trainer.model.heads[0]
     if "model_head" in saved:
-        feedback, published = trainer.model.backbone.feedback, saved.get("model_feedback") or {}
-        if bool(published) != (feedback is not None):
-            raise UserError(f"{path} was trained {'with' if published else 'without'} --feedback")
-        if feedback is not None:
-            feedback.load_state_dict(convert_published_feedback(published, feedback.mapping))
-        head.load_state_dict(convert_published_head(saved, head))
+        _load_published(trainer, saved)
     else:
         if saved["settings"]["classes"] != settings["classes"]:
             raise UserError(f"{path} was trained on other classes than the data has")
@@ -129,6 +172,24 @@ def _evaluate(
     return {"evaluated": str(path), "val": scores.compute()}, scores.confusion()
 
 
+def _load_published(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Load head and feedback layers of the published code."""
+    path, published = trainer.config.evaluate, trainer.config.published
+    head, feedback = trainer.model.heads[0], trainer.model.backbone.feedback
+    weights = saved.get("model_feedback") or {}
+    if unknown := saved.keys() & {"model_update", "model_fpn"}:
+        raise UserError(f"{path}: {', '.join(sorted(unknown))} can't be converted")
+    if bool(weights) != (feedback is not None):
+        raise UserError(f"{path} was trained {'with' if weights else 'without'} --feedback")
+    try:
+        if feedback is not None:
+            sources = published_options(published)["feedback"] if published else feedback.mapping
+            feedback.load_state_dict(convert_published_feedback(weights, sources))
+        head.load_state_dict(convert_published_head(saved, head))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path} doesn't fit the options: {error}") from error
+
+
 def build_model(config: ClassifierConfig, classes: int, spec: FeatureSpec) -> Classifier:
     """Build the backbone, and a head for each learning rate; all heads start the same."""
     backbone = build_backbone(
@@ -136,19 +197,25 @@ def build_model(config: ClassifierConfig, classes: int, spec: FeatureSpec) -> Cl
         None if config.feedback == "none" else config.feedback,
         not config.finetune,
         activation_checkpointing=config.activation_checkpointing,
+        feedback_layers=config.feedback_layers,
     )
-    infos = [backbone.unet.blocks[b] for b in config.blocks]
+    blocks = dict.fromkeys((*config.blocks, *config.first_blocks))
+    infos = [backbone.unet.blocks[b] for b in backbone.unet.blocks.check(blocks)]
     channels: Any = [info.channels for info in infos]
     sizes = [math.ceil(config.image_size / info.stride) for info in infos]
     options: dict[str, Any] = {"pool": config.pool}
     if config.hidden:
         options["hidden"] = config.hidden
     if config.head in ("attention", "difformer"):
-        options.update(width=config.width, layers=config.layers, num_heads=config.num_heads)
+        names = ("width", "layers", "num_heads", "mlp_ratio", "norm", "readout")
+        options.update({name: getattr(config, name) for name in names})
+        if config.published is not None:
+            options.update(published_options(config.published)["head_options"])
     if config.head == "attention":
-        options["size"] = sizes[0]
+        options.update(size=sizes[0], proj=config.proj)
     if config.head == "difformer":
-        options.update(sizes=sizes, blocks=config.blocks, timesteps=config.timesteps)
+        names = ("blocks", "timesteps", "first_blocks")
+        options.update(sizes=sizes, **{name: getattr(config, name) for name in names})
     else:
         (channels,) = channels
     built = []
@@ -173,6 +240,17 @@ def saved_config(config: ClassifierConfig, saved: Mapping[str, Any]) -> Classifi
     values = {name: settings[name] for name in names}
     values |= {"lr": [saved["best"]["lr"]], "select_on": "none", "subset": None}
     return replace(config, **{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+def published_config(config: ClassifierConfig) -> ClassifierConfig:
+    """Return the options, with those that the published code's determine replaced."""
+    try:
+        options = published_options(config.published or "")
+    except ValueError as error:
+        raise UserError(f"--published: {error}") from error
+    pairs = ",".join(f"{b}:{target}" for b, target in (options.pop("feedback") or {}).items())
+    del options["head_options"]
+    return replace(config, feedback=pairs or "none", **options)
 
 
 def _check_out(config: ClassifierConfig) -> None:

@@ -1,15 +1,17 @@
 """Options of the classifier, and the recipes that set them.
 
 * ``probe``: the protocol that the paper prints (Section 4): Adam, 28 epochs, learning rate times
-  0.1 every 7, center crops, mirrored at random. The batch of 128 is that of the published scripts
-  (4 x 32). Adam's learning rate is not printed: 1e-3 (linear, mlp, cnn) and 1e-4 (transformers) are
-  this project's own; give several with ``--lr`` to have one selected.
+  0.1 every 7, center crops, mirrored at random. The batches of 128 (4 x 32), and of 16 (4 x 4) with
+  feedback, are those of the published scripts. Adam's learning rate is not printed: 1e-3 (linear,
+  mlp, cnn) and 1e-4 (transformers) are this project's own; give several with ``--lr`` to have one
+  selected.
 * ``probe-sgd``: the same with the published scripts' SGD without momentum, learning rate 1e-2
-  (linear), 5e-2 (attention, difformer), 1e-2 with batches of 16 (feedback), random crops.
+  (linear), 5e-2 (attention, difformer), 1e-2 (feedback), random crops.
 * ``ablation``: ``probe`` with the 15 epochs of Table 2.
 * ``semi-1``, ``semi-10``: 1% and 10% of the labels, equally many per class, U-Net fine-tuned
   (Table 5). The paper prints nothing more; SGD with 1e-3 is what a comment in the code advises.
-* ``fgvc``: ``probe`` at b=19, the best block for the fine-grained sets (Figure 4).
+* ``fgvc``: ``probe``, for the fine-grained sets of Table 7; the linear head on block 19, the best
+  in Figure 4. The other heads' blocks are those of Tables 2 to 4, which have CUB, too.
 * ``digits``: small numbers for ``tools/make_sample_digits.py`` and the ``tiny`` U-Net.
 """
 
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffbackbone.eval.options import BackboneOptions, CacheOptions, DataOptions
+from diffbackbone.feedback import DEFAULT_LAYERS
 from diffbackbone.utils import UserError
 
 POOLS = {"linear": 2, "mlp": 4, "cnn": 8, "attention": 16, "difformer": 16}
@@ -33,7 +36,9 @@ class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
     Images are in one folder for each class: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg. The
     recipe sets the defaults (see diffbackbone/eval/recipes.py). Nothing is selected by the
     validation images unless --select-on val asks for it: with several learning rates, held-out
-    training images select learning rate and epoch; with one, the last epoch counts.
+    training images select learning rate and number of epochs (OUT/search), and the head is then
+    trained so on all training images; with one, the last epoch counts. The rates share one pass
+    over the images, or are trained one after the other with DifFeed or --finetune.
 
     OUT gets last.pt (for --resume), best.pt (the selected head), metrics.jsonl (one line per
     epoch), results.json, confusion.png and the tracker's logs. A run that was killed and resumed
@@ -45,6 +50,12 @@ class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
     feedback: str = "none"
     """DifFeed: run the U-Net twice. all, bottleneck (the paper's), windowed, multi-scale, or pairs
     of a decoder and an encoder block such as 24:14,21:17."""
+    feedback_layers: tuple[Literal["conv", "batch", "group", "relu", "silu", "depthwise"], ...] = (
+        DEFAULT_LAYERS
+    )
+    """Layers of each feedback; conv is 1x1."""
+    first_blocks: tuple[int, ...] = ()
+    """Blocks of DifFeed's first pass that the difformer head takes beside --blocks."""
     pool: int | None = None
     """Height and width of the pooled map; default: linear 2, mlp 4, cnn 8, transformers 16."""
     hidden: tuple[int, ...] = ()
@@ -55,6 +66,14 @@ class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
     """Transformer blocks."""
     num_heads: int = 8
     """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the transformer's MLPs over its own."""
+    norm: Literal["layer", "batch"] = "layer"
+    """Norm of the tokenizer."""
+    proj: bool = True
+    """Have the tokenizer's 1x1 convolution (attention)."""
+    readout: Literal["cls", "mean"] = "cls"
+    """What the transformer is read out by: a CLS token, or the mean of the tokens."""
     out: Path | None = None
     """Folder of the run; default: work_dirs/classifier, or evaluation/ beside an evaluated file."""
     recipe: RecipeName = "probe"
@@ -63,6 +82,9 @@ class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
     """Continue from OUT/last.pt, if it exists."""
     evaluate: Path | None = None
     """Train nothing; evaluate a best.pt, or a latest.pth of the published code."""
+    published: str | None = None
+    """Options that the published finetune.py was run with, as one string after an equals sign: they
+    say how to build the network of latest.pth, in place of those here."""
     finetune: bool = False
     """Train the U-Net too."""
     epochs: int = 28
@@ -74,7 +96,7 @@ class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
     optimizer: Literal["adam", "sgd"] = "adam"
     """Optimizer."""
     lr: tuple[float, ...] = ()
-    """Learning rate; of several, trained in one pass, the best is selected."""
+    """Learning rate; of several the best is selected."""
     backbone_lr: float | None = None
     """Learning rate of a fine-tuned U-Net; default: that of the head."""
     momentum: float = 0.0
@@ -101,15 +123,15 @@ class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
     """Tracker, where it is installed."""
 
 
-_PROBE = ClassifierConfig(batch_size=128)
+_PROBE = ClassifierConfig()
 _SEMI = replace(_PROBE, finetune=True, optimizer="sgd", lr=(1e-3,))
 RECIPES: dict[str, ClassifierConfig] = {
     "probe": _PROBE,
-    "probe-sgd": replace(_PROBE, optimizer="sgd", augment="crop-flip", batch_size=None),
+    "probe-sgd": replace(_PROBE, optimizer="sgd", augment="crop-flip"),
     "ablation": replace(_PROBE, epochs=15),
     "semi-1": replace(_SEMI, subset="1%"),
     "semi-10": replace(_SEMI, subset="10%"),
-    "fgvc": replace(_PROBE, blocks=(19,)),
+    "fgvc": _PROBE,
     "digits": replace(
         _PROBE, unet="tiny", epochs=20, batch_size=64, width=128, augment="none"
     ),
@@ -127,7 +149,8 @@ def resolve(config: ClassifierConfig) -> ClassifierConfig:
     head = config.head or ("attention" if feedback else "linear")
     transformer, difformer = head in ("attention", "difformer"), head == "difformer"
     timesteps = config.timesteps or ((90, 150, 300) if difformer else (150,))
-    blocks = config.blocks or ((19, 24, 30) if difformer else (24,))
+    default = 19 if config.recipe == "fgvc" and head == "linear" else 24
+    blocks = config.blocks or ((19, 24, 30) if difformer else (default,))
     lr = 1e-4 if transformer else 1e-3
     if config.optimizer == "sgd":
         lr = 5e-2 if transformer and not feedback else 1e-2
@@ -137,8 +160,12 @@ def resolve(config: ClassifierConfig) -> ClassifierConfig:
     wrong = None
     if len(timesteps) * len(blocks) > 1 and not difformer:
         wrong = f"--head {head} takes one block and timestep, got {blocks} and {timesteps}"
-    elif several and (feedback or config.finetune):
-        wrong = "several learning rates share one frozen U-Net: give one with DifFeed or --finetune"
+    elif config.published is not None and config.evaluate is None:
+        wrong = "--published is for --evaluate latest.pth"
+    elif config.first_blocks and not (feedback and difformer):
+        wrong = "--first-blocks needs --feedback and --head difformer"
+    elif several and (feedback or config.finetune) and config.select_on not in (None, "heldout"):
+        wrong = "several learning rates with DifFeed or --finetune need --select-on heldout"
     elif several and config.select_on == "none":
         wrong = "several learning rates need --select-on heldout or val"
     elif config.cache is not None and config.augment == "crop-flip":

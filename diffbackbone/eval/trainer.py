@@ -45,6 +45,10 @@ METRICS = ("top1", "top5", "loss")
 _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+class DivergedError(UserError):
+    """The loss of every head is infinite or not a number."""
+
+
 class Classifier(nn.Module):
     """A backbone with a head for each learning rate; ``spec`` says which taps they take."""
 
@@ -65,7 +69,10 @@ class Classifier(nn.Module):
         if isinstance(x, Tensor) and self.backbone.frozen and self.backbone.feedback is None:
             x = self.spec.extract(self.backbone, x)
         elif isinstance(x, Tensor):
-            x = self.backbone.forward_taps(x, self.spec.timesteps, self.spec.blocks)
+            first = getattr(self.heads[0], "first_blocks", ())
+            x = self.backbone.forward_taps(
+                x, self.spec.timesteps, self.spec.blocks, first_blocks=first
+            )
         inputs = x if isinstance(self.heads[0], DifFormerHead) else x[self.spec.taps[0]]
         return [head(inputs).float() for head in self.heads]
 
@@ -131,7 +138,7 @@ class Trainer:
             self.history, self.best = saved["history"], saved["best"]
         optimizer = build_optimizer(self.config, self.model)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        if saved is not None:
+        if saved is not None and saved["optimizer"]["state"]:  # SGD without momentum has none
             sharded.set_optimizer_state_dict(
                 self.wrapped, self.optimizer.optimizer, saved["optimizer"], options=_WHOLE
             )
@@ -144,7 +151,7 @@ class Trainer:
             start = time.perf_counter()
             record: dict[str, Any] = {"epoch": epoch + 1, "train": self._train_epoch(epoch)}
             if not any(math.isfinite(scores["loss"]) for scores in record["train"]):
-                raise UserError(
+                raise DivergedError(
                     f"training diverged in epoch {epoch + 1}: the loss is not finite; use a "
                     f"smaller --lr than {min(config.lr)}"
                 )
@@ -250,6 +257,7 @@ class Trainer:
                 self.best = {
                     "key": key, "index": index, "lr": lr, "epoch": record["epoch"],
                     "val": record["val"][index], "confusion": val[index].confusion(),
+                    **({"heldout": record["heldout"][index]} if self.held_out is not None else {}),
                 }  # fmt: skip
         return self.best is not before
 

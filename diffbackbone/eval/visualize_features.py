@@ -122,7 +122,10 @@ def build(config: VisualizeFeaturesConfig) -> tuple[VisualizeFeaturesConfig, Dif
     trained = replace(config, **{name: settings[name] for name in names})
     feedback = None if settings["feedback"] == "none" else settings["feedback"]
     backbone = build_backbone(
-        replace(trained, blocks=tuple(settings["blocks"])), feedback, not settings["finetune"]
+        replace(trained, blocks=tuple(settings["blocks"])),
+        feedback,
+        not settings["finetune"],
+        feedback_layers=settings["feedback_layers"],
     )
     backbone.load_state_dict(saved["backbone"])
     known = tuple(b for b in BLOCKS if b <= backbone.unet.last_block)

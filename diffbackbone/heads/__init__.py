@@ -10,8 +10,8 @@ Where paper and published code differ, or the paper is silent:
   the CLS token.
 * **Attention details**: not in the paper. As in the code: layer norm over the whole map
   (C, n, n) with a weight for each element, q, k, v without bias, CLS token first, exact GELU, eps
-  1e-5, no position embedding, no norm after the last block, no dropout. Its option of a batch
-  norm in the tokenizer, which none of its scripts uses, is not offered.
+  1e-5, no position embedding, no norm after the last block, no dropout. Options that none of its
+  scripts uses (batch norm, mean of the tokens, dense layers) are off.
 * **Pooling**: text and code never pool a map up to 16x16; only DifFormer's count in Table 15 does.
   Text and code are followed. ``LinearHead`` and ``MLPHead`` pool to any size, as in the code.
 * **Linear probe**: 2x2 pooling in the text and in the code's script; its option defaults to 16.
@@ -34,7 +34,11 @@ from diffbackbone.heads.cnn import CNNHead
 from diffbackbone.heads.difformer import DifFormerHead
 from diffbackbone.heads.linear import LinearHead
 from diffbackbone.heads.mlp import MLPHead
-from diffbackbone.heads.published import convert_published_feedback, convert_published_head
+from diffbackbone.heads.published import (
+    convert_published_feedback,
+    convert_published_head,
+    published_options,
+)
 
 HEADS: dict[str, type[nn.Module]] = {
     "linear": LinearHead,
@@ -75,4 +79,5 @@ __all__ = [
     "build_head",
     "convert_published_feedback",
     "convert_published_head",
+    "published_options",
 ]

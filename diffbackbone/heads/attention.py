@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from diffbackbone.heads.transformer import Tokenizer, Transformer
@@ -25,9 +27,14 @@ class AttentionHead(nn.Module):
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the blocks' MLPs over ``width``.
         proj: Have the tokenizer's 1x1 convolution; without it the width is ``in_channels``.
+        norm: Norm of the tokenizer: ``"layer"``, over the whole map; ``"batch"``; or ``"none"``.
+        readout: ``"cls"``, the CLS token, or ``"mean"`` or ``"flatten"`` of the tokens.
+        cls_token: Have a CLS token; None for those that read it out.
+        dense: Input width, output width and activation (relu, sigmoid, tanh, identity) of linear
+            layers between the readout and the classifier.
 
     Raises:
-        ValueError: The heads don't divide the width.
+        ValueError: The heads don't divide the width, or an unknown norm or readout.
     """
 
     def __init__(
@@ -41,13 +48,19 @@ class AttentionHead(nn.Module):
         num_heads: int = 8,
         mlp_ratio: float = 4.0,
         proj: bool = True,
+        norm: str = "layer",
+        readout: str = "cls",
+        cls_token: bool | None = None,
+        dense: Sequence[tuple[int, int, str]] = (),
     ) -> None:
         super().__init__()
         if not proj:
             width = in_channels
-        self.tokenizer = Tokenizer(in_channels, size, width, pool, proj)
-        self.transformer = Transformer(width, layers, num_heads, mlp_ratio)
-        self.linear = nn.Linear(width, num_classes)
+        self.tokenizer = Tokenizer(in_channels, size, width, pool, proj, norm)
+        self.transformer = Transformer(
+            width, layers, num_heads, mlp_ratio, readout, cls_token, dense
+        )
+        self.linear = nn.Linear(self.transformer.out_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify a map.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,14 @@ class DifFormerHead(nn.Module):
         layers: Transformer blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the blocks' MLPs over ``width``.
+        first_blocks: Blocks of DifFeed's first pass, beside ``blocks`` of the second; a block of
+            both shares its tokenizer. ``in_channels`` and ``sizes`` are for ``blocks``, then for
+            those of ``first_blocks`` that ``blocks`` lacks.
+        norm: Norm of the tokenizer: ``"layer"``, over the whole map; ``"batch"``; or ``"none"``.
+        readout: ``"cls"``, the CLS token, or ``"mean"`` or ``"flatten"`` of the tokens.
+        cls_token: Have a CLS token; None for those that read it out.
+        dense: Input width, output width and activation (relu, sigmoid, tanh, identity) of linear
+            layers between the readout and the classifier.
 
     Raises:
         ValueError: The heads don't divide the width, a block or timestep is repeated, or there are
@@ -52,27 +61,38 @@ class DifFormerHead(nn.Module):
         layers: int = 2,
         num_heads: int = 8,
         mlp_ratio: float = 4.0,
+        first_blocks: Sequence[int] = (),
+        norm: str = "layer",
+        readout: str = "cls",
+        cls_token: bool | None = None,
+        dense: Sequence[tuple[int, int, str]] = (),
     ) -> None:
         super().__init__()
         self.blocks, self.timesteps = tuple(blocks), tuple(timesteps)
+        self.first_blocks = tuple(first_blocks)
         if any(len(set(numbers)) != len(numbers) for numbers in (self.blocks, self.timesteps)):
             raise ValueError(f"duplicate in blocks {self.blocks} or timesteps {self.timesteps}")
         self.tokenizers = nn.ModuleDict(
             {
-                str(b): Tokenizer(channels, size, width, pool)
-                for b, channels, size in zip(self.blocks, in_channels, sizes, strict=True)
+                str(b): Tokenizer(channels, size, width, pool, norm=norm)
+                for b, channels, size in zip(
+                    dict.fromkeys(self.blocks + self.first_blocks), in_channels, sizes, strict=True
+                )
             }
         )
-        self.transformer = Transformer(width, layers, num_heads, mlp_ratio)
-        self.linear = nn.Linear(width * len(self.timesteps), num_classes)
+        self.transformer = Transformer(
+            width, layers, num_heads, mlp_ratio, readout, cls_token, dense
+        )
+        self.linear = nn.Linear(self.transformer.out_features * len(self.timesteps), num_classes)
 
-    def forward(self, maps: Mapping[tuple[int, int], Tensor] | Sequence[Tensor]) -> Tensor:
+    def forward(self, maps: Mapping[tuple[Any, ...], Tensor] | Sequence[Tensor]) -> Tensor:
         """Classify the maps of a batch of images.
 
         Args:
             maps: ``{(t, b): (N, C_b, H_b, W_b)}`` in any order, as
-                :meth:`DiffusionBackbone.forward_taps` returns them; or a list with all blocks of
-                the first timestep, then all of the second, and so on.
+                :meth:`DiffusionBackbone.forward_taps` returns them, with ``(t, b, "first")`` for
+                the first pass; or a list with all blocks of the first timestep, those of the first
+                pass before the others, then all of the second, and so on.
 
         Returns:
             Logits (N, num_classes).
@@ -82,10 +102,14 @@ class DifFormerHead(nn.Module):
             RuntimeError: A map does not fit the head or the others.
         """
         if not isinstance(maps, Mapping):
-            taps = [(t, b) for t in self.timesteps for b in self.blocks]
+            taps = [tap for t in self.timesteps for tap in self._taps(t)]
             maps = dict(zip(taps, maps, strict=True))
-        cls_tokens = []
+        vectors = []
         for t in self.timesteps:
-            tokens = [self.tokenizers[str(b)](maps[t, b]) for b in self.blocks]
-            cls_tokens.append(self.transformer(torch.cat(tokens, dim=1)))
-        return self.linear(torch.cat(cls_tokens, dim=1))
+            tokens = [self.tokenizers[str(tap[1])](maps[tap]) for tap in self._taps(t)]
+            vectors.append(self.transformer(torch.cat(tokens, dim=1)))
+        return self.linear(torch.cat(vectors, dim=1))
+
+    def _taps(self, t: int) -> list[tuple[Any, ...]]:
+        """Return the names of a timestep's maps in the order of their tokens."""
+        return [(t, b, "first") for b in self.first_blocks] + [(t, b) for b in self.blocks]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "identity": nn.Identity}
+"""Activations of dense layers after the transformer."""
 
 
 class Tokenizer(nn.Module):
@@ -21,6 +26,7 @@ class Tokenizer(nn.Module):
         width: Channels of the tokens; ``in_channels`` without the convolution.
         pool: A map is pooled where it is higher or wider than this, and never up.
         proj: Have the 1x1 convolution. Table 13's counts leave it out.
+        norm: ``"layer"``; ``"batch"``, batch norm; or ``"none"``.
     """
 
     def __init__(
@@ -30,10 +36,18 @@ class Tokenizer(nn.Module):
         width: int,
         pool: int,
         proj: bool = True,
+        norm: str = "layer",
     ) -> None:
         super().__init__()
         self.pool = pool
-        self.norm = nn.LayerNorm((in_channels, *self.grid(size)))
+        norms = {
+            "layer": lambda: nn.LayerNorm((in_channels, *self.grid(size))),
+            "batch": lambda: nn.BatchNorm2d(in_channels),
+            "none": nn.Identity,
+        }
+        if norm not in norms:
+            raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(norms)}")
+        self.norm = norms[norm]()
         self.proj = nn.Conv2d(in_channels, width, 1) if proj else nn.Identity()
 
     def grid(self, size: int | tuple[int, int]) -> tuple[int, int]:
@@ -51,7 +65,7 @@ class Tokenizer(nn.Module):
         Returns:
             Tokens (N, h * w, width), row by row.
         """
-        x = x.to(self.norm.weight.dtype)
+        x = x.to(next(self.parameters(), x).dtype)
         x = F.adaptive_avg_pool2d(x, self.grid(x.shape[-2:]))
         return self.proj(self.norm(x)).flatten(2).transpose(1, 2)
 
@@ -106,23 +120,57 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A CLS token in front of the tokens, blocks, and the CLS token out again.
+    """A CLS token in front of the tokens, blocks, and one vector out.
 
-    As in the published code there is no norm after the last block and no dropout. Only the CLS
-    token leaves, so the last block computes only that one: the same result for less work.
+    As in the published code there is no norm after the last block and no dropout. Where only the
+    first token leaves, the last block computes only that one: the same result for less work.
+
+    Args:
+        width: Channels of the tokens.
+        layers: Blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the blocks' MLPs over ``width``.
+        readout: ``"cls"`` takes the first token, ``"mean"`` averages all tokens, ``"flatten"``
+            joins them.
+        cls_token: Have a CLS token; None for those that read it out.
+        dense: Input width, output width and activation of linear layers after the readout.
     """
 
-    def __init__(self, width: int, layers: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        num_heads: int,
+        mlp_ratio: float,
+        readout: str = "cls",
+        cls_token: bool | None = None,
+        dense: Sequence[tuple[int, int, str]] = (),
+    ) -> None:
         super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if readout not in ("cls", "mean", "flatten"):
+            raise ValueError(f"unknown readout {readout!r}; choose from cls, mean, flatten")
+        self.readout = readout
+        has_cls = readout == "cls" if cls_token is None else cls_token
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if has_cls else None
         self.blocks = nn.ModuleList(
             TransformerBlock(width, num_heads, mlp_ratio) for _ in range(layers)
         )
+        self.dense = nn.Sequential()
+        for fan_in, fan_out, activation in dense:
+            self.dense.extend([nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()])
+        self.out_features = dense[-1][1] if dense else width
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, L, width), in any order, to the CLS token (N, width)."""
-        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        """Tokens (N, L, width), in any order unless flattened, to vectors (N, out_features)."""
+        x = tokens
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         *body, last = self.blocks
         for block in body:
             x = block(x)
-        return last(x, queries=1).squeeze(1)
+        if self.readout == "cls":
+            x = last(x, queries=1).squeeze(1)
+        else:
+            x = last(x)
+            x = x.mean(1) if self.readout == "mean" else x.flatten(1)
+        return self.dense(x)
