@@ -26,6 +26,7 @@ from diffbackbone.eval import onepass, sweep
 from diffbackbone.eval.data import RowImages, list_folder
 from diffbackbone.eval.features import FeatureSpec
 from diffbackbone.eval.options import build_backbone
+from diffbackbone.eval.probe import linear_accuracy
 from diffbackbone.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,8 @@ def make(weights, tmp_path):
         )
         state = PartialState(cpu=True)
         spec = FeatureSpec(timesteps, blocks, 32, batch=8)
-        settings = {"epochs": 2, "folder": tmp_path / "probes", "memory": 1e9, **options}
+        settings = {"epochs": 2, "folder": tmp_path / "probes", "memory": 1e9, "flip": True}
+        settings |= options
         backbone = build_backbone(config).eval()
         return onepass.OnePass(backbone, spec, pools, lr, workers=0, state=state, **settings)
 
@@ -198,3 +200,21 @@ def test_held_out_images_choose_the_rate_of_each_tap(make, data, monkeypatch):
         (12, 30, 1): (pytest.approx(0.3), 1e-2),
         (12, 90, 1): (pytest.approx(0.4), 1e-3),
     }
+
+
+def test_probes_reach_the_accuracy_of_cached_ones(make, data, monkeypatch):
+    """Enough steps of Adam end near the minimum that scikit-learn finds."""
+    monkeypatch.setattr(onepass, "BATCH", 8)
+    train, val = folders(data)
+    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=28, flip=False)
+    (found,) = trainer.run(train, val, 0)
+    with torch.no_grad():
+        taps = []
+        for images in (train, val):
+            rows = RowImages(images, 32)
+            x = torch.stack([rows[0, i] for i in range(len(images))])
+            maps = trainer.backbone.forward_taps(x, (90,), (24,))[90, 24]
+            taps.append(F.adaptive_avg_pool2d(maps, 2).flatten(1))
+    expected = linear_accuracy(taps[0], train.labels, taps[1], val.labels, [1e-3])
+    assert found["linear"] == pytest.approx(expected["top1"], abs=0.12)
+    assert found["linear"] > 0.6

@@ -87,6 +87,8 @@ class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
     """One-pass probes: learning rates; held-out training images choose one for each tap."""
     epochs: int = 15
     """One-pass probes: epochs."""
+    flip: bool = True
+    """One-pass probes: mirror images at random; --no-flip for text and digits."""
     probe_memory: float = 8.0
     """One-pass probes: GB that they may take with gradients and moments."""
     cka: bool = True
@@ -161,7 +163,8 @@ def run(config: SweepConfig) -> dict[str, Any]:
     one_pass = _choose_probe(config, spec, backbone, folders) == "one-pass"
     if one_pass:
         config = replace(config, measures=("linear",), cka=False)
-        settings.update(probe="one-pass", lr=config.lr, epochs=config.epochs, measures=["linear"])
+        settings.update({name: getattr(config, name) for name in ("lr", "epochs", "flip")})
+        settings.update(probe="one-pass", lr=list(config.lr), measures=["linear"])
     results: dict[str, Any] = {"settings": settings, "records": []}
     if (config.out / "results.json").is_file() and not config.overwrite:
         saved = json.loads((config.out / "results.json").read_text(encoding="utf-8"))
@@ -246,7 +249,7 @@ def _train_in_one_pass(
     """Add the records of the draws of labels that are not done yet."""
     backbone.to(state.device).eval()
     trainer = onepass.OnePass(
-        backbone, spec, config.pools, config.lr, config.epochs, config.out / "probes",
+        backbone, spec, config.pools, config.lr, config.epochs, config.flip, config.out / "probes",
         config.workers, state, 1e9 * config.probe_memory,
     )  # fmt: skip
     taps = [(b, t, pool) for b in config.blocks for t in config.timesteps for pool in config.pools]
