@@ -77,11 +77,11 @@ def grid_of(trainer, number=0):
 
 
 def test_each_probe_is_trained_as_if_it_were_alone(make, data, tmp_path):
-    records = by_cell(make().run(*folders(data), 0))
+    records = by_cell(make(epochs=1).run(*folders(data), 0))
     assert len(records) == 2 * 2 * 2
     together = grid_of(make())
     for b, pool, lr, rate in ((24, 2, 1e-2, 1), (12, 1, 1e-3, 0)):
-        alone = make((b,), (30,), (pool,), (lr,), folder=tmp_path / f"{b}")
+        alone = make((b,), (30,), (pool,), (lr,), folder=tmp_path / f"{b}", epochs=1)
         alone.run(*folders(data), 0)
         many = together[f"weights.{onepass.ProbeGrid.name((b, pool), rate)}"][0]
         (one,) = (x[0] for name, x in grid_of(alone).items() if name.startswith("weights"))
@@ -115,7 +115,7 @@ def test_a_step_is_adams_on_the_cross_entropy(make, data):
 def test_the_network_runs_once_for_many_probes(make, data):
     blocks, timesteps, rates = (12, 15, 18, 21, 24, 27), (10, 50, 90, 150, 300), (1, 2, 3, 4, 5)
     trainer = make(blocks, timesteps, (1,), tuple(10.0**-r for r in rates), epochs=1)
-    train, val = folders(data)
+    train = val = folders(data)[1]
     with counting_flops() as counter:
         trainer.run(train, val, 0)
     images = len(train) + len(val)  # learning and held-out ones are together the training set
@@ -126,10 +126,10 @@ def test_the_network_runs_once_for_many_probes(make, data):
 
 
 def test_memory_is_bounded(make, data, capsys):
-    whole = make()
+    whole = make(epochs=1)
     expected = by_cell(whole.run(*folders(data), 0))
     sizes = [onepass.BYTES * 4 * 3 * (n + 1) for p in whole.plan(3) for n in p.values()]
-    parts = make(memory=max(sizes) + 1, folder=whole.folder.parent / "parts")
+    parts = make(memory=max(sizes) + 1, epochs=1, folder=whole.folder.parent / "parts")
     assert by_cell(parts.run(*folders(data), 0)) == expected
     assert "in 4 part(s)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--probe-memory"):
@@ -138,11 +138,11 @@ def test_memory_is_bounded(make, data, capsys):
 
 def test_a_killed_run_continues(make, data):
     train, val = folders(data)
-    whole = make(epochs=3)
+    whole = make((12,), epochs=2)
     expected = by_cell(whole.run(train, val, 0))
     folder = whole.folder.parent / "killed"
-    make(epochs=1, folder=folder).run(train, val, 0)
-    resumed = make(epochs=3, folder=folder)
+    make((12,), epochs=1, folder=folder).run(train, val, 0)
+    resumed = make((12,), epochs=2, folder=folder)
     assert by_cell(resumed.run(train, val, 0)) == expected
     for name, value in grid_of(whole).items():
         assert value.equal(grid_of(resumed)[name])
@@ -152,7 +152,7 @@ def command(data, weights, out):
     return [
         "tools/sweep.py", "--data", data, "--unet", "tiny", "--checkpoint", weights, "--image-size",
         32, "--blocks", 12, 24, "--timesteps", 30, 90, "--pools", 1, 2, "--device", "cpu",
-        "--workers", 0, "--batch-size", 8, "--probe", "one-pass", "--epochs", 2, "--out", out,
+        "--workers", 0, "--batch-size", 8, "--probe", "one-pass", "--epochs", 1, "--out", out,
     ]  # fmt: skip
 
 
