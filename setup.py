@@ -1,10 +1,14 @@
 """Packaging of diffbackbone; docs/install.md lists the tested versions."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# pictures and links to files work in the repository only: keep the links' text
+README = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n*|\[([^]]*)\]\((?!https:)[^)]*\)", r"\1", README)
 
 OPENMMLAB = [
     "mmengine>=0.10.7,<0.11",
@@ -52,10 +56,11 @@ DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 setup(
     name="diffbackbone",
     version="0.1.0",
-    description="Text-free diffusion U-Nets as backbones for Detectron2 and MMSegmentation",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    description="Pretrained diffusion models as backbones for detection and segmentation",
+    long_description=README,
     long_description_content_type="text/markdown",
     license="MIT",
+    author="The diffbackbone developers",
     keywords="diffusion segmentation detection backbone features",
     python_requires=">=3.10,<3.14",
     packages=[*find_packages(include=["diffbackbone", "diffbackbone.*"]), "diffbackbone.configs"],
