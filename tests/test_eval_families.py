@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import image_folders
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,27 @@ def test_evaluation(root, options, tmp_path):
         visualize.VisualizeFeaturesConfig(images=(root / "data/val",), **options, out=picture)
     )
     assert picture.stat().st_size > 1000
+
+
+def test_cka_with_another_network(root, tmp_path):
+    unet = json.dumps({"preset": "timm:resnet10t", "pretrained": False})
+    options = dict(data=root / "data/val", workers=0, batch_size=4, cka_only=True, cka_with=unet)
+    same = dict(unet=unet, blocks=(3, 5), timesteps=(0,), noise="none", out=tmp_path / "same")
+    *_, part = sweep.run(sweep.SweepConfig(**options, **same))["cka"]
+    assert (part["between"], part["labels"]) == ("networks", [3, 5])
+    assert part["columns"] == list(range(1, 6))
+    assert part["cka"][0][2] == pytest.approx(1) == part["cka"][1][4]
+    assert part["cka"][0][4] < 0.999
+    noised = dict(unet=f"diffusers://{root / 'ddpm'}", timesteps=(20, 400), image_size=64)
+    found = sweep.run(
+        sweep.SweepConfig(**options, **noised, blocks=(3, 5, 7), out=tmp_path / "other")
+    )["cka"]
+    parts = [part for part in found if part["between"] == "networks"]
+    assert [part["at"] for part in parts] == [20, 400]
+    for part in parts:
+        assert np.shape(part["cka"]) == (3, 5)
+        assert (tmp_path / "other" / part["file"]).stat().st_size > 1000
+        assert part["file"] in (tmp_path / "other/summary.md").read_text()
 
 
 def test_costs_and_export(root, options, tmp_path, capsys):

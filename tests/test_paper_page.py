@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
     for name in ("IMAGENET", "CUB"):
         image_folders.write_folder(root / name / "train", 4, 0)
         image_folders.write_folder(root / name / "val", 2, 1)
+    image_folders.write_folder(root / "IMAGENET50", 2, 0)
     (root / "imagenet50.txt").write_text("class0\nclass2\n")
     image_folders.write_weights(root / "GD")
     classifier = build_network(resolve_network(CLASSIFIER))
@@ -75,7 +76,9 @@ def shrink(config, name: str, out: Path):
     }  # fmt: skip
     small = {key: value for key, value in small.items() if key in fields}
     if name == "sweep":
-        small.update(k=3, timesteps=config.timesteps[:2], blocks=config.blocks[:2])
+        small.update(k=3, timesteps=config.timesteps[:2], blocks=config.blocks[:2] or (12, 24))
+        if config.cka_with:
+            small["cka_with"] = TIMM % "vit_tiny_patch16_224"
     if name == "knn":
         small.update(timesteps=config.timesteps[:2])
     if getattr(config, "subset", None):
@@ -108,7 +111,7 @@ def test_commands_run(row, words, folder, tmp_path, monkeypatch):
     module, function, arguments = test_docs.find_main(tuple(words))
     name, run = words[1], getattr(module, "run", None)
     if name in ("mmseg-train", "train-net", "lazyconfig-train-net", "label-efficiency"):
-        # their configs are trained on small data by the tests of the frameworks
+        # test_paper_frameworks.py trains the frameworks' configs
         test_docs.test_commands_parse(("docs/paper.md", *words), monkeypatch, tmp_path)
         return
     monkeypatch.delenv("LOCAL_RANK", raising=False)

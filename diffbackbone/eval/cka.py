@@ -66,21 +66,24 @@ class MinibatchCKA:
 
 
 def compare_taps(
-    cache: FeatureCache, taps: Sequence[Tap], pool: int, limit: int, seed: int, batch: int = 256
+    sets: Sequence[tuple[FeatureCache, Tap]], pool: int, limit: int, seed: int, batch: int = 256
 ) -> np.ndarray:
-    """Compute linear CKA (len(taps), len(taps)) of at most ``limit`` images, in batches."""
-    order = RandomStream.ORDER.generator(seed).permutation(len(cache))[:limit]
-    cka = MinibatchCKA(len(taps))
+    """Compute linear CKA between all pairs of taps, of at most ``limit`` images, in batches.
+
+    The caches hold the same images. Returns an array (len(sets), len(sets)).
+    """
+    order = RandomStream.ORDER.generator(seed).permutation(len(sets[0][0]))[:limit]
+    cka = MinibatchCKA(len(sets))
     count = min(math.ceil(len(order) / batch), len(order) // 4)  # HSIC needs 4 images
     for rows in tqdm(np.array_split(order, count), "CKA", unit="batch", leave=False, disable=None):
-        cka.add([pool_maps(cache.read(rows, tap), pool) for tap in taps])
+        cka.add([pool_maps(cache.read(rows, tap), pool) for cache, tap in sets])
     return cka.result().numpy()
 
 
 def draw_slices(
     out: Path, taps: Sequence[Tap], values: np.ndarray, caption: str
 ) -> list[dict[str, Any]]:
-    """Draw Figure 5: CKA between blocks at each timestep, and between timesteps at each block.
+    """Draw Figures 5b, 5c: CKA between blocks by timestep, and between timesteps by block.
 
     Returns:
         For each figure ``between``, ``at`` (the timestep or block), ``labels``, ``cka``, ``file``.
@@ -96,4 +99,24 @@ def draw_slices(
             save_figure(figure, out / file)
             found.append({"between": between, "at": at, "labels": labels, "cka": part.tolist()})
             found[-1]["file"] = file
+    return found
+
+
+def draw_networks(
+    out: Path, taps: Sequence[Tap], blocks: Sequence[int], values: np.ndarray, caption: str
+) -> list[dict[str, Any]]:
+    """Draw Figure 5a: CKA (len(taps), len(blocks)) with another network, for each timestep.
+
+    Returns:
+        For each figure as :func:`draw_slices`, and ``columns``, the other network's blocks.
+    """
+    found = []
+    for t in dict.fromkeys(t for t, _ in taps):
+        own = [i for i, tap in enumerate(taps) if tap[0] == t]
+        labels, part, file = [taps[i][1] for i in own], values[own], f"cka/networks_t{t}.png"
+        title = f"linear CKA at t = {t}\n{caption}"
+        figure = draw_heatmap(part, labels, blocks, title, "block b", "other block", limits=(0, 1))
+        save_figure(figure, out / file)
+        found.append({"between": "networks", "at": t, "labels": labels, "columns": list(blocks)})
+        found[-1] |= {"cka": part.tolist(), "file": file}
     return found

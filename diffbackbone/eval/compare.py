@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from diffbackbone.cli import run_command
 from diffbackbone.costs import FusedAttention, LiveTensors
 from diffbackbone.eval import sweep
-from diffbackbone.eval.options import BackboneOptions, DataOptions, build_backbone
+from diffbackbone.eval.options import BackboneOptions, DataOptions, build_backbone, split_model
 from diffbackbone.eval.probe import MEASURES
 from diffbackbone.utils import UserError, markdown_table, save_figure, write_json, write_text
 
@@ -60,7 +60,7 @@ class CompareConfig(DataOptions):
 
 def sweep_of(config: CompareConfig, model: str) -> sweep.SweepConfig:
     """Return the sweep of one network: its blocks, and timesteps if it takes noise."""
-    unet, checkpoint = re.fullmatch(r"(\{.*\}|[^=]*)(?:=(.+))?", model, re.DOTALL).groups()
+    unet, checkpoint = split_model(model)
     network = BackboneOptions(unet=unet).network()
     count, timed = len(network.blocks), getattr(network, "timed", True)
     shared = {field.name: getattr(config, field.name) for field in fields(DataOptions)}

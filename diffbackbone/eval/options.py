@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,11 @@ class CacheOptions:
     """Type that features of a frozen network are rounded to, with or without a cache."""
     overwrite_cache: bool = False
     """Replace a cache of other settings."""
+
+
+def split_model(model: str) -> tuple[str, str | None]:
+    """Split ``NETWORK`` or ``NETWORK=WEIGHTS``; a network may be JSON."""
+    return re.fullmatch(r"(\{.*\}|[^=]*)(?:=(.+))?", model, re.DOTALL).groups()
 
 
 @functools.lru_cache

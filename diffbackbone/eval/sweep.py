@@ -32,15 +32,16 @@ from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.cli import run_command
 from diffbackbone.costs import counting_flops
 from diffbackbone.eval import onepass
-from diffbackbone.eval.cka import compare_taps, draw_slices
+from diffbackbone.eval.cka import compare_taps, draw_networks, draw_slices
 from diffbackbone.eval.data import ImageFolder, choose_subset, list_images
-from diffbackbone.eval.features import FeatureSpec, open_caches
+from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_caches
 from diffbackbone.eval.options import (
     BackboneOptions,
     CacheOptions,
     DataOptions,
     build_backbone,
     check_settings,
+    split_model,
 )
 from diffbackbone.eval.plots import BEST_COLOR, CHEAPEST_COLOR, draw_heatmap
 from diffbackbone.eval.probe import MEASURES, Labels, measure_tap
@@ -97,6 +98,9 @@ class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
     """Compute CKA only, of all images below DATA; they need no labels."""
     cka_images: int = 2500
     """Images for CKA at most."""
+    cka_with: str | None = None
+    """Compute CKA with every block of another network, too: timm:vit_base_patch16_224.dino, with
+    weights after "=" where it does not bring its own."""
     overwrite: bool = False
     """Measure all anew."""
 
@@ -199,8 +203,17 @@ def run(config: SweepConfig) -> dict[str, Any]:
         count = min(config.cka_images, len(images))
         pool = max(config.pools)
         caption = f"{count:,} images, maps pooled to {pool}x{pool}"
-        values = compare_taps(caches[-1], taps, pool, config.cka_images, config.seed)
-        results["cka"] = draw_slices(config.out, taps, values, f"{name}\n{caption}")
+        sets = [(caches[-1], tap) for tap in taps]
+        if config.cka_with:
+            other = _open_other(config, images, state)
+            sets += [(other, tap) for tap in other.taps]
+        values = compare_taps(sets, pool, config.cka_images, config.seed)
+        own, title = values[: len(taps), : len(taps)], f"{name}\n{caption}"
+        results["cka"] = draw_slices(config.out, taps, own, title)
+        if config.cka_with:
+            blocks, cross = [b for _, b in other.taps], values[: len(taps), len(taps) :]
+            title += f"\nColumns: {config.cka_with}, {other.settings['image_size']} px"
+            results["cka"] += draw_networks(config.out, taps, blocks, cross, title)
         sections.append(
             f"## Linear CKA\n\n{caption} and flattened, unbiased HSIC over minibatches."
         )
@@ -210,6 +223,23 @@ def run(config: SweepConfig) -> dict[str, Any]:
     print(results.get("recommendation", "").replace("**", ""))
     print(f"{config.out}: summary.md and its figures, results.json")
     return results
+
+
+def _open_other(config: SweepConfig, images: ImageFolder, state: PartialState) -> FeatureCache:
+    """Compute or read all blocks of the network ``cka_with``, on images without noise."""
+    unet, checkpoint = split_model(config.cka_with)
+    network = BackboneOptions(unet=unet).network()
+    config = replace(
+        config,
+        unet=unet,
+        checkpoint=checkpoint,
+        blocks=tuple(range(1, len(network.blocks) + 1)),
+        timesteps=(0,),
+        noise="none",
+        image_size=network.image_size,
+    )
+    backbone, spec = build_backbone(config), FeatureSpec.of(config, max(config.pools), state)
+    return open_caches(config, {"other": images}, backbone, spec, state)[0]
 
 
 def _key(record: Mapping[str, Any]) -> tuple[int, int, int, int]:
