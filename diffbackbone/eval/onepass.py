@@ -3,7 +3,8 @@
 Nothing is cached: in every step the network runs once for each timestep, and the probes of all
 blocks, poolings and learning rates learn from what it returns. The protocol is the paper's (Section
 4): Adam, cross-entropy, batches of 128, mirrored images, 28 epochs, the rate divided by 10 after
-each quarter of them (7 epochs at least). For each tap, held-out training images choose the rate.
+each quarter of them (7 epochs at least). For each tap and rate two probes are trained side by side:
+one without the held-out training images, which choose the rate, and one on all of them.
 """
 
 from __future__ import annotations
@@ -37,48 +38,48 @@ Key = tuple[int, int]
 
 
 class ProbeGrid(nn.Module):
-    """Linear probes on blocks and pools, for each timestep and learning rate.
+    """Linear probes on blocks and pools, for each timestep, in several copies.
 
-    ``weights`` of (b, pool, rate) are (T, classes, features), a probe for each timestep.
+    ``weights`` of (b, pool, copy) are (T, classes, features), a probe for each timestep.
 
     Args:
         features: Number of features of each (block, pool).
         timesteps: T.
-        rates: Number of learning rates.
+        copies: Number of copies, which learn in different ways.
         classes: Number of classes.
-        seed: Seed of the weights; all learning rates start the same.
+        seed: Seed of the weights; all copies start the same.
     """
 
     def __init__(
-        self, features: Mapping[Key, int], timesteps: int, rates: int, classes: int, seed: int
+        self, features: Mapping[Key, int], timesteps: int, copies: int, classes: int, seed: int
     ) -> None:
         super().__init__()
-        self.rates, self.keys = rates, tuple(features)
+        self.copies, self.keys = copies, tuple(features)
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         for key, size in features.items():
             generator = torch.Generator().manual_seed(seed)
             start = torch.rand(timesteps, classes, size, generator=generator) * 2 - 1
             start /= size**0.5
-            for rate in range(rates):
-                name = self.name(key, rate)
+            for copy in range(copies):
+                name = self.name(key, copy)
                 self.weights[name] = nn.Parameter(start.clone())
                 self.biases[name] = nn.Parameter(torch.zeros(timesteps, 1, classes))
 
     @staticmethod
-    def name(key: Key, rate: int) -> str:
-        """Return the name of the probes of a block, a pool and a learning rate's index."""
-        return f"b{key[0]}_p{key[1]}_{rate}"
+    def name(key: Key, copy: int) -> str:
+        """Return the name of the probes of a block, a pool and a copy."""
+        return f"b{key[0]}_p{key[1]}_{copy}"
 
     def forward(self, x: Mapping[Key, Tensor]) -> Iterator[tuple[Key, int, Tensor]]:
-        """Yield (key, rate, scores (T, N, classes)) of features (T, N, D) of each key."""
+        """Yield (key, copy, scores (T, N, classes)) of features (T, N, D) of each key."""
         for key in self.keys:
-            for rate in range(self.rates):
-                name = self.name(key, rate)
-                yield key, rate, torch.baddbmm(self.biases[name], x[key], self.weights[name].mT)
+            for copy in range(self.copies):
+                name = self.name(key, copy)
+                yield key, copy, torch.baddbmm(self.biases[name], x[key], self.weights[name].mT)
 
-    def parameters_of(self, rate: int) -> list[nn.Parameter]:
-        """Return the parameters that learn with one rate."""
-        names = [self.name(key, rate) for key in self.keys]
+    def parameters_of(self, copy: int) -> list[nn.Parameter]:
+        """Return the parameters of one copy."""
+        names = [self.name(key, copy) for key in self.keys]
         return [part[name] for name in names for part in (self.weights, self.biases)]
 
 
@@ -122,7 +123,7 @@ class OnePass:
             for pool in self.pools:
                 channels, side, _ = self.spec.shape(self.backbone.unet.blocks[block])
                 features = channels * min(side, pool) ** 2
-                cells = len(self.spec.timesteps) * len(self.lr)
+                cells = len(self.spec.timesteps) * 2 * len(self.lr)
                 size = BYTES * cells * classes * (features + 1)
                 if size > self.memory:
                     raise UserError(
@@ -136,7 +137,7 @@ class OnePass:
                 used += size
                 most = max(most, used)
         if self.state.is_main_process:
-            count = sum(map(len, parts)) * len(self.spec.timesteps) * len(self.lr)
+            count = sum(map(len, parts)) * len(self.spec.timesteps) * 2 * len(self.lr)
             print(
                 f"{count:,} linear probes in {len(parts)} part(s); with gradients and Adam's "
                 f"moments they take at most {most / 1e9:.3g} GB",
@@ -149,7 +150,8 @@ class OnePass:
 
         Returns:
             For each tap and pool ``b``, ``t``, ``pool``, ``seed``, ``features``, ``train_images``,
-            ``linear`` (accuracy on the validation images) and ``lr``, the chosen rate.
+            ``linear`` (accuracy on the validation images of the probe that learned from all
+            training images) and ``lr``, the chosen rate.
         """
         records = []
         for number, features in enumerate(self.plan(len(train.classes))):
@@ -160,12 +162,13 @@ class OnePass:
         self, train: ImageFolder, val: ImageFolder, seed: int, number: int, sizes: dict[Key, int]
     ) -> list[dict[str, Any]]:
         classes, device = len(train.classes), self.state.device
-        timesteps = self.spec.timesteps
-        grid = ProbeGrid(sizes, len(timesteps), len(self.lr), classes, seed).to(device)
-        optimizer = torch.optim.Adam(
-            [{"params": grid.parameters_of(i), "lr": lr} for i, lr in enumerate(self.lr)]
-        )
-        learn, held = split_holdout(train.labels, HOLDOUT, seed)
+        timesteps, rates = self.spec.timesteps, 2 * tuple(self.lr)
+        grid = ProbeGrid(sizes, len(timesteps), len(rates), classes, seed).to(device)
+        optimizer = torch.optim.Adam([{"params": grid.parameters_of(i)} for i in range(len(rates))])
+        _, held = split_holdout(train.labels, HOLDOUT, seed)
+        learns = torch.ones(len(train), device=device)
+        learns[held] = 0  # for the first half of the probes
+        labels = torch.from_numpy(train.labels).to(device)
         path = self.folder / f"probes-{seed}-{number}.pt"
         given = [*map(list, sizes)], timesteps, self.lr, self.flip, train.digest(), seed
         settings = json.dumps(given)
@@ -177,20 +180,21 @@ class OnePass:
                 optimizer.load_state_dict(saved["optimizer"])
                 first = saved["epoch"]
         for epoch in range(first, self.epochs):
-            for group, lr in zip(optimizer.param_groups, self.lr):
+            for group, lr in zip(optimizer.param_groups, rates):
                 group["lr"] = lr * GAMMA ** (epoch // max(STEP, self.epochs // 4))
-            order = RandomStream.PERMUTATION.generator(seed, epoch).permutation(len(learn))
+            rows = RandomStream.PERMUTATION.generator(seed, epoch).permutation(len(train))
             flips = RandomStream.FLIPS.generator(seed, epoch).random(len(train)) < 0.5
-            rows = learn[order]
             if self.flip:
                 rows = rows + len(train) * flips[rows]
-            for x, labels, total in self._batches(train, rows, grid.keys, f"epoch {epoch + 1}"):
+            for x, images, batch in self._batches(train, rows, grid.keys, f"epoch {epoch + 1}"):
                 optimizer.zero_grad()
                 loss = x[grid.keys[0]].new_zeros((), requires_grad=True)
-                for _, _, scores in grid(x) if len(labels) else ():
-                    truth = labels.expand(len(scores), -1).flatten()
-                    loss = loss + F.cross_entropy(scores.flatten(0, 1), truth, reduction="sum")
-                (loss / total).backward()
+                shares = learns[images] / learns[batch].sum().clamp_min(1), 1 / len(batch)
+                for _, copy, scores in grid(x) if len(images) else ():
+                    truth = labels[images].expand(len(scores), -1)
+                    losses = F.cross_entropy(scores.transpose(1, 2), truth, reduction="none")
+                    loss = loss + (losses * shares[copy // len(self.lr)]).sum()
+                loss.backward()
                 self._reduce(grid)
                 optimizer.step()
             if self.state.is_main_process:
@@ -203,10 +207,11 @@ class OnePass:
         records = []
         for index, (block, pool) in enumerate(grid.keys):
             for place, t in enumerate(timesteps):
-                best = int(scores["held"][index, :, place].argmax())
+                best = int(scores["held"][index, : len(self.lr), place].argmax())
+                whole = best + len(self.lr)
                 record = {"b": block, "t": t, "pool": pool, "seed": seed}
                 record |= {"features": sizes[block, pool], "train_images": len(train)}
-                record |= {"linear": scores["val"][index, best, place].item(), "lr": self.lr[best]}
+                record |= {"linear": scores["val"][index, whole, place].item(), "lr": self.lr[best]}
                 records.append(record)
         return records
 
@@ -220,13 +225,14 @@ class OnePass:
 
     @torch.no_grad()
     def _evaluate(self, grid: ProbeGrid, images: ImageFolder, rows: np.ndarray) -> Tensor:
-        """Return accuracies (keys, rates, T)."""
-        shape = len(grid.keys), len(self.lr), len(self.spec.timesteps)
+        """Return accuracies (keys, copies, T)."""
+        shape = len(grid.keys), grid.copies, len(self.spec.timesteps)
         right = torch.zeros(shape, dtype=torch.float64, device=self.state.device)
-        for x, labels, _ in self._batches(images, rows, grid.keys, "evaluation"):
-            for key, rate, scores in grid(x) if len(labels) else ():
-                hits = (scores.argmax(2) == labels).sum(1)
-                right[grid.keys.index(key), rate] += hits
+        labels = torch.from_numpy(images.labels).to(self.state.device)
+        for x, own, _ in self._batches(images, rows, grid.keys, "evaluation"):
+            for key, copy, scores in grid(x) if len(own) else ():
+                hits = (scores.argmax(2) == labels[own]).sum(1)
+                right[grid.keys.index(key), copy] += hits
         if self.state.num_processes > 1:
             dist.all_reduce(right)
         return right.cpu() / len(rows)
@@ -234,14 +240,13 @@ class OnePass:
     @torch.no_grad()
     def _batches(
         self, images: ImageFolder, rows: np.ndarray, keys: Sequence[Key], what: str
-    ) -> Iterator[tuple[dict[Key, Tensor], Tensor, int]]:
-        """Yield features (T, N, D) of this process's images, their labels, and the batch's size."""
+    ) -> Iterator[tuple[dict[Key, Tensor], Tensor, Tensor]]:
+        """Yield features (T, N, D) of this process's images, their numbers, and the batch's."""
         rank, world = self.state.process_index, self.state.num_processes
         batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         pieces = [np.array_split(batch, world)[rank] for batch in batches]
         own = [piece if len(piece) else batch[:1] for piece, batch in zip(pieces, batches)]
         loaded = load_batches(RowImages(images, self.spec.image_size), own, self.workers)
-        labels = torch.from_numpy(images.labels).to(self.state.device)
         blocks = sorted({block for block, _ in keys})
         bar = tqdm(
             loaded, what, len(own), unit="batch", leave=False,
@@ -259,7 +264,8 @@ class OnePass:
                         torch.stack([pool_maps(x, pool).float().flatten(1) for x in maps])
                     )
             x = {key: torch.cat(parts, dim=1)[:, : len(piece)] for key, parts in found.items()}
-            yield x, labels[torch.from_numpy(piece % len(images)).to(labels.device)], len(batch)
+            numbers = (torch.from_numpy(part % len(images)) for part in (piece, batch))
+            yield x, *(part.to(self.state.device) for part in numbers)
 
 
 def cache_bytes(spec: FeatureSpec, backbone: DiffusionBackbone, images: int) -> int:
