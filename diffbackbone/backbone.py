@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import warnings
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
 from diffbackbone.diffusion import (
     NOISE_POLICIES,
-    FixedNoise,
     NoiseSchedule,
     coordinate_noise,
     image_seeds,
@@ -27,13 +27,16 @@ from diffbackbone.models.base import (
     as_tuple,
     check_budget,
     integer,
+    is_number,
     resize,
 )
 from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.ops import as_type
-from diffbackbone.padding import check_images, crop_map, pad_to_multiple
+from diffbackbone.models.ops import as_type, is_readable
+from diffbackbone.padding import crop_map, pad_to_multiple
 from diffbackbone.utils import weights_digest
 
+MIN_SIZE = 32
+"""Smallest height and width of an image, in pixels."""
 MAX_CHANNELS = 8192
 """Largest number of channels of a map: rejects typos before they allocate huge tensors."""
 COMBINATIONS = ("concat", "mean")
@@ -135,10 +138,23 @@ class DiffusionBackbone(nn.Module):
         save_frozen: bool = True,
     ) -> None:
         super().__init__()
+        _check_kinds(
+            {
+                "freeze": freeze,
+                "first_pass_grad": first_pass_grad,
+                "activation_checkpointing": activation_checkpointing,
+                "save_frozen": save_frozen,
+            },
+            seed,
+            schedule,
+        )
         built = isinstance(unet, DiffusionModel)
         config = unet if built else resolve_network(unet)
-        labeled = config.num_classes is not None and not getattr(config, "labels_optional", False)
-        if labeled and class_label is None:
+        if (
+            class_label is None
+            and config.num_classes is not None
+            and not (getattr(config, "labels_optional", False))
+        ):
             if built:
                 raise ValueError(
                     f"the U-Net has a label embedding ({config.num_classes} classes): give "
@@ -151,12 +167,8 @@ class DiffusionBackbone(nn.Module):
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
         timed = getattr(config, "timed", True)
         noise = noise or ("fixed" if timed else "none")
-        for name, value, choices in (
-            ("noise", noise, NOISE_POLICIES), ("combine", combine, COMBINATIONS)
-        ):  # fmt: skip
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.200}")
-        self.noise, self.combine = noise, combine
+        self.noise = _check_choice("noise", noise, NOISE_POLICIES)
+        self.combine = _check_choice("combine", combine, COMBINATIONS)
         self.clean = noise == "none" and not timed
         if timestep is None:
             timestep = 90 if timed else 0
@@ -167,7 +179,8 @@ class DiffusionBackbone(nn.Module):
         self.save_frozen = save_frozen
         self._left_out: tuple[Tensor, Tensor] | None = None  # digests of checkpoint's weights
         self._dtype = _check_dtype(dtype, freeze)
-        self._fixed_noise = FixedNoise()
+        self._field: tuple[Any, Tensor] | None = None  # fixed noise, kept for the next call
+        self._largest = 0  # pixels of the largest image seen
 
         taps = [config.blocks[b] for b in self.blocks]
         self.strides = _check_strides(out_strides, taps)
@@ -212,8 +225,8 @@ class DiffusionBackbone(nn.Module):
             self._load_initial(checkpoint)
         elif self.unet.pretrained:
             self._keep_digest()
-        elif not built and not next(self.unet.parameters()).is_meta:
-            warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=2)
+        elif not built:
+            self._warn_random()
         if self._dtype is not None:
             self.unet.cast(self._dtype)
 
@@ -244,6 +257,11 @@ class DiffusionBackbone(nn.Module):
             self.unet.out.requires_grad_(False)
         for module in self.unet.idle_modules(self.class_label is not None):
             module.requires_grad_(False)
+
+    def _warn_random(self) -> None:
+        """Warn that no weights were loaded, unless there are shapes only (on the meta device)."""
+        if not next(self.unet.parameters()).is_meta:
+            warnings.warn(RANDOM_WEIGHTS, UserWarning, stacklevel=3)
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
         """Load weights into the network; see :func:`load_checkpoint`."""
@@ -330,10 +348,7 @@ class DiffusionBackbone(nn.Module):
         height, width = images.shape[-2:]
         maps = []
         for i, (block, stride) in enumerate(zip(self.blocks, self.strides)):
-            own = [taps[t, block] for t in self.timesteps]
-            x = own[0]
-            if len(own) > 1:
-                x = torch.cat(own, 1) if self.combine == "concat" else sum(own) / len(own)
+            x = self._combine([taps[t, block] for t in self.timesteps])
             size = None
             if self.resizes:
                 tap_stride = self.unet.blocks[block].stride
@@ -388,6 +403,12 @@ class DiffusionBackbone(nn.Module):
             for tap, x in self._run(images, steps, chosen, y, first_blocks).items()
         }
 
+    def _combine(self, maps: Sequence[Tensor]) -> Tensor:
+        """Concatenate or average the taps of several timesteps, (N, C, H, W) each."""
+        if len(maps) == 1:
+            return maps[0]
+        return torch.cat(maps, 1) if self.combine == "concat" else sum(maps) / len(maps)
+
     def _run(
         self,
         images: Tensor,
@@ -428,11 +449,44 @@ class DiffusionBackbone(nn.Module):
     def _shared_noise(self, images: Tensor, x_start: Tensor) -> Tensor | None:
         """Return the noise that all timesteps share; None where there is none."""
         if self.noise == "fixed":
-            return self._fixed_noise(*x_start.shape[1:], self.seed, x_start.device)
+            return self._fixed_noise(*x_start.shape[1:], x_start.device)
         if self.noise == "image":
             seeds = image_seeds(images, self.seed)
             return coordinate_noise(*x_start.shape[1:], seed=seeds, device=x_start.device)
         return None
+
+    def _fixed_noise(self, channels: int, height: int, width: int, device: torch.device) -> Tensor:
+        """Return noise (C, H, W) that a pixel's coordinates determine.
+
+        A field that holds all sizes seen is kept, unless it would have more than twice the pixels
+        of the largest image; then only the last size is kept.
+        """
+        made_for = (self.seed, device)
+        if torch.compiler.is_compiling() and not self._exports_kept_noise(made_for, height, width):
+            return coordinate_noise(channels, height, width, seed=self.seed, device=device)
+        if self._field is None or self._field[0] != made_for:
+            self._field = made_for, torch.empty(channels, 0, 0, device=device)
+        field = self._field[1]
+        if field.shape[1] < height or field.shape[2] < width:
+            self._largest = max(self._largest, height * width)
+            size = max(field.shape[1], height), max(field.shape[2], width)
+            if math.prod(size) > 2 * self._largest:
+                size = height, width
+            field = coordinate_noise(channels, *size, seed=self.seed, device=device)
+            self._field = made_for, field
+        return field[:, :height, :width]
+
+    def _exports_kept_noise(self, made_for: Any, height: int, width: int) -> bool:
+        """Whether ``torch.export`` runs, and the noise it needs is kept from an earlier call.
+
+        It then is a constant of the exported program, not some 60 operations on integers, which
+        many runtimes don't have.
+        """
+        exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+        if exporting is None or not exporting() or self._field is None:
+            return False
+        field = self._field[1]
+        return self._field[0] == made_for and field.shape[1] >= height and field.shape[2] >= width
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
@@ -442,9 +496,25 @@ class DiffusionBackbone(nn.Module):
         )
 
 
+def _check_kinds(flags: Mapping[str, Any], seed: Any, schedule: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):  # the string "False" would count as true
+            raise ValueError(f"{name} must be True or False, got {value!r:.200}")
+    if not is_number(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r:.200}")
+    if schedule is not None and not isinstance(schedule, NoiseSchedule):
+        raise ValueError(f"schedule must be a NoiseSchedule or None, got {schedule!r:.200}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.200}")
+    return value
+
+
 def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
     """Return the type that a frozen U-Net is stored in; None for float32."""
-    names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    names = {str(t).removeprefix("torch."): t for t in _DTYPES}
     chosen = names.get(str(dtype).removeprefix("torch."))
     if chosen is None:
         raise ValueError(f"dtype must be one of {', '.join(names)}, got {dtype!r:.200}")
@@ -456,6 +526,9 @@ def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
             "automatic mixed precision computes in half precision all the same"
         )
     return chosen
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_label(label: int | None, num_classes: int | None) -> int | None:
@@ -486,6 +559,50 @@ def _check_strides(out_strides: Sequence[int] | None, taps: Sequence[Any]) -> tu
 
 
 _STRIDES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def check_images(images: Tensor, channels: int = 3) -> None:
+    """Validate a batch of images.
+
+    Raises:
+        ValueError: Not (N, ``channels``, H, W) floating-point images of at least 32 px in [-1, 1],
+            or NaN.
+    """
+    if torch.compiler.is_compiling():
+        return
+    kind = ", RGB" if channels == 3 else ""
+    what = f"images must be a floating-point tensor (N, {channels}, H, W){kind} in [-1, 1]"
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        given = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{what}, got {given}")
+    if images.ndim != 4 or images.shape[1] != channels or images.shape[0] == 0:
+        raise ValueError(f"{what}, got shape {tuple(images.shape)}")
+    if min(images.shape[-2:]) < MIN_SIZE:
+        raise ValueError(
+            f"images must be at least {MIN_SIZE} x {MIN_SIZE} px, got {tuple(images.shape[-2:])}"
+        )
+    if not is_readable(images):
+        return
+    low, high = torch.stack(torch.aminmax(images.detach())).tolist()
+    if math.isnan(low) or math.isnan(high):
+        raise ValueError(f"{what}; there are NaN values in the batch")
+    if low < -1.01 or high > 1.01:
+        raise ValueError(
+            f"{what}; the values given reach from {low:.4g} to {high:.4g}. Images of 0..255 are "
+            "brought there by mean 127.5 and std 127.5"
+        )
+    if 0 <= low < 0.1 and high > 0.5:
+        _warn_unit_range()
+
+
+@functools.cache  # once per process
+def _warn_unit_range() -> None:
+    warnings.warn(
+        "images must be in [-1, 1], but this batch has no value below 0. If its images are in "
+        "[0, 1], scale them by 2 * x - 1. (This is said once.)",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 _DIGEST = "frozen_unet_digest"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -150,49 +149,6 @@ def coordinate_noise(
     uniform = (key.double() + 0.5) / 2**32  # in (0, 1), never 0
     angle = (hash_integers(key ^ 0x5851F42D).double() + 0.5) * (2 * math.pi / 2**32)
     return (torch.sqrt(-2 * torch.log(uniform)) * torch.cos(angle)).float()
-
-
-class FixedNoise:
-    """Coordinate noise that is kept for the next call.
-
-    A field that holds all sizes seen is kept, unless it would have more than twice the pixels of
-    the largest one; then only the last size is kept.
-    """
-
-    def __init__(self) -> None:
-        self._field: tuple[Any, Tensor] | None = None
-        self._largest = 0  # pixels
-
-    def __call__(
-        self, channels: int, height: int, width: int, seed: int, device: torch.device
-    ) -> Tensor:
-        """Return noise (channels, height, width); see :func:`coordinate_noise`."""
-        made_for = (seed, device)
-        if torch.compiler.is_compiling() and not self._serves_export(made_for, height, width):
-            return coordinate_noise(channels, height, width, seed=seed, device=device)
-        if self._field is None or self._field[0] != made_for:
-            self._field = made_for, torch.empty(channels, 0, 0, device=device)
-        field = self._field[1]
-        if field.shape[1] < height or field.shape[2] < width:
-            self._largest = max(self._largest, height * width)
-            size = max(field.shape[1], height), max(field.shape[2], width)
-            if math.prod(size) > 2 * self._largest:
-                size = height, width
-            field = coordinate_noise(channels, *size, seed=seed, device=device)
-            self._field = made_for, field
-        return field[:, :height, :width]
-
-    def _serves_export(self, made_for: Any, height: int, width: int) -> bool:
-        """Whether ``torch.export`` runs, and the noise it needs is kept from an earlier call.
-
-        It then is a constant of the exported program, not some 60 operations on integers, which
-        many runtimes don't have.
-        """
-        exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-        if exporting is None or not exporting() or self._field is None:
-            return False
-        field = self._field[1]
-        return self._field[0] == made_for and field.shape[1] >= height and field.shape[2] >= width
 
 
 def image_seeds(images: Tensor, seed: int = 0) -> Tensor:

@@ -17,8 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffbackbone import CheckpointError, DiffusionBackbone, UNet, UNetConfig
-from diffbackbone.diffusion import FixedNoise, coordinate_noise, image_seeds
-from diffbackbone.padding import _warn_unit_range, pad_to_multiple
+from diffbackbone.backbone import _warn_unit_range
+from diffbackbone.diffusion import coordinate_noise, image_seeds
+from diffbackbone.padding import pad_to_multiple
 
 SMALL = golden.CONFIGS["narrow256"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*weights are RANDOM")
@@ -493,24 +494,26 @@ def test_fixed_noise_is_computed_once_for_the_largest_size(monkeypatch):
         made.append(args)
         return coordinate_noise(*args, **kwargs)
 
-    monkeypatch.setattr("diffbackbone.diffusion.coordinate_noise", spy)
+    monkeypatch.setattr("diffbackbone.backbone.coordinate_noise", spy)
     backbone = build(blocks=(5,), out_strides=(8,))
     for height, width in ((64, 64), (32, 64), (64, 64), (128, 32), (96, 64), (128, 64)):
         with torch.no_grad():
             backbone(images(1, height, width))
     assert made == [(3, 64, 64), (3, 128, 64)]
+    seeded = backbone._fixed_noise(3, 64, 32, torch.device("cpu"))
+    assert torch.equal(seeded, coordinate_noise(3, 64, 32, seed=0))
     backbone.seed = 1
-    with torch.no_grad():
-        backbone(images(1, 64, 32))
-    assert made[2:] == [(3, 64, 32)]
+    assert torch.equal(
+        backbone._fixed_noise(3, 64, 32, torch.device("cpu")), coordinate_noise(3, 64, 32, seed=1)
+    )
     assert not any("field" in key for key in backbone.state_dict())
 
 
 def test_fixed_noise_keeps_at_most_twice_the_largest_image():
-    noise = FixedNoise()
+    backbone = build(blocks=(1,), out_strides=None)
     for turn in range(6):  # from high to wide images
         height, width = 1024 >> turn, 32 << turn
-        field = noise(3, height, width, 0, torch.device("cpu"))
+        field = backbone._fixed_noise(3, height, width, torch.device("cpu"))
         assert torch.equal(field, coordinate_noise(3, height, width))
         assert field.untyped_storage().nbytes() <= 2 * 3 * 4 * 1024 * 32
 
