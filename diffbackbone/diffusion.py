@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,6 +150,47 @@ def coordinate_noise(
     uniform = (key.double() + 0.5) / 2**32  # in (0, 1), never 0
     angle = (hash_integers(key ^ 0x5851F42D).double() + 0.5) * (2 * math.pi / 2**32)
     return (torch.sqrt(-2 * torch.log(uniform)) * torch.cos(angle)).float()
+
+
+class FixedNoise:
+    """Coordinate noise that is kept from call to call.
+
+    The field grows to hold all sizes asked for, unless that takes more than twice the values of the
+    present size; then only the present size is kept.
+    """
+
+    def __init__(self) -> None:
+        self._made_for: tuple[Any, ...] = ()
+        self._field = torch.empty(0, 0, 0)
+
+    def __call__(
+        self, channels: int, height: int, width: int, seed: int, device: torch.device
+    ) -> Tensor:
+        """Return :func:`coordinate_noise` (channels, height, width)."""
+        made_for = channels, seed, device
+        if torch.compiler.is_compiling() and not (
+            _is_exporting() and self._made_for == made_for and self._holds(height, width)
+        ):
+            return coordinate_noise(channels, height, width, seed, device)
+        if self._made_for != made_for:
+            self._made_for, self._field = made_for, torch.empty(channels, 0, 0)
+        if not self._holds(height, width):
+            size = max(self._field.shape[1], height), max(self._field.shape[2], width)
+            if math.prod(size) > 2 * height * width:
+                size = height, width
+            self._field = coordinate_noise(channels, *size, seed, device)
+        return self._field[:, :height, :width]
+
+    def _holds(self, height: int, width: int) -> bool:
+        return self._field.shape[1] >= height and self._field.shape[2] >= width
+
+
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` runs, which turns noise that is kept into a constant.
+
+    Many runtimes lack the operations on integers that would compute it.
+    """
+    return getattr(torch.compiler, "is_exporting", lambda: False)()  # since torch 2.7
 
 
 def image_seeds(images: Tensor, seed: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffbackbone import checkpoint as reading
-from diffbackbone.backbone import _DIGEST, DiffusionBackbone
+from diffbackbone.backbone import DIGEST_KEY, DiffusionBackbone
 from diffbackbone.cli import run_command
 from diffbackbone.models import resolve_network
 from diffbackbone.models.adm import read_folder, write_folder
@@ -112,7 +112,7 @@ def read_layers(options: ExportConfig) -> dict[str, Tensor]:
     if source is None:
         return {}
     content = reading.read_checkpoint(source)
-    content, roots = reading.unwrap(content, "unet." + reading.ANCHOR, _DIGEST)
+    content, roots = reading.unwrap(content, "unet." + reading.ANCHOR, DIGEST_KEY)
     weights = {str(key): x for key, x in content.items() if isinstance(x, Tensor)}
     if options.prefix is not None:
         roots &= {options.prefix.removesuffix("unet.")}
@@ -120,7 +120,7 @@ def read_layers(options: ExportConfig) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{source} holds backbones under {sorted(roots)}; choose one by its U-Net's --prefix"
         )
-    own = tuple(f"{root}{part}" for root in roots for part in ("proj.", "feedback.", _DIGEST))
+    own = tuple(f"{root}{part}" for root in roots for part in ("proj.", "feedback.", DIGEST_KEY))
     (root,) = roots or {""}
     layers = {key[len(root) :]: x for key, x in weights.items() if key.startswith(own)}
     if options.feedback == "none":
