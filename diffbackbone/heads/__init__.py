@@ -30,10 +30,8 @@ from typing import Any
 from torch import nn
 
 from diffbackbone.heads.attention import AttentionHead
-from diffbackbone.heads.cnn import CNNHead
 from diffbackbone.heads.difformer import DifFormerHead
-from diffbackbone.heads.linear import LinearHead
-from diffbackbone.heads.mlp import MLPHead
+from diffbackbone.heads.pooled import CNNHead, LinearHead, MLPHead
 from diffbackbone.heads.published import (
     convert_published_feedback,
     convert_published_head,
