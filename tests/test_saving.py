@@ -13,13 +13,7 @@ from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.saving import guided_diffusion_flags, save_safetensors
 
 CONFIG = UNetConfig(
-    model_channels=32,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_strides=(2,),
-    num_head_channels=16,
-    image_size=16,
-    noise_schedule="cosine",
+    32, (1, 2), 1, (2,), num_head_channels=16, image_size=16, noise_schedule="cosine"
 )
 
 
