@@ -70,10 +70,6 @@ def test_user_errors_end_the_command_with_their_message(error, monkeypatch):
         cli.run_command(Options, fail, ["--size", "5"])
 
 
-# --------------------------------------------------------------------------------------------------
-# files
-
-
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
