@@ -141,11 +141,7 @@ def load_checkpoint(
 def _fit_architecture(
     unet: UNet, weights: Mapping[str, Tensor], source: str | os.PathLike[str]
 ) -> tuple[Mapping[str, Tensor], dict[str, tuple[int, ...]]]:
-    """Return weights for a U-Net's channels, and the shapes of all weights of its architecture.
-
-    Raises:
-        CheckpointError: The file is of another architecture.
-    """
+    """Return weights for a U-Net's channels, and the shapes of all weights of its architecture."""
     config = unet.config
     with _named(source):
         first = weights.get(_FIRST)
@@ -226,16 +222,12 @@ def read_unet_config(
 
 
 def check_finite(source: object, weights: Mapping[str, Any]) -> None:
-    """Check that no weight is NaN or infinite, also once it is float32.
-
-    Raises:
-        CheckpointError: Some are; the message names the first.
-    """
+    """Raise a CheckpointError where a weight is NaN or infinite, also once it is float32."""
     broken = []
     for key, value in weights.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             low, high = torch.aminmax(value.detach().float())  # NaN wins
-            if not math.isfinite(low) or not math.isfinite(high):
+            if not (math.isfinite(low) and math.isfinite(high)):
                 broken.append(key)
     if broken:
         raise CheckpointError(
@@ -266,10 +258,6 @@ def read_checkpoint(
         config: The architecture wanted, to name OpenAI's address if the file is absent.
         mapped: Leave the values in the file until they are used, where its format allows; then the
             file has to stay as long as they are in use.
-
-    Raises:
-        FileNotFoundError: No such file.
-        CheckpointError: The file is damaged or holds more than weights.
     """
     path = find_file(source, config)
     with _named(source):
@@ -285,11 +273,7 @@ def read_checkpoint(
 
 
 def _check_torch_file(path: Path) -> bool:
-    """Check checksums and declared sizes, which ``torch.load`` doesn't.
-
-    Returns:
-        Whether the file is a zip archive.
-    """
+    """Check checksums and declared sizes, and return whether the file is a zip archive."""
     problem = None
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         pickles = [(0, len(content))]

@@ -59,11 +59,7 @@ class NoiseSchedule:
         return f"{type(self).__name__}({self.name!r}, num_timesteps={self.num_timesteps})"
 
     def check_timestep(self, t: int) -> int:
-        """Validate a timestep.
-
-        Raises:
-            ValueError: Not an integer from 0 to T - 1.
-        """
+        """Return a timestep as an int; a ValueError says what is allowed, 0 to T - 1."""
         number = integer(t)
         if number is None or not 0 <= number < self.num_timesteps:
             raise ValueError(
@@ -73,17 +69,11 @@ class NoiseSchedule:
         return number
 
     def check_timesteps(self, timesteps: int | Iterable[int]) -> tuple[int, ...]:
-        """Validate one or more timesteps.
-
-        Raises:
-            ValueError: There is none, one is given twice, or see :meth:`check_timestep`.
-        """
+        """Validate one or more timesteps, each given once; see :meth:`check_timestep`."""
         given = as_tuple("timesteps", timesteps)
         numbers = tuple(map(self.check_timestep, given))
         if not numbers or len(set(numbers)) < len(numbers):
-            raise ValueError(
-                f"timesteps must name at least one timestep, each once, got {given!r:.200}"
-            )
+            raise ValueError(f"timesteps must name at least one, each once, got {given!r:.200}")
         return numbers
 
     def add_noise(self, x_start: Tensor, t: int | Tensor, noise: Tensor | None) -> Tensor:
@@ -103,9 +93,8 @@ class NoiseSchedule:
         if isinstance(t, Tensor):
             t = t.reshape(-1).cpu()  # not every device has float64
             if t.numel() == 0 or t.min() < 0 or t.max() >= self.num_timesteps:
-                raise ValueError(
-                    f"timesteps must lie in 0..{self.num_timesteps - 1}, got {t.tolist()}"
-                )
+                last = self.num_timesteps - 1
+                raise ValueError(f"timesteps must be from 0 to {last}, got {t.tolist()}")
             alpha_bar = self.alphas_cumprod[t][:, None, None, None]
             signal = alpha_bar.sqrt().float().to(x_start.device)
             sigma = (1 - alpha_bar).sqrt().float().to(x_start.device)

@@ -174,11 +174,7 @@ class Feedback(nn.ModuleDict):
         return max(self.mapping)
 
     def check_taps(self, blocks: Collection[int]) -> None:
-        """Make sure that all feedback can reach the last tap.
-
-        Raises:
-            ValueError: A target comes after the last tap, so its layers would never be trained.
-        """
+        """Raise a ValueError where a target comes after the last tap: it would not be trained."""
         late = sorted({target for target in self.mapping.values() if target > max(blocks)})
         if late:
             raise ValueError(

@@ -49,12 +49,7 @@ HEADS: dict[str, type[nn.Module]] = {
 
 
 def build_head(name: str, *args: Any, **options: Any) -> nn.Module:
-    """Build a head by its name in :data:`HEADS`.
-
-    Args:
-        name: Name of the head.
-        *args: Arguments of the head's class, ``in_channels`` and ``num_classes`` first.
-        **options: Further ones by name.
+    """Build a head by its name in :data:`HEADS` from the arguments of its class.
 
     Raises:
         ValueError: Unknown head, option or value.
