@@ -23,13 +23,7 @@ from diffbackbone.diffusion import (
 )
 from diffbackbone.feedback import DEFAULT_LAYERS, Feedback
 from diffbackbone.models import build_network, resolve_network
-from diffbackbone.models.base import (
-    DiffusionModel,
-    as_tuple,
-    check_budget,
-    integer,
-    resize,
-)
+from diffbackbone.models.base import DiffusionModel, as_tuple, check_budget, integer, resize
 from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.ops import as_type
 from diffbackbone.padding import crop_map, pad_to_multiple
@@ -285,7 +279,7 @@ class DiffusionBackbone(nn.Module):
             self._left_out = _digest_of(self.unet), saved
 
     def _unet_digest(self) -> tuple[Tensor, bool]:
-        """Digest of the U-Net's present weights, and whether they are those of ``checkpoint``."""
+        """Return the digest of the U-Net's weights, and whether they are ``checkpoint``'s."""
         digest = _digest_of(self.unet)
         if self._left_out is not None and torch.equal(digest, self._left_out[0]):
             return self._left_out[1], True

@@ -24,32 +24,29 @@ class NoiseSchedule:
     Args:
         name: ``"linear"`` (Ho et al., 2020), ``"cosine"`` (Nichol and Dhariwal, 2021) or the betas
             of all timesteps.
-        num_timesteps: Number of timesteps T; that of the betas where they are given.
 
     Attributes:
+        num_timesteps: Number of timesteps T; 1000, or that of the betas where they are given.
         alphas_cumprod: (T,) float64, the product of 1 - beta up to and including timestep t.
 
     Raises:
-        ValueError: Unknown schedule, or ``num_timesteps`` is not positive.
+        ValueError: Unknown schedule.
     """
 
-    def __init__(self, name: str | Sequence[float] = "linear", num_timesteps: int = 1000) -> None:
-        if num_timesteps < 1:
-            raise ValueError(f"num_timesteps must be positive, got {num_timesteps}")
+    def __init__(self, name: str | Sequence[float] = "linear") -> None:
         if not isinstance(name, str):
             betas = np.array(name, dtype=np.float64)
-            name, num_timesteps = f"betas {zlib.crc32(betas.tobytes()):08x}", len(betas)
+            name = f"betas {zlib.crc32(betas.tobytes()):08x}"
         elif name == "linear":
-            scale = 1000 / num_timesteps
-            betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
+            betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
         elif name == "cosine":
-            steps = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+            steps = np.arange(1001, dtype=np.float64) / 1000
             alpha_bar = np.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
         else:
             raise ValueError(f"unknown noise schedule {name!r}; choose 'linear' or 'cosine'")
         self.name = name
-        self.num_timesteps = num_timesteps
+        self.num_timesteps = len(betas)
         alphas_cumprod = np.cumprod(1.0 - betas)
         self.alphas_cumprod = torch.from_numpy(alphas_cumprod)
         # as numbers too: under torch.export a tensor's value can't be read

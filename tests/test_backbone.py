@@ -101,6 +101,8 @@ def test_noise_policies():
         torch.manual_seed(0)
         first = fresh(image)[0]
         assert not torch.allclose(fresh(image)[0], first)
+        alike = fresh.forward_taps(image.expand(2, -1, -1, -1), (90, 91), (33,))
+        assert len({float(x[0, 0, 0]) for maps in alike.values() for x in maps}) == 4
         torch.manual_seed(0)
         assert torch.equal(fresh(image)[0], first)
         assert torch.equal(fixed(image)[0], maps[0])
