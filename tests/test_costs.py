@@ -82,12 +82,6 @@ def test_live_tensors():
         assert (live.now, live.peak) == (0, 8000)
 
 
-@pytest.mark.parametrize(("height", "width"), [(100, 64), (64, 0), (64, 33)])
-def test_sizes_that_are_not_multiples(height, width):
-    with pytest.raises(ValueError, match=f"multiples of 32, got {height}x{width}"):
-        block_costs(TINY, height, width)
-
-
 def test_config_of_a_file(tmp_path):
     path = tmp_path / "model.pt"
     config = TINY.replace(model_channels=64)

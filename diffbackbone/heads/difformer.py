@@ -40,8 +40,8 @@ class DifFormerHead(nn.Module):
             ``dense`` of :class:`~diffbackbone.heads.transformer.Transformer`.
 
     Raises:
-        ValueError: The heads don't divide the width, a block or timestep is repeated, or there are
-            not as many channels or sizes as blocks.
+        ValueError: The heads don't divide the width, or there are not as many channels or sizes as
+            blocks.
     """
 
     def __init__(
@@ -60,8 +60,6 @@ class DifFormerHead(nn.Module):
         super().__init__()
         self.blocks, self.timesteps = tuple(blocks), tuple(timesteps)
         self.first_blocks = tuple(first_blocks)
-        if any(len(set(numbers)) != len(numbers) for numbers in (self.blocks, self.timesteps)):
-            raise ValueError(f"duplicate in blocks {self.blocks} or timesteps {self.timesteps}")
         self.tokenizers = nn.ModuleDict(
             {
                 str(b): Tokenizer(channels, size, width, pool, norm=norm)
