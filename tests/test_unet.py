@@ -265,19 +265,6 @@ def test_half_precision(small):
     assert all((y.float() - expected).norm() / expected.norm() < 0.05 for y in found)
 
 
-def test_traversal_compiles_as_one_graph():
-    """The graph is captured whole (fullgraph); code generation is left out to keep this quick."""
-    config = UNetConfig(32, (1, 1), 1, (2,), num_head_channels=16)
-    unet = golden.fill(UNet(config))
-    compiled = torch.compile(unet.forward_features, fullgraph=True, backend="aot_eager")
-    x = torch.randn(1, 3, 32, 32)
-    taps = (3, len(config.blocks))
-    with torch.no_grad():
-        expected, ours = unet.forward_features(x, 90, taps), compiled(x, 90, taps)
-    for b in taps:
-        assert torch.allclose(ours[b], expected[b], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
