@@ -63,20 +63,19 @@ def _empty_array(*_: Any) -> np.ndarray:
     return np.ndarray.__new__(_Array, 0)
 
 
+def _empty_bytes() -> bytes:
+    return b""
+
+
 def _scalar(dtype: _Dtype, content: Any) -> Any:
     return _MAKE_SCALAR(dtype.value, content)
-
-
-def _empty_bytes() -> bytes:
-    """Stands for ``bytes``, which protocol 2 calls for the values of an empty array."""
-    return b""
 
 
 _MAKE_SCALAR = np.float64(0).__reduce__()[0]
 NUMPY_GLOBALS: dict[str, Any] = {
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
-    "builtins.bytes": _empty_bytes,
+    "builtins.bytes": _empty_bytes,  # which protocol 2 calls for the values of an empty array
     **{
         f"{core}.multiarray.{name}": stand_in
         for core in ("numpy._core", "numpy.core")  # as numpy 2 and numpy 1 write it
@@ -122,10 +121,7 @@ def check_weights(path: str | os.PathLike[str]) -> None:
 
     A pickle can set items of a storage beyond its end (CVE-2026-24747), and a tensor may be longer
     than its values in the file. So the pickles are gone through first, as torch will, but on
-    stand-ins: only containers take items.
-
-    Raises:
-        pickle.UnpicklingError: The file has such a thing in it. Other errors are possible, too.
+    stand-ins: only containers take items. All else is a pickle.UnpicklingError, or another error.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content[:4] == b"PK\x03\x04":  # torch's own reader, so that both see the same archive

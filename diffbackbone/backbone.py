@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import warnings
@@ -14,38 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from diffbackbone.checkpoint import CheckpointError, KeyReport, load_checkpoint
+from diffbackbone.checks import check_choice, check_images, check_strides
 from diffbackbone.diffusion import (
     NOISE_POLICIES,
+    FixedNoise,
     NoiseSchedule,
     coordinate_noise,
     image_seeds,
 )
 from diffbackbone.feedback import DEFAULT_LAYERS, Feedback
 from diffbackbone.models import build_network, resolve_network
-from diffbackbone.models.base import (
-    DiffusionModel,
-    as_tuple,
-    check_budget,
-    integer,
-    is_number,
-    resize,
-)
+from diffbackbone.models.base import DiffusionModel, as_tuple, check_budget, integer, resize
 from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.ops import as_type, is_readable
+from diffbackbone.models.ops import as_type
 from diffbackbone.padding import crop_map, pad_to_multiple
 from diffbackbone.utils import weights_digest
 
-MIN_SIZE = 32
-"""Smallest height and width of an image, in pixels."""
 MAX_CHANNELS = 8192
 """Largest number of channels of a map: rejects typos before they allocate huge tensors."""
-COMBINATIONS = ("concat", "mean")
-"""How the taps of several timesteps become one map."""
+DTYPES = ("float32", "bfloat16", "float16")
 RANDOM_WEIGHTS = (
     "DiffusionBackbone: no checkpoint was given, so the U-Net's weights are RANDOM and its "
     "features mean nothing yet. Give a path or URL of guided-diffusion weights, unless you "
     "train from scratch or load a whole model's weights next."
 )
+DIGEST_KEY = "frozen_unet_digest"
+"""Key that stands in a state dict for the weights of a frozen U-Net."""
 
 
 class DiffusionBackbone(nn.Module):
@@ -138,37 +131,30 @@ class DiffusionBackbone(nn.Module):
         save_frozen: bool = True,
     ) -> None:
         super().__init__()
-        _check_kinds(
-            {
-                "freeze": freeze,
-                "first_pass_grad": first_pass_grad,
-                "activation_checkpointing": activation_checkpointing,
-                "save_frozen": save_frozen,
-            },
-            seed,
-            schedule,
-        )
         built = isinstance(unet, DiffusionModel)
         config = unet if built else resolve_network(unet)
-        if (
-            class_label is None
-            and config.num_classes is not None
-            and not (getattr(config, "labels_optional", False))
-        ):
+        if class_label is not None:
+            if integer(class_label) not in range(config.num_classes or 0):
+                raise ValueError(
+                    f"class_label={class_label!r:.200}: the U-Net has "
+                    f"{config.num_classes or 'no'} classes, numbered from 0"
+                )
+            class_label = integer(class_label)
+        elif config.num_classes is not None and not getattr(config, "labels_optional", False):
             if built:
                 raise ValueError(
                     f"the U-Net has a label embedding ({config.num_classes} classes): give "
                     "class_label, or build it from config.replace(num_classes=None)"
                 )
             config = config.replace(num_classes=None)
-        self.class_label = _check_label(class_label, config.num_classes)
+        self.class_label = class_label
         self.in_channels = config.in_channels
         self.blocks = config.blocks.check(as_tuple("blocks", blocks))
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
         timed = getattr(config, "timed", True)
         noise = noise or ("fixed" if timed else "none")
-        self.noise = _check_choice("noise", noise, NOISE_POLICIES)
-        self.combine = _check_choice("combine", combine, COMBINATIONS)
+        self.noise = check_choice("noise", noise, NOISE_POLICIES)
+        self.combine = check_choice("combine", combine, ("concat", "mean"))
         self.clean = noise == "none" and not timed
         if timestep is None:
             timestep = 90 if timed else 0
@@ -178,13 +164,20 @@ class DiffusionBackbone(nn.Module):
         self.frozen = freeze
         self.save_frozen = save_frozen
         self._left_out: tuple[Tensor, Tensor] | None = None  # digests of checkpoint's weights
-        self._dtype = _check_dtype(dtype, freeze)
-        self._field: tuple[Any, Tensor] | None = None  # fixed noise, kept for the next call
-        self._largest = 0  # pixels of the largest image seen
+        self._fixed_noise = FixedNoise()
+        name = check_choice("dtype", str(dtype).removeprefix("torch."), DTYPES)
+        self._dtype = None if name == "float32" else getattr(torch, name)
+        if self._dtype is not None and not freeze:
+            raise ValueError(
+                f"dtype={dtype!r} needs freeze=True: weights that are trained need float32, and "
+                "automatic mixed precision computes in half precision all the same"
+            )
 
         taps = [config.blocks[b] for b in self.blocks]
-        self.strides = _check_strides(out_strides, taps)
+        self.strides = tuple(tap.stride for tap in taps)
         self.resizes = out_strides is not None
+        if self.resizes:
+            self.strides = check_strides(out_strides, len(taps))
         if out_channels is not None and integer(out_channels) not in range(1, MAX_CHANNELS + 1):
             raise ValueError(
                 f"out_channels must be an integer from 1 to {MAX_CHANNELS} or None, got "
@@ -286,7 +279,7 @@ class DiffusionBackbone(nn.Module):
             self._left_out = _digest_of(self.unet), saved
 
     def _unet_digest(self) -> tuple[Tensor, bool]:
-        """Digest of the U-Net's present weights, and whether they are those of ``checkpoint``."""
+        """Return the digest of the U-Net's weights, and whether they are ``checkpoint``'s."""
         digest = _digest_of(self.unet)
         if self._left_out is not None and torch.equal(digest, self._left_out[0]):
             return self._left_out[1], True
@@ -298,17 +291,16 @@ class DiffusionBackbone(nn.Module):
         if self._left_out is not None and not self.save_frozen:
             digest, left_out = self._unet_digest()
             if left_out:
-                for key in self.unet.state_dict():
-                    if key not in self.unet.learned:
-                        del state_dict[f"{prefix}unet.{key}"]
-                state_dict[prefix + _DIGEST] = digest
+                for key in self.unet.state_dict().keys() - set(self.unet.learned):
+                    del state_dict[f"{prefix}unet.{key}"]
+                state_dict[prefix + DIGEST_KEY] = digest
         return state_dict
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Let a frozen U-Net keep its weights where the state dict has only their digest."""
-        digest = state_dict.pop(prefix + _DIGEST, None)
+        digest = state_dict.pop(prefix + DIGEST_KEY, None)
         if digest is not None:
             if not torch.equal(digest.cpu(), self._unet_digest()[0]):
                 raise CheckpointError(
@@ -348,7 +340,10 @@ class DiffusionBackbone(nn.Module):
         height, width = images.shape[-2:]
         maps = []
         for i, (block, stride) in enumerate(zip(self.blocks, self.strides)):
-            x = self._combine([taps[t, block] for t in self.timesteps])
+            x, *more = (taps[t, block] for t in self.timesteps)
+            if more:
+                concat = self.combine == "concat"
+                x = torch.cat([x, *more], 1) if concat else sum(more, x) / (1 + len(more))
             size = None
             if self.resizes:
                 tap_stride = self.unet.blocks[block].stride
@@ -403,12 +398,6 @@ class DiffusionBackbone(nn.Module):
             for tap, x in self._run(images, steps, chosen, y, first_blocks).items()
         }
 
-    def _combine(self, maps: Sequence[Tensor]) -> Tensor:
-        """Concatenate or average the taps of several timesteps, (N, C, H, W) each."""
-        if len(maps) == 1:
-            return maps[0]
-        return torch.cat(maps, 1) if self.combine == "concat" else sum(maps) / len(maps)
-
     def _run(
         self,
         images: Tensor,
@@ -421,72 +410,25 @@ class DiffusionBackbone(nn.Module):
         if y is None and self.class_label is not None:
             y = torch.full((images.shape[0],), self.class_label, device=images.device)
         x_start = self.unet.encode(pad_to_multiple(images, self.size_divisibility))
-        noise = self._shared_noise(images, x_start)
+        shape, device, noise = x_start.shape[1:], x_start.device, None
+        if self.noise == "fixed":
+            noise = self._fixed_noise(*shape, self.seed, device)
+        elif self.noise == "image":
+            noise = coordinate_noise(*shape, image_seeds(images, self.seed), device)
+        no_gradient = self.frozen and not self.unet.learned
         taps = {}
         for t in timesteps:
             if self.noise == "random":
                 noise = torch.randn_like(x_start)
             x_t = x_start if self.clean else self.schedule.add_noise(x_start, t, noise)
-            for b, x in self._features(x_t, t, blocks, y, first_blocks).items():
+            if self.feedback is not None:
+                found = self.feedback(self.unet, x_t, t, blocks, y, first_blocks)
+            else:
+                with torch.no_grad() if no_gradient else contextlib.nullcontext():
+                    found = self.unet.forward_features(x_t, t, blocks, y)
+            for b, x in found.items():
                 taps[(t, b) if isinstance(b, int) else (t, *b)] = x
         return taps
-
-    def _features(
-        self,
-        x_t: Tensor,
-        t: int,
-        blocks: Sequence[int],
-        y: Tensor | None,
-        first_blocks: Sequence[int],
-    ) -> dict[Any, Tensor]:
-        """Run the U-Net on noised images once, or twice with feedback."""
-        if self.feedback is not None:
-            return self.feedback(self.unet, x_t, t, blocks, y, first_blocks)
-        fixed = self.frozen and not self.unet.learned
-        with torch.no_grad() if fixed else contextlib.nullcontext():
-            return self.unet.forward_features(x_t, t, blocks, y)
-
-    def _shared_noise(self, images: Tensor, x_start: Tensor) -> Tensor | None:
-        """Return the noise that all timesteps share; None where there is none."""
-        if self.noise == "fixed":
-            return self._fixed_noise(*x_start.shape[1:], x_start.device)
-        if self.noise == "image":
-            seeds = image_seeds(images, self.seed)
-            return coordinate_noise(*x_start.shape[1:], seed=seeds, device=x_start.device)
-        return None
-
-    def _fixed_noise(self, channels: int, height: int, width: int, device: torch.device) -> Tensor:
-        """Return noise (C, H, W) that a pixel's coordinates determine.
-
-        A field that holds all sizes seen is kept, unless it would have more than twice the pixels
-        of the largest image; then only the last size is kept.
-        """
-        made_for = (self.seed, device)
-        if torch.compiler.is_compiling() and not self._exports_kept_noise(made_for, height, width):
-            return coordinate_noise(channels, height, width, seed=self.seed, device=device)
-        if self._field is None or self._field[0] != made_for:
-            self._field = made_for, torch.empty(channels, 0, 0, device=device)
-        field = self._field[1]
-        if field.shape[1] < height or field.shape[2] < width:
-            self._largest = max(self._largest, height * width)
-            size = max(field.shape[1], height), max(field.shape[2], width)
-            if math.prod(size) > 2 * self._largest:
-                size = height, width
-            field = coordinate_noise(channels, *size, seed=self.seed, device=device)
-            self._field = made_for, field
-        return field[:, :height, :width]
-
-    def _exports_kept_noise(self, made_for: Any, height: int, width: int) -> bool:
-        """Whether ``torch.export`` runs, and the noise it needs is kept from an earlier call.
-
-        It then is a constant of the exported program, not some 60 operations on integers, which
-        many runtimes don't have.
-        """
-        exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-        if exporting is None or not exporting() or self._field is None:
-            return False
-        field = self._field[1]
-        return self._field[0] == made_for and field.shape[1] >= height and field.shape[2] >= width
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
@@ -494,119 +436,6 @@ class DiffusionBackbone(nn.Module):
             f"timestep={self.timestep}, blocks={self.blocks}, channels={self.channels}, "
             f"strides={self.strides}, noise={self.noise!r}, frozen={self.frozen}"
         )
-
-
-def _check_kinds(flags: Mapping[str, Any], seed: Any, schedule: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):  # the string "False" would count as true
-            raise ValueError(f"{name} must be True or False, got {value!r:.200}")
-    if not is_number(seed, int):
-        raise ValueError(f"seed must be an integer, got {seed!r:.200}")
-    if schedule is not None and not isinstance(schedule, NoiseSchedule):
-        raise ValueError(f"schedule must be a NoiseSchedule or None, got {schedule!r:.200}")
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.200}")
-    return value
-
-
-def _check_dtype(dtype: str | torch.dtype, freeze: bool) -> torch.dtype | None:
-    """Return the type that a frozen U-Net is stored in; None for float32."""
-    names = {str(t).removeprefix("torch."): t for t in _DTYPES}
-    chosen = names.get(str(dtype).removeprefix("torch."))
-    if chosen is None:
-        raise ValueError(f"dtype must be one of {', '.join(names)}, got {dtype!r:.200}")
-    if chosen == torch.float32:
-        return None
-    if not freeze:
-        raise ValueError(
-            f"dtype={dtype!r} needs freeze=True: weights that are trained need float32, and "
-            "automatic mixed precision computes in half precision all the same"
-        )
-    return chosen
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _check_label(label: int | None, num_classes: int | None) -> int | None:
-    if label is None:
-        return None
-    if num_classes is None:
-        raise ValueError(
-            f"class_label={label!r:.200} was given, but the U-Net is not class-conditional"
-        )
-    if integer(label) not in range(num_classes):
-        raise ValueError(f"class_label must be 0 to {num_classes - 1}, got {label!r:.200}")
-    return integer(label)
-
-
-def _check_strides(out_strides: Sequence[int] | None, taps: Sequence[Any]) -> tuple[int, ...]:
-    if out_strides is None:
-        return tuple(tap.stride for tap in taps)
-    given = as_tuple("out_strides", out_strides)
-    if len(given) != len(taps):
-        raise ValueError(
-            f"out_strides {given} has {len(given)} entries for {len(taps)} blocks "
-            f"{tuple(tap.index for tap in taps)}; give one stride for each block"
-        )
-    strides = tuple(map(integer, given))
-    if not set(strides) <= set(_STRIDES):
-        raise ValueError(f"out_strides must be powers of two from {_STRIDES}, got {given}")
-    return strides
-
-
-_STRIDES = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-def check_images(images: Tensor, channels: int = 3) -> None:
-    """Validate a batch of images.
-
-    Raises:
-        ValueError: Not (N, ``channels``, H, W) floating-point images of at least 32 px in [-1, 1],
-            or NaN.
-    """
-    if torch.compiler.is_compiling():
-        return
-    kind = ", RGB" if channels == 3 else ""
-    what = f"images must be a floating-point tensor (N, {channels}, H, W){kind} in [-1, 1]"
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        given = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"{what}, got {given}")
-    if images.ndim != 4 or images.shape[1] != channels or images.shape[0] == 0:
-        raise ValueError(f"{what}, got shape {tuple(images.shape)}")
-    if min(images.shape[-2:]) < MIN_SIZE:
-        raise ValueError(
-            f"images must be at least {MIN_SIZE} x {MIN_SIZE} px, got {tuple(images.shape[-2:])}"
-        )
-    if not is_readable(images):
-        return
-    low, high = torch.stack(torch.aminmax(images.detach())).tolist()
-    if math.isnan(low) or math.isnan(high):
-        raise ValueError(f"{what}; there are NaN values in the batch")
-    if low < -1.01 or high > 1.01:
-        raise ValueError(
-            f"{what}; the values given reach from {low:.4g} to {high:.4g}. Images of 0..255 are "
-            "brought there by mean 127.5 and std 127.5"
-        )
-    if 0 <= low < 0.1 and high > 0.5:
-        _warn_unit_range()
-
-
-@functools.cache  # once per process
-def _warn_unit_range() -> None:
-    warnings.warn(
-        "images must be in [-1, 1], but this batch has no value below 0. If its images are in "
-        "[0, 1], scale them by 2 * x - 1. (This is said once.)",
-        UserWarning,
-        stacklevel=4,
-    )
-
-
-_DIGEST = "frozen_unet_digest"
-"""Key that stands in a state dict for the weights of a frozen U-Net."""
 
 
 def _digest_of(unet: DiffusionModel) -> Tensor:

@@ -87,7 +87,10 @@ def load_checkpoint(
     holds the architecture (see :func:`read_unet_config`), what shapes can't tell is checked too.
 
     Args:
-        unet: The U-Net; blocks that it was built without are not loaded.
+        unet: The U-Net; blocks that it was built without are not loaded. A network of another
+            family has ``anchor``, the end of a key at the root of its state dicts, ``full_shapes``,
+            the shapes of all weights of its architecture (None for any), and ``convert``, which
+            renames a file's weights.
         source: A ``.pt``, ``.pth`` or ``.safetensors`` file, or a URL of one (kept in torch.hub's
             cache). The state dict may be wrapped (``state_dict``, ``model``, ``ema``, ...) and its
             keys prefixed (``module.``, ``backbone.unet.``, ...).
@@ -102,16 +105,49 @@ def load_checkpoint(
             classifier, or a key is missing, unexpected or of another shape, or a weight is NaN or
             infinite. The U-Net is not changed then.
     """
-    if hasattr(unet, "convert"):
-        return _load_family(unet, source, prefix)
+    config = getattr(unet, "config", None)
+    content = read_checkpoint(source, config if isinstance(config, UNetConfig) else None)
+    anchor = getattr(unet, "anchor", ANCHOR)
+    weights, prefix, foreign = find_state_dict(content, source, prefix, anchor)
+    if hasattr(unet, "convert"):  # a network of another family
+        with _named(source):
+            weights = unet.convert(weights)
+        shapes = unet.full_shapes
+    else:
+        weights, shapes = _fit_architecture(unet, weights, source)
+    own = unet.state_dict()
+    problems = [f"missing: {key}" for key in own if key not in weights]
+    for key, value in weights.items():
+        if key not in shapes:
+            problems.append(f"unexpected: {some_keys([key])}")
+        elif shapes[key] not in (tuple(value.shape), None):
+            problems.append(f"shape of {key}: {tuple(value.shape)}, expected {shapes[key]}")
+        elif key in own:
+            floats = own[key].is_floating_point()
+            if value.dtype not in (WEIGHT_DTYPES if floats else (own[key].dtype,)):
+                problems.append(f"type of {key}: {value.dtype} is not a type of weights")
+    if problems:
+        listed = "\n  ".join([*problems[:10], *(["..."] if len(problems) > 10 else [])])
+        raise CheckpointError(f"{source} has {len(problems)} keys that don't fit:\n  {listed}")
+    used = {key: weights[key] for key in own}
+    check_finite(source, used)
+    unet.load_state_dict(used)
+    unused = tuple(key for key in weights if key not in own)
+    report = KeyReport(str(source), prefix, tuple(own), unused, foreign)
+    logger.info("%s", report)
+    return report
+
+
+def _fit_architecture(
+    unet: UNet, weights: Mapping[str, Tensor], source: str | os.PathLike[str]
+) -> tuple[Mapping[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Return weights for a U-Net's channels, and the shapes of all weights of its architecture."""
     config = unet.config
-    content = read_checkpoint(source, config)
-    state_dict, prefix, foreign = find_state_dict(content, source, prefix)
     with _named(source):
-        first = state_dict.get(_FIRST)
+        first = weights.get(_FIRST)
         if config.in_channels != 3 and first is not None and first.ndim == 4 and len(first[0]) == 3:
-            state_dict = {**state_dict, _FIRST: spread_channels(first, config.in_channels)}
-        found = read_architecture(state_dict)
+            weights = {**weights, _FIRST: spread_channels(first, config.in_channels)}
+        found = read_architecture(weights)
         if config.num_classes is None:  # a conditional model used without labels
             config = config.replace(num_classes=found.get("num_classes"))
         if not hasattr(unet, "out"):
@@ -125,8 +161,7 @@ def load_checkpoint(
         )
     with torch.device("meta"):
         whole = UNet(config).state_dict()
-    shapes = {key: tuple(value.shape) for key, value in whole.items()}
-    return _load(unet, state_dict, shapes, source, prefix, foreign)
+    return weights, {key: tuple(value.shape) for key, value in whole.items()}
 
 
 def spread_channels(weight: Tensor, channels: int) -> Tensor:
@@ -144,56 +179,6 @@ def spread_channels(weight: Tensor, channels: int) -> Tensor:
     if channels == 1:
         return weight.sum(dim=1, keepdim=True)
     return weight[:, [i % 3 for i in range(channels)]] * (3 / channels)
-
-
-def _load_family(
-    model: DiffusionModel, source: str | os.PathLike[str], prefix: str | None
-) -> KeyReport:
-    """Load weights into a network of another family; see :func:`load_checkpoint`.
-
-    The network has ``anchor``, the end of a key at the root of its state dicts, ``full_shapes``,
-    the shapes of all weights of its architecture (None for any), and ``convert``, which renames a
-    file's weights.
-    """
-    content = read_checkpoint(source)
-    weights, prefix, foreign = find_state_dict(content, source, prefix, model.anchor)
-    with _named(source):
-        weights = model.convert(weights)
-    return _load(model, weights, model.full_shapes, source, prefix, foreign)
-
-
-def _load(
-    model: DiffusionModel,
-    weights: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...] | None],
-    source: str | os.PathLike[str],
-    prefix: str,
-    foreign: tuple[str, ...],
-) -> KeyReport:
-    """Load weights of which each key has to be known and each of the network's to be there."""
-    own = model.state_dict()
-    problems = [f"missing: {key}" for key in own if key not in weights]
-    for key, value in weights.items():
-        if key not in shapes:
-            problems.append(f"unexpected: {some_keys([key])}")
-        elif shapes[key] not in (tuple(value.shape), None):
-            problems.append(f"shape of {key}: {tuple(value.shape)}, expected {shapes[key]}")
-        elif key in own and not _is_type_of(value, own[key]):
-            problems.append(f"type of {key}: {value.dtype} is not a type of weights")
-    if problems:
-        listed = "\n  ".join([*problems[:10], *(["..."] if len(problems) > 10 else [])])
-        raise CheckpointError(f"{source} has {len(problems)} keys that don't fit:\n  {listed}")
-    used = {key: weights[key] for key in own}
-    check_finite(source, used)
-    model.load_state_dict(used)
-    unused = tuple(key for key in weights if key not in own)
-    report = KeyReport(str(source), prefix, tuple(own), unused, foreign)
-    logger.info("%s", report)
-    return report
-
-
-def _is_type_of(value: Tensor, own: Tensor) -> bool:
-    return value.dtype in WEIGHT_DTYPES if own.is_floating_point() else value.dtype == own.dtype
 
 
 def _differences(
@@ -223,14 +208,10 @@ def read_unet_config(
     """Read the architecture of the U-Net in a file.
 
     Args:
-        source: See :func:`load_checkpoint`.
-        prefix: See :func:`load_checkpoint`.
+        source: See :func:`load_checkpoint`, also for ``prefix`` and errors.
+        prefix: Prefix to take where the file holds several U-Nets.
         **rest: What shapes can't tell; see :meth:`UNetConfig.from_state_dict`. A safetensors file
             of ``tools/pretrain.py`` holds it in its metadata, and needs nothing here.
-
-    Raises:
-        FileNotFoundError: No such file.
-        CheckpointError: The file is damaged, holds code or no guided-diffusion U-Net.
     """
     state_dict, _, _ = find_state_dict(read_checkpoint(source), source, prefix)
     stored = stored_config(find_file(source))
@@ -241,16 +222,12 @@ def read_unet_config(
 
 
 def check_finite(source: object, weights: Mapping[str, Any]) -> None:
-    """Check that no weight is NaN or infinite, also once it is float32.
-
-    Raises:
-        CheckpointError: Some are; the message names the first.
-    """
+    """Raise a CheckpointError where a weight is NaN or infinite, also once it is float32."""
     broken = []
     for key, value in weights.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             low, high = torch.aminmax(value.detach().float())  # NaN wins
-            if not math.isfinite(low) or not math.isfinite(high):
+            if not (math.isfinite(low) and math.isfinite(high)):
                 broken.append(key)
     if broken:
         raise CheckpointError(
@@ -281,10 +258,6 @@ def read_checkpoint(
         config: The architecture wanted, to name OpenAI's address if the file is absent.
         mapped: Leave the values in the file until they are used, where its format allows; then the
             file has to stay as long as they are in use.
-
-    Raises:
-        FileNotFoundError: No such file.
-        CheckpointError: The file is damaged or holds more than weights.
     """
     path = find_file(source, config)
     with _named(source):
@@ -300,11 +273,7 @@ def read_checkpoint(
 
 
 def _check_torch_file(path: Path) -> bool:
-    """Check checksums and declared sizes, which ``torch.load`` doesn't.
-
-    Returns:
-        Whether the file is a zip archive.
-    """
+    """Check checksums and declared sizes, and return whether the file is a zip archive."""
     problem = None
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         pickles = [(0, len(content))]
@@ -378,15 +347,14 @@ def find_state_dict(
             f"prefix=, got {prefix!r}"
         )
     inside = {str(k)[len(prefix) :]: v for k, v in content.items() if str(k).startswith(prefix)}
-    if wrong := [key for key, value in inside.items() if not _is_plain(value)]:
+    if wrong := [key for key, value in inside.items() if not _is_dense(value)]:
         raise CheckpointError(f"{source}: {some_keys(wrong)} are not dense tensors")
     foreign = tuple(str(key) for key in content if not str(key).startswith(prefix))
     return inside, prefix, foreign
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a dense CPU tensor: not sparse, nested, quantized or meta."""
-    return (
+def _is_dense(value: Any) -> bool:
+    return (  # neither sparse, nested, quantized nor meta
         type(value) in (Tensor, torch.nn.Parameter)
         and not value.is_nested
         and not value.is_quantized

@@ -69,9 +69,6 @@ def find_config(name: str, folder: Path, suffixes: Sequence[str]) -> str:
         name: Path of a config, or the name of one in ``folder``, with or without suffix.
         folder: Folder of configs, such as ``CONFIGS / "detectron2"``.
         suffixes: Suffixes of configs, such as ``(".py",)``.
-
-    Raises:
-        UserError: There is no such config.
     """
     in_folder = [folder / f"{name}{suffix}" for suffix in ("", *suffixes)]
     for path in [Path(name), *(in_folder if os.path.basename(name) == name else [])]:

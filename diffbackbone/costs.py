@@ -128,9 +128,6 @@ def block_costs(
         last_block: Block to stop at; None goes to the last one.
     """
     blocks = config.blocks
-    deepest = max(block.stride for block in blocks.values())
-    if min(height, width) < 1 or height % deepest or width % deepest:
-        raise ValueError(f"height and width must be multiples of {deepest}, got {height}x{width}")
     last_block = len(blocks) if last_block is None else last_block
     with torch.device("meta"):
         unet = build_network(config, last_block).to(dtype).eval()

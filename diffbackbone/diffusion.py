@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,32 +24,29 @@ class NoiseSchedule:
     Args:
         name: ``"linear"`` (Ho et al., 2020), ``"cosine"`` (Nichol and Dhariwal, 2021) or the betas
             of all timesteps.
-        num_timesteps: Number of timesteps T; that of the betas where they are given.
 
     Attributes:
+        num_timesteps: Number of timesteps T; 1000, or that of the betas where they are given.
         alphas_cumprod: (T,) float64, the product of 1 - beta up to and including timestep t.
 
     Raises:
-        ValueError: Unknown schedule, or ``num_timesteps`` is not positive.
+        ValueError: Unknown schedule.
     """
 
-    def __init__(self, name: str | Sequence[float] = "linear", num_timesteps: int = 1000) -> None:
-        if num_timesteps < 1:
-            raise ValueError(f"num_timesteps must be positive, got {num_timesteps}")
+    def __init__(self, name: str | Sequence[float] = "linear") -> None:
         if not isinstance(name, str):
             betas = np.array(name, dtype=np.float64)
-            name, num_timesteps = f"betas {zlib.crc32(betas.tobytes()):08x}", len(betas)
+            name = f"betas {zlib.crc32(betas.tobytes()):08x}"
         elif name == "linear":
-            scale = 1000 / num_timesteps
-            betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
+            betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
         elif name == "cosine":
-            steps = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+            steps = np.arange(1001, dtype=np.float64) / 1000
             alpha_bar = np.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
         else:
             raise ValueError(f"unknown noise schedule {name!r}; choose 'linear' or 'cosine'")
         self.name = name
-        self.num_timesteps = num_timesteps
+        self.num_timesteps = len(betas)
         alphas_cumprod = np.cumprod(1.0 - betas)
         self.alphas_cumprod = torch.from_numpy(alphas_cumprod)
         # as numbers too: under torch.export a tensor's value can't be read
@@ -58,11 +56,7 @@ class NoiseSchedule:
         return f"{type(self).__name__}({self.name!r}, num_timesteps={self.num_timesteps})"
 
     def check_timestep(self, t: int) -> int:
-        """Validate a timestep.
-
-        Raises:
-            ValueError: Not an integer from 0 to T - 1.
-        """
+        """Return a timestep as an int; a ValueError says what is allowed, 0 to T - 1."""
         number = integer(t)
         if number is None or not 0 <= number < self.num_timesteps:
             raise ValueError(
@@ -72,17 +66,11 @@ class NoiseSchedule:
         return number
 
     def check_timesteps(self, timesteps: int | Iterable[int]) -> tuple[int, ...]:
-        """Validate one or more timesteps.
-
-        Raises:
-            ValueError: There is none, one is given twice, or see :meth:`check_timestep`.
-        """
+        """Validate one or more timesteps, each given once; see :meth:`check_timestep`."""
         given = as_tuple("timesteps", timesteps)
         numbers = tuple(map(self.check_timestep, given))
         if not numbers or len(set(numbers)) < len(numbers):
-            raise ValueError(
-                f"timesteps must name at least one timestep, each once, got {given!r:.200}"
-            )
+            raise ValueError(f"timesteps must name at least one, each once, got {given!r:.200}")
         return numbers
 
     def add_noise(self, x_start: Tensor, t: int | Tensor, noise: Tensor | None) -> Tensor:
@@ -102,9 +90,8 @@ class NoiseSchedule:
         if isinstance(t, Tensor):
             t = t.reshape(-1).cpu()  # not every device has float64
             if t.numel() == 0 or t.min() < 0 or t.max() >= self.num_timesteps:
-                raise ValueError(
-                    f"timesteps must lie in 0..{self.num_timesteps - 1}, got {t.tolist()}"
-                )
+                last = self.num_timesteps - 1
+                raise ValueError(f"timesteps must be from 0 to {last}, got {t.tolist()}")
             alpha_bar = self.alphas_cumprod[t][:, None, None, None]
             signal = alpha_bar.sqrt().float().to(x_start.device)
             sigma = (1 - alpha_bar).sqrt().float().to(x_start.device)
@@ -149,6 +136,47 @@ def coordinate_noise(
     uniform = (key.double() + 0.5) / 2**32  # in (0, 1), never 0
     angle = (hash_integers(key ^ 0x5851F42D).double() + 0.5) * (2 * math.pi / 2**32)
     return (torch.sqrt(-2 * torch.log(uniform)) * torch.cos(angle)).float()
+
+
+class FixedNoise:
+    """Coordinate noise that is kept from call to call.
+
+    The field grows to hold all sizes asked for, unless that takes more than twice the values of the
+    present size; then only the present size is kept.
+    """
+
+    def __init__(self) -> None:
+        self._made_for: tuple[Any, ...] = ()
+        self._field = torch.empty(0, 0, 0)
+
+    def __call__(
+        self, channels: int, height: int, width: int, seed: int, device: torch.device
+    ) -> Tensor:
+        """Return :func:`coordinate_noise` (channels, height, width)."""
+        made_for = channels, seed, device
+        if torch.compiler.is_compiling() and not (
+            _is_exporting() and self._made_for == made_for and self._holds(height, width)
+        ):
+            return coordinate_noise(channels, height, width, seed, device)
+        if self._made_for != made_for:
+            self._made_for, self._field = made_for, torch.empty(channels, 0, 0)
+        if not self._holds(height, width):
+            size = max(self._field.shape[1], height), max(self._field.shape[2], width)
+            if math.prod(size) > 2 * height * width:
+                size = height, width
+            self._field = coordinate_noise(channels, *size, seed, device)
+        return self._field[:, :height, :width]
+
+    def _holds(self, height: int, width: int) -> bool:
+        return self._field.shape[1] >= height and self._field.shape[2] >= width
+
+
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` runs, which turns noise that is kept into a constant.
+
+    Many runtimes lack the operations on integers that would compute it.
+    """
+    return getattr(torch.compiler, "is_exporting", lambda: False)()  # since torch 2.7
 
 
 def image_seeds(images: Tensor, seed: int = 0) -> Tensor:

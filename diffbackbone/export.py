@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffbackbone import checkpoint as reading
-from diffbackbone.backbone import _DIGEST, DiffusionBackbone
+from diffbackbone.backbone import DIGEST_KEY, DiffusionBackbone
 from diffbackbone.cli import run_command
 from diffbackbone.models import resolve_network
 from diffbackbone.models.adm import read_folder, write_folder
@@ -30,8 +30,6 @@ from diffbackbone.saving import save_safetensors
 from diffbackbone.sources import CheckpointError, find_file, some_keys
 from diffbackbone.utils import UserError, atomic_write, require
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONE_FILE = 1_500_000_000
 """Bytes of weights that go into one ONNX file, whose format ends at 2 GB."""
 LARGEST_DIFFERENCE = {"pt2": 1e-4, "onnx": 1e-3}
@@ -82,21 +80,16 @@ def read_config(options: ExportConfig) -> Any:
 
     Raises:
         ValueError: It is unknown, or guided-diffusion's weights are missing.
-        CheckpointError: The file is damaged.
     """
     if options.unet is None and options.checkpoint is not None:
         stored = reading.stored_config(find_file(options.checkpoint))
         return stored or UNetConfig.from_preset("gd256_uncond")
     config = resolve_network(options.unet or "gd256_uncond")
-    weights_only = options.format in ("safetensors", "diffusers")
-    if type(config) is not UNetConfig and weights_only:
+    if type(config) is not UNetConfig and options.format in ("safetensors", "diffusers"):
         raise UserError(f"--format {options.format} takes U-Nets of guided-diffusion")
     if options.checkpoint is None and isinstance(config, UNetConfig):
         raise UserError("--checkpoint is missing: the U-Net's weights would be random")
     return config
-
-
-# ---------------------------------------------------------------------------------------- reading
 
 
 def read_layers(options: ExportConfig) -> dict[str, Tensor]:
@@ -112,30 +105,27 @@ def read_layers(options: ExportConfig) -> dict[str, Tensor]:
     if source is None:
         return {}
     content = reading.read_checkpoint(source)
-    content, roots = reading.unwrap(content, "unet." + reading.ANCHOR, _DIGEST)
-    weights = {str(key): x for key, x in content.items() if isinstance(x, Tensor)}
+    content, roots = reading.unwrap(content, "unet." + reading.ANCHOR, DIGEST_KEY)
     if options.prefix is not None:
         roots &= {options.prefix.removesuffix("unet.")}
     if len(roots) > 1:
         raise CheckpointError(
             f"{source} holds backbones under {sorted(roots)}; choose one by its U-Net's --prefix"
         )
-    own = tuple(f"{root}{part}" for root in roots for part in ("proj.", "feedback.", _DIGEST))
     (root,) = roots or {""}
-    layers = {key[len(root) :]: x for key, x in weights.items() if key.startswith(own)}
-    if options.feedback == "none":
-        layers = {name: x for name, x in layers.items() if not name.startswith("feedback.")}
+    parts = ["proj.", DIGEST_KEY] + ["feedback."] * (options.feedback != "none")
+    own = tuple(root + part for part in parts)
+    layers = {
+        key[len(root) :]: x
+        for key, x in content.items()
+        if isinstance(x, Tensor) and str(key).startswith(own)
+    }
     reading.check_finite(source, layers)
     return layers
 
 
 def build_backbone(options: ExportConfig, config: Any) -> DiffusionBackbone:
-    """Build the frozen backbone with all its weights.
-
-    Raises:
-        ValueError: Blocks, timestep, strides or feedback don't fit.
-        CheckpointError: A file does not fit, or layers are missing.
-    """
+    """Build the frozen backbone with all its weights; a CheckpointError says what doesn't fit."""
     source, layers = options.layers or options.checkpoint, read_layers(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # weights are random until they are loaded
@@ -165,9 +155,6 @@ def build_backbone(options: ExportConfig, config: Any) -> DiffusionBackbone:
     if source is not None:
         print(f"{source}: {len(layers)} tensors of projections and feedback", flush=True)
     return backbone.eval()
-
-
-# ---------------------------------------------------------------------------------------- writing
 
 
 def random_images(shape: Sequence[int], seed: int) -> Tensor:
@@ -221,16 +208,12 @@ def write(path: Path, save: Callable[[Path], None], check: Callable[[Path], None
 
 @torch.no_grad()
 def export_program(options: ExportConfig, config: Any) -> None:
-    """Write a backbone as pt2 or ONNX.
-
-    Raises:
-        UserError: The program computes something else, or a package is missing.
-        CheckpointError: See :func:`build_backbone`.
-    """
+    """Write a backbone as pt2 or ONNX."""
     if not hasattr(torch.compiler, "is_exporting"):
         raise UserError(f"programs need torch 2.7 or later, this is {torch.__version__}")
     if options.format == "onnx":
-        require("--format onnx", ONNX_PACKAGES, "pip install 'diffbackbone[export]'")
+        packages = ("onnx", "onnxscript", "onnxruntime")
+        require("--format onnx", packages, "pip install 'diffbackbone[export]'")
     backbone = build_backbone(options, config)
     size = ((options.size or (config.image_size,)) * 2)[:2]
     shape = options.batch, config.in_channels, *size
@@ -269,20 +252,14 @@ def export_program(options: ExportConfig, config: Any) -> None:
 def _run_onnx(path: Path) -> Callable[[Tensor], list[Tensor]]:
     import onnxruntime
 
-    session_options = onnxruntime.SessionOptions()
-    session_options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(
-        path, session_options, providers=["CPUExecutionProvider"]
-    )
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     return lambda x: [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
 
 
 def read_unet(options: ExportConfig, config: UNetConfig) -> UNet:
-    """Read a U-Net as far as the checkpoint has it.
-
-    Raises:
-        CheckpointError: The checkpoint does not fit.
-    """
+    """Read a U-Net as far as the checkpoint has it."""
     content = reading.read_checkpoint(options.checkpoint)
     keys, _, _ = reading.find_state_dict(content, options.checkpoint, options.prefix)
     if "label_emb.weight" not in keys:
@@ -298,19 +275,12 @@ def read_unet(options: ExportConfig, config: UNetConfig) -> UNet:
 
 
 def export_weights(options: ExportConfig, config: UNetConfig) -> None:
-    """Write a U-Net's weights with its architecture.
-
-    Raises:
-        UserError: The file holds something else, or a weight is not finite in the type.
-        CheckpointError: See :func:`read_unet`.
-    """
-    unet, dtype = read_unet(options, config), DTYPES[options.dtype]
-    config = unet.config
+    """Write a U-Net's weights with its architecture."""
+    unet, dtype = read_unet(options, config), getattr(torch, options.dtype)
+    config, last = unet.config, None if hasattr(unet, "out") else unet.last_block
 
     def check(path: Path) -> None:
-        again = UNet(
-            reading.read_unet_config(path), None if hasattr(unet, "out") else unet.last_block
-        )
+        again = UNet(reading.read_unet_config(path), last)
         reading.load_checkpoint(again, path)
         pairs = zip(again.state_dict().values(), unet.state_dict().values())
         if again.config != config or not all(torch.equal(x, y.to(dtype).float()) for x, y in pairs):
@@ -320,27 +290,14 @@ def export_weights(options: ExportConfig, config: UNetConfig) -> None:
 
 
 def export_diffusers(options: ExportConfig, config: UNetConfig) -> None:
-    """Write a whole U-Net as the folder of a diffusers pipeline.
-
-    Raises:
-        UserError: diffusers has no such U-Net, or the checkpoint ends at a last tap.
-        CheckpointError: See :func:`read_unet`.
-    """
-    unet, dtype = read_unet(options, config), DTYPES[options.dtype]
+    """Write a whole U-Net as the folder of a diffusers pipeline."""
+    unet, dtype = read_unet(options, config), getattr(torch, options.dtype)
     write_folder(options.out, unet.state_dict(), unet.config, dtype)
     again, read = read_folder(options.out, unet.config.use_new_attention_order)
     kept = all(torch.equal(read[name], x.to(dtype)) for name, x in unet.state_dict().items())
     if again.blocks != unet.config.blocks or not kept:
         raise UserError(f"{options.out} does not hold what was written")
     print(f"{options.out}: DDPMPipeline.from_pretrained reads it", flush=True)
-
-
-EXPORTERS = {
-    "pt2": export_program,
-    "onnx": export_program,
-    "safetensors": export_weights,
-    "diffusers": export_diffusers,
-}
 
 
 def run(options: ExportConfig) -> None:
@@ -350,8 +307,9 @@ def run(options: ExportConfig) -> None:
         UserError: It cannot be done as given.
         FileNotFoundError: No such checkpoint.
     """
+    exporters = {"safetensors": export_weights, "diffusers": export_diffusers}
     try:
-        EXPORTERS[options.format](options, read_config(options))
+        exporters.get(options.format, export_program)(options, read_config(options))
     except ValueError as error:  # blocks, timestep, strides, types
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     if options.out.is_file():

@@ -55,30 +55,28 @@ def feedback_map(blocks: BlockTable, strategy: str | Mapping[int, int]) -> dict[
         strategy = {source.strip(): target.strip() for source, _, target in pairs}
     if isinstance(strategy, Mapping):
         sources = blocks.check(map(_integer, strategy), "feedback sources")
-        mapping = dict(
-            zip(sources, blocks.check(map(_integer, strategy.values()), "feedback targets"))
-        )
-    elif strategy in STRATEGIES and not decoder:
-        raise ValueError(
-            f"feedback {strategy!r} pairs encoder and decoder blocks, which this network lacks: "
-            "give a map {source block: target block}"
-        )
-    elif strategy == "all":
-        mapping = {source: blocks.mirror(source) for source in decoder}
-    elif strategy == "bottleneck":
-        firsts = [b for b in range(2, encoder + 1) if b == 2 or blocks[b - 1].resample == "down"]
-        mapping = {blocks.mirror(target): target for target in firsts}
-    elif strategy in STRATEGIES:
-        if encoder < _WINDOW:
-            raise ValueError(f"feedback {strategy!r} needs {_WINDOW} decoder blocks, got {encoder}")
-        window = decoder[:_WINDOW]
-        shared = blocks.mirror(window[-1]) if strategy == "multi-scale" else None
-        mapping = {source: shared or blocks.mirror(source) for source in window}
-    else:
+        targets = blocks.check(map(_integer, strategy.values()), "feedback targets")
+    elif strategy not in STRATEGIES:
         raise ValueError(
             f"unknown feedback {strategy!r:.200}; choose from {', '.join(STRATEGIES)}, or give a "
             "map {source block: target block}"
         )
+    elif len(decoder) < (1 if strategy in ("all", "bottleneck") else _WINDOW):
+        raise ValueError(
+            f"feedback {strategy!r} pairs encoder and decoder blocks, of which this network has "
+            f"{len(decoder)}: give a map {{source block: target block}}"
+        )
+    else:
+        sources = decoder
+        if strategy == "bottleneck":
+            firsts = [2, *(b + 1 for b in range(2, encoder) if blocks[b].resample == "down")]
+            sources = [blocks.mirror(b) for b in firsts]
+        elif strategy != "all":
+            sources = decoder[:_WINDOW]
+        targets = [blocks.mirror(b) for b in sources]
+        if strategy == "multi-scale":
+            targets = [targets[-1]] * _WINDOW
+    mapping = dict(zip(sources, targets))
     # a transformer has no encoder: its blocks are all alike
     kind, last = ("an encoder", encoder) if decoder else ("a", len(blocks))
     for source, target in mapping.items():
@@ -171,21 +169,12 @@ class Feedback(nn.ModuleDict):
             self[str(source)] = _build_layers(layers, *channels)
 
     @property
-    def first_target(self) -> int:
-        """The first block that gets feedback; what stands before it runs only once."""
-        return min(self.mapping.values())
-
-    @property
     def last_source(self) -> int:
         """The block that the first pass ends with."""
         return max(self.mapping)
 
     def check_taps(self, blocks: Collection[int]) -> None:
-        """Make sure that all feedback can reach the last tap.
-
-        Raises:
-            ValueError: A target comes after the last tap, so its layers would never be trained.
-        """
+        """Raise a ValueError where a target comes after the last tap: it would not be trained."""
         late = sorted({target for target in self.mapping.values() if target > max(blocks)})
         if late:
             raise ValueError(
@@ -215,14 +204,11 @@ class Feedback(nn.ModuleDict):
         Returns:
             ``{b: (N, C_b, H/stride_b, W/stride_b)}`` in the order asked for; then
             ``{(b, "first"): ...}``, without gradient unless ``first_pass_grad`` is set.
-
-        Raises:
-            ValueError: See :meth:`check_taps` and :meth:`UNet.forward_features`.
         """
         wanted = unet.blocks.check(blocks)
         self.check_taps(wanted)
         early = unet.blocks.check(first_blocks) if first_blocks else ()
-        end, start = max(wanted), self.first_target
+        end, start = max(wanted), min(self.mapping.values())
         stop = max(self.last_source, *early, 0)
         # Both passes share the blocks up to the first target, whose own output is not yet changed.
         state = unet.start(x_t, t, max(end, stop), y)
@@ -236,11 +222,8 @@ class Feedback(nn.ModuleDict):
             (b, "first"): features[b] if self.first_pass_grad else features[b].detach()
             for b in early
         }
-        if (
-            torch.is_grad_enabled()
-            and not self.first_pass_grad
-            and not torch.compiler.is_compiling()
-        ):
+        graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if graph and not self.first_pass_grad:
             # Before torch 2.11 the second pass would reuse the first one's casts of the weights,
             # which carry no gradient.
             torch.clear_autocast_cache()

@@ -74,10 +74,10 @@ def _read_array(path: str | os.PathLike[str], value_range: Sequence[float] | Non
         values = values[..., None]
     if values.dtype == np.uint8:
         return values
-    known = (0, 1)
-    if values.dtype.kind != "f":
-        known = np.iinfo(values.dtype).min, np.iinfo(values.dtype).max
-    return _scale(values, value_range or known)
+    if values.dtype.kind == "f":
+        return _scale(values, value_range or (0, 1))
+    known = np.iinfo(values.dtype)
+    return _scale(values, value_range or (known.min, known.max))
 
 
 def _read_picture(
@@ -97,10 +97,9 @@ def _read_picture(
             values = _scale(np.asarray(image), value_range or known)
             pixels = np.repeat(values[..., None], len(mode), axis=-1)
         else:
-            shown = image
-            if image.mode == "P" and "transparency" in image.info:
-                shown = image.convert("RGBA")
-            pixels = np.asarray(shown.convert(mode)).reshape(image.height, image.width, len(mode))
+            palette = image.mode == "P" and "transparency" in image.info
+            shown = (image.convert("RGBA") if palette else image).convert(mode)
+            pixels = np.asarray(shown).reshape(image.height, image.width, len(mode))
         return pixels if image.format == "TIFF" else _orient(pixels, orientation)  # by the decoders
 
 
@@ -129,19 +128,13 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
     # by name, Pillow would map the file, and scramble TIFFs of orientation 5 to 8
     with open(path, "rb") as file, Image.open(file) as image:
-        _check_frames(image)
+        count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        for frame in range(1, count):
+            image.seek(frame)
+            if not getattr(image, "tag_v2", {}).get(_SUBFILE_TYPE, 0) & _OVERVIEW_OR_MASK:
+                raise ImageError(f"{count} frames; store each in a file of its own")
+        image.seek(0)
         yield image
-
-
-def _check_frames(image: Image.Image) -> None:
-    count = getattr(image, "n_frames", 1)
-    if count == 1 or image.format == "MPO":
-        return
-    for frame in range(1, count):
-        image.seek(frame)
-        if not getattr(image, "tag_v2", {}).get(_SUBFILE_TYPE, 0) & _OVERVIEW_OR_MASK:
-            raise ImageError(f"{count} frames; store each in a file of its own")
-    image.seek(0)
 
 
 def _color_maximum(image: Image.Image) -> int | None:
@@ -172,11 +165,7 @@ def _read_color(path: str | os.PathLike[str], image: Image.Image) -> np.ndarray:
 
 
 def _scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
-    """Map a range of values to [0, 1], float32.
-
-    Raises:
-        ImageError: That is no range, or values are outside of it or not finite.
-    """
+    """Map a range of values to [0, 1], float32; an ImageError where it does not hold them all."""
     low, high = value_range
     least, most = values.min(), values.max()
     if not -np.inf < low <= least <= most <= high < np.inf or low == high:

@@ -9,15 +9,7 @@ from torch import Tensor
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Pad at the right and bottom by reflection to multiples of ``multiple``.
-
-    Args:
-        images: (N, C, H, W), of any size.
-        multiple: Positive.
-
-    Returns:
-        (N, C, H', W'); the same tensor where nothing is to be padded.
-    """
+    """Pad images to multiples of a number; see :func:`pad_to_size`."""
     height, width = (math.ceil(size / multiple) * multiple for size in images.shape[-2:])
     return pad_to_size(images, height, width)
 

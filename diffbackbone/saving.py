@@ -18,11 +18,7 @@ from diffbackbone.utils import UserError
 
 
 def guided_diffusion_flags(config: UNetConfig) -> dict[str, Any]:
-    """The command-line flags that make guided-diffusion's own scripts build this U-Net.
-
-    Raises:
-        ValueError: It has no flags for this architecture.
-    """
+    """The command-line flags that make guided-diffusion's own scripts build this U-Net."""
     attention = [config.image_size // stride for stride in sorted(config.attention_strides)]
     mult = config.channel_mult
     if config.image_size == 512 and mult == (0.5, 1, 1, 2, 2, 4, 4):

@@ -20,21 +20,20 @@ from diffbackbone.utils import UserError, atomic_write
 
 logger = logging.getLogger(__name__)
 
-_OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 RELEASED_CHECKPOINTS: dict[str, str] = {
-    "gd64": _OPENAI + "64x64_diffusion.pt",
-    "gd128": _OPENAI + "128x128_diffusion.pt",
-    "gd256": _OPENAI + "256x256_diffusion.pt",
-    "gd256_uncond": _OPENAI + "256x256_diffusion_uncond.pt",
-    "gd512": _OPENAI + "512x512_diffusion.pt",
-    "lsun_bedroom": _OPENAI + "lsun_bedroom.pt",
-    "lsun_cat": _OPENAI + "lsun_cat.pt",
-    "lsun_horse": _OPENAI + "lsun_horse.pt",
+    preset: f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/{name}.pt"
+    for preset, name in {
+        "gd64": "64x64_diffusion",
+        "gd128": "128x128_diffusion",
+        "gd256": "256x256_diffusion",
+        "gd256_uncond": "256x256_diffusion_uncond",
+        "gd512": "512x512_diffusion",
+        **{name: name for name in ("lsun_bedroom", "lsun_cat", "lsun_horse")},
+    }.items()
 }
 """Where OpenAI serves the weights of each preset."""
 
-PACKAGED = "diffbackbone://"
-"""Prefix of the addresses of weights that ship with this package."""
+PACKAGED = "diffbackbone://"  # weights that ship with this package
 
 
 class CheckpointError(UserError):
@@ -47,10 +46,6 @@ def find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) 
     Args:
         source: Path, ``http(s)://`` URL, or ``diffbackbone://`` and a file of this package.
         config: The architecture wanted, to name OpenAI's address if the file is absent.
-
-    Raises:
-        FileNotFoundError: No such file.
-        CheckpointError: It is no regular file, or could not be downloaded.
     """
     name = os.fspath(source)
     if name.startswith(("http://", "https://")):

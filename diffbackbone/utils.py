@@ -55,11 +55,7 @@ class RandomStream(enum.IntEnum):
 
 
 def require(what: str, modules: Iterable[str], install: str) -> None:
-    """Check that modules that ``what`` needs are installed, without importing them.
-
-    Raises:
-        MissingPackageError: Names all that are missing, and how to install them.
-    """
+    """Raise a MissingPackageError where modules that ``what`` needs are not installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingPackageError(f"{what} needs {', '.join(missing)}, not installed: {install}")
@@ -81,14 +77,12 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     """Write to a temporary file in the same folder, then rename it.
 
     A process that is killed meanwhile leaves what was there, and a ``.partial-….writing``, which a
-    later call for the same folder removes once nobody has written to it for an hour.
+    later call for the same folder removes once nobody has written to it for an hour. So does an
+    error, an OSError where the disk is full.
 
     Args:
         path: Where to; folders are made. A link stays, its target is written.
         write: Writes the path that it is given.
-
-    Raises:
-        OSError: It could not be written, for instance on a full disk; what was there stays.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,11 +164,7 @@ def hash_integers(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_names(where: str, given: Iterable[Any], allowed: Iterable[str]) -> None:
-    """Check the names of a config's keys; ``where`` names its part in the message.
-
-    Raises:
-        ValueError: A given name is not allowed; the message lists all that are.
-    """
+    """Raise a ValueError that lists the allowed names where a config's key is none of them."""
     allowed = list(allowed)
     for name in given:
         if name not in allowed:
@@ -184,13 +174,7 @@ def check_names(where: str, given: Iterable[Any], allowed: Iterable[str]) -> Non
 def changed_settings(
     saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Iterable[str] = ()
 ) -> list[str]:
-    """Describe the settings, as JSON gives them back, in which a run and its continuation differ.
-
-    Args:
-        saved: Settings of the run.
-        current: Settings of the continuation.
-        ignore: Names that may differ.
-    """
+    """Describe the settings in which a run, read from JSON, and its continuation differ."""
     current = json.loads(json.dumps(current))
     names = sorted((saved.keys() | current.keys()) - set(ignore))
     pairs = ((name, saved.get(name), current.get(name)) for name in names)

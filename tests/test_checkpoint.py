@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import threading
 import time
-from typing import ClassVar
 
 import golden
 import pytest
@@ -20,9 +19,7 @@ from diffbackbone.checkpoint import read_checkpoint
 from diffbackbone.models.gd_config import PRESETS
 from diffbackbone.sources import RELEASED_CHECKPOINTS
 
-SMALL = UNetConfig(
-    model_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, attention_strides=(4,)
-).replace(num_head_channels=32)
+SMALL = UNetConfig(32, (1, 1, 2), 1, (4,), num_head_channels=32)
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +71,14 @@ def test_wrapped_and_prefixed(tmp_path, state_dict, wrapping):
 def server(monkeypatch, tmp_path):
     """Serves `contents`, each with the length that it announces, to an empty cache."""
 
-    class Server(http.server.ThreadingHTTPServer):
-        contents: ClassVar[dict[str, tuple[bytes, int | None]]] = {}
-        served: ClassVar[list[str]] = []
-        seconds = 0.0
-
-        def url(self, path):
-            return f"http://127.0.0.1:{self.server_address[1]}{path}"
-
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.server.served.append(self.path)
-            time.sleep(self.server.seconds)
-            if self.path not in self.server.contents:
+            server.served.append(self.path)
+            time.sleep(server.seconds)
+            if self.path not in server.contents:
                 self.send_error(404)
                 return
-            content, length = self.server.contents[self.path]
+            content, length = server.contents[self.path]
             self.send_response(200)
             if length is not None:
                 self.send_header("Content-Length", str(length))
@@ -99,9 +88,10 @@ def server(monkeypatch, tmp_path):
         def log_message(self, *args):
             pass
 
-    Server.contents, Server.served = {}, []
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    with Server(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.contents, server.served, server.seconds = {}, [], 0.0
+        server.url = lambda path: f"http://127.0.0.1:{server.server_address[1]}{path}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

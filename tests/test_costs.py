@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import forked
 import pytest
 import torch
 
@@ -64,21 +63,6 @@ def test_counted_without_running_against_a_run(like_a_gpu, monkeypatch):
     assert live.peak == pytest.approx(counted.activation_bytes, rel=0.05)
 
 
-def test_skips_that_no_tap_needs_are_freed():
-    """Reading block 24 needs the last five skips; keeping all of them is what fills memory."""
-    last = 24
-    stopped = block_costs(REAL, 256, 256, last_block=last)[-1].activation_bytes
-    unet = UNet(REAL.replace(num_classes=None), last_block=last).to("meta").eval()
-    kept, handles = [], []
-    for index in range(1, 19):
-        hook = lambda module, args, out: kept.append(out)  # noqa: E731
-        handles.append(unet.module(index).register_forward_hook(hook))
-    with torch.no_grad(), LiveTensors() as live:
-        unet.forward_features(torch.empty(1, 3, 256, 256, device="meta"), 0, (last,))
-    assert len(kept) == 18
-    assert live.peak > 1.5 * stopped
-
-
 def test_live_tensors():
     before = torch.ones(1000)
     with LiveTensors() as live:
@@ -96,12 +80,6 @@ def test_live_tensors():
         assert live.now == 4000
         del b, old
         assert (live.now, live.peak) == (0, 8000)
-
-
-@pytest.mark.parametrize(("height", "width"), [(100, 64), (64, 0), (64, 33)])
-def test_sizes_that_are_not_multiples(height, width):
-    with pytest.raises(ValueError, match=f"multiples of 32, got {height}x{width}"):
-        block_costs(TINY, height, width)
 
 
 def test_config_of_a_file(tmp_path):
@@ -127,24 +105,18 @@ def test_architecture_of_preset_and_checkpoint(monkeypatch):
     assert size == [64, 128, torch.float32]
     assert bundled.blocks == preset.blocks
     assert bundled.num_head_channels == preset.num_head_channels != 64
+    with pytest.raises(UserError, match="gd256_uncond"):
+        inspect_unet.run(InspectConfig("gd255"))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        inspect_unet.run(InspectConfig(checkpoint="none.pt"))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"unet": "gd255"}, "gd256_uncond"),
-        ({"checkpoint": "none.pt"}, "does not exist"),
-    ],
-)
-def test_options_that_are_wrong(options, message):
-    with pytest.raises((UserError, FileNotFoundError), match=message):
-        inspect_unet.run(InspectConfig(**options))
-
-
-def test_script(tmp_path):
+def test_table_and_file(tmp_path, capsys):
+    pytest.importorskip("tyro", reason="tyro is not installed")
     out = tmp_path / "costs.json"
-    options = ["--unet", "tiny", "--size", 60, 100, "--memory", 0.02, "--json", out]
-    text = forked.run("tools/inspect_unet.py", *options, log=tmp_path / "log")
+    options = ["--unet", "tiny", "--size", "60", "100", "--memory", "0.02", "--json", str(out)]
+    inspect_unet.main(options)
+    text = capsys.readouterr().out
     assert "64x128 px, float32, one image" in text
     assert "| 24 | output_blocks.4 | 64 | 16 | 4x8 |" in text
     rows = json.loads(out.read_text())

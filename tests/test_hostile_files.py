@@ -32,14 +32,7 @@ from safetensors.torch import save
 from diffbackbone import CheckpointError, UNet, UNetConfig, load_checkpoint
 from diffbackbone.checkpoint import METADATA_KEY
 
-SMALL = UNetConfig(
-    model_channels=32,
-    channel_mult=(1,),
-    num_res_blocks=1,
-    attention_strides=(),
-    resblock_updown=False,
-    num_head_channels=32,
-)
+SMALL = UNetConfig(32, (1,), 1, (), num_head_channels=32, resblock_updown=False)
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 SECONDS = 20  # for one file
 MEMORY = 2 << 30  # address space beyond what the libraries take

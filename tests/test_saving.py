@@ -13,13 +13,7 @@ from diffbackbone.checkpoint import read_unet_config
 from diffbackbone.saving import guided_diffusion_flags, save_safetensors
 
 CONFIG = UNetConfig(
-    model_channels=32,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_strides=(2,),
-    num_head_channels=16,
-    image_size=16,
-    noise_schedule="cosine",
+    32, (1, 2), 1, (2,), num_head_channels=16, image_size=16, noise_schedule="cosine"
 )
 
 
@@ -74,25 +68,11 @@ def test_safetensors_contain_the_architecture(tmp_path, unet):
             load_checkpoint(UNet(CONFIG.replace(**changes)), path)
 
 
-def test_architecture_of_a_part_is_read(tmp_path):
-    save_safetensors(tmp_path / "part.safetensors", UNet(CONFIG, 4).state_dict(), CONFIG)
-    assert read_unet_config(tmp_path / "part.safetensors") == CONFIG
-
-
 def test_safetensors_without_metadata_are_read(tmp_path, unet):
     path = tmp_path / "plain.safetensors"
     save_file(unet.state_dict(), path)
     assert read_unet_config(path, num_head_channels=32).num_head_channels == 32
     load_checkpoint(UNet(CONFIG.replace(num_head_channels=32)), path)
-
-
-def test_weights_beyond_half_precision_are_refused(tmp_path, unet):
-    torch.nn.init.constant_(unet.out[2].bias, 1e6)
-    path = tmp_path / "half.safetensors"
-    with pytest.raises(ValueError, match=r"out\.2\.bias"):
-        save_safetensors(path, unet.state_dict(), CONFIG, torch.float16)
-    assert not path.exists()
-    save_safetensors(path, unet.state_dict(), CONFIG, torch.bfloat16)
 
 
 def test_backbones_take_weights_with_and_without_variance(tmp_path):

@@ -26,10 +26,6 @@ HAS_MMENGINE = importlib.util.find_spec("mmengine") is not None
 needs_mmengine = pytest.mark.skipif(not HAS_MMENGINE, reason="mmengine is not installed")
 
 
-# --------------------------------------------------------------------------------------------------
-# what MMEngine's runner writes
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The checkpoint of two iterations with averaged weights, and these in `averaged.pt`."""
@@ -120,10 +116,6 @@ def test_mmengine_reads_its_checkpoint(trained, no_safe_globals):
     assert torch.load(again, weights_only=True)["history"].mean() == history.mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# numpy
-
-
 def saved(tmp_path, content, archive=True):
     path = tmp_path / "weights.pt"
     torch.save(content, path, _use_new_zipfile_serialization=archive)
@@ -150,10 +142,6 @@ def test_arrays_and_scalars_are_read(tmp_path, core):
         assert value.dtype == content[name].dtype.newbyteorder("="), name
         np.testing.assert_array_equal(value, content[name])
     assert np.dtype("int32").isnative
-
-
-# --------------------------------------------------------------------------------------------------
-# attacks
 
 
 class Reduce:
@@ -216,10 +204,6 @@ def test_numbers_stay_numbers(tmp_path, state):
     assert array.dtype.names is None
     assert not array.dtype.hasobject
     assert array.tolist() == np.frombuffer(b"A" * 16).tolist()
-
-
-# --------------------------------------------------------------------------------------------------
-# torch before 2.10
 
 
 @pytest.mark.parametrize("archive", [True, False])

@@ -24,7 +24,7 @@ def test_streams_of_one_seed_are_independent_and_repeatable():
 def test_digest_sees_every_value_and_name():
     module = nn.Linear(3, 2)
     before = utils.weights_digest(module)
-    assert utils.weights_digest(module) == before
+    assert utils.weights_digest(module) == before != utils.weights_digest(module, {"bias"})
     with torch.no_grad():
         module.bias[1] += 1e-6
     changed = utils.weights_digest(module)
@@ -68,10 +68,6 @@ def test_user_errors_end_the_command_with_their_message(error, monkeypatch):
     monkeypatch.setenv("DIFFBACKBONE_TRACEBACK", "1")
     with pytest.raises(type(error)):
         cli.run_command(Options, fail, ["--size", "5"])
-
-
-# --------------------------------------------------------------------------------------------------
-# files
 
 
 def names(folder):

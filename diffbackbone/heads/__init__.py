@@ -30,10 +30,8 @@ from typing import Any
 from torch import nn
 
 from diffbackbone.heads.attention import AttentionHead
-from diffbackbone.heads.cnn import CNNHead
 from diffbackbone.heads.difformer import DifFormerHead
-from diffbackbone.heads.linear import LinearHead
-from diffbackbone.heads.mlp import MLPHead
+from diffbackbone.heads.pooled import CNNHead, LinearHead, MLPHead
 from diffbackbone.heads.published import (
     convert_published_feedback,
     convert_published_head,
@@ -51,12 +49,7 @@ HEADS: dict[str, type[nn.Module]] = {
 
 
 def build_head(name: str, *args: Any, **options: Any) -> nn.Module:
-    """Build a head by its name in :data:`HEADS`.
-
-    Args:
-        name: Name of the head.
-        *args: Arguments of the head's class, ``in_channels`` and ``num_classes`` first.
-        **options: Further ones by name.
+    """Build a head by its name in :data:`HEADS` from the arguments of its class.
 
     Raises:
         ValueError: Unknown head, option or value.

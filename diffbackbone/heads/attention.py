@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,15 +23,10 @@ class AttentionHead(nn.Module):
         size: Height and width of the map, or one number for both: ceil(image size / stride).
         pool: Maps higher or wider than this are pooled to it.
         width: Channels of the tokens.
-        layers: Transformer blocks.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden width of the blocks' MLPs over ``width``.
         proj: Have the tokenizer's 1x1 convolution; without it the width is ``in_channels``.
         norm: Norm of the tokenizer: ``"layer"``, over the whole map; ``"batch"``; or ``"none"``.
-        readout: ``"cls"``, the CLS token, or ``"mean"`` or ``"flatten"`` of the tokens.
-        cls_token: Have a CLS token; None for those that read it out.
-        dense: Input width, output width and activation (relu, sigmoid, tanh, identity) of linear
-            layers between the readout and the classifier.
+        **options: ``layers``, ``num_heads``, ``mlp_ratio``, ``readout``, ``cls_token`` and
+            ``dense`` of :class:`~diffbackbone.heads.transformer.Transformer`.
 
     Raises:
         ValueError: The heads don't divide the width, or an unknown norm or readout.
@@ -44,29 +39,19 @@ class AttentionHead(nn.Module):
         size: int | tuple[int, int],
         pool: int = 16,
         width: int = 1024,
-        layers: int = 2,
-        num_heads: int = 8,
-        mlp_ratio: float = 4.0,
         proj: bool = True,
         norm: str = "layer",
-        readout: str = "cls",
-        cls_token: bool | None = None,
-        dense: Sequence[tuple[int, int, str]] = (),
+        **options: Any,
     ) -> None:
         super().__init__()
         if not proj:
             width = in_channels
         self.tokenizer = Tokenizer(in_channels, size, width, pool, proj, norm)
-        self.transformer = Transformer(
-            width, layers, num_heads, mlp_ratio, readout, cls_token, dense
-        )
+        self.transformer = Transformer(width, **options)
         self.linear = nn.Linear(self.transformer.out_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classify a map.
-
-        Args:
-            x: Map (N, C, H, W) of a size that gives the same grid of tokens as ``size``.
+        """Classify a map (N, C, H, W) that gives the same grid of tokens as ``size``.
 
         Returns:
             Logits (N, num_classes).

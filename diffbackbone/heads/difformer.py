@@ -32,21 +32,16 @@ class DifFormerHead(nn.Module):
         timesteps: Timesteps t (0-based); for other backbones ``(0,)``.
         pool: Maps higher or wider than this are pooled to it.
         width: Channels of the tokens.
-        layers: Transformer blocks.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden width of the blocks' MLPs over ``width``.
         first_blocks: Blocks of DifFeed's first pass, beside ``blocks`` of the second; a block of
             both shares its tokenizer. ``in_channels`` and ``sizes`` are for ``blocks``, then for
             those of ``first_blocks`` that ``blocks`` lacks.
         norm: Norm of the tokenizer: ``"layer"``, over the whole map; ``"batch"``; or ``"none"``.
-        readout: ``"cls"``, the CLS token, or ``"mean"`` or ``"flatten"`` of the tokens.
-        cls_token: Have a CLS token; None for those that read it out.
-        dense: Input width, output width and activation (relu, sigmoid, tanh, identity) of linear
-            layers between the readout and the classifier.
+        **options: ``layers``, ``num_heads``, ``mlp_ratio``, ``readout``, ``cls_token`` and
+            ``dense`` of :class:`~diffbackbone.heads.transformer.Transformer`.
 
     Raises:
-        ValueError: The heads don't divide the width, a block or timestep is repeated, or there are
-            not as many channels or sizes as blocks.
+        ValueError: The heads don't divide the width, or there are not as many channels or sizes as
+            blocks.
     """
 
     def __init__(
@@ -58,20 +53,13 @@ class DifFormerHead(nn.Module):
         timesteps: Sequence[int] = (90, 150, 300),
         pool: int = 16,
         width: int = 1024,
-        layers: int = 2,
-        num_heads: int = 8,
-        mlp_ratio: float = 4.0,
         first_blocks: Sequence[int] = (),
         norm: str = "layer",
-        readout: str = "cls",
-        cls_token: bool | None = None,
-        dense: Sequence[tuple[int, int, str]] = (),
+        **options: Any,
     ) -> None:
         super().__init__()
         self.blocks, self.timesteps = tuple(blocks), tuple(timesteps)
         self.first_blocks = tuple(first_blocks)
-        if any(len(set(numbers)) != len(numbers) for numbers in (self.blocks, self.timesteps)):
-            raise ValueError(f"duplicate in blocks {self.blocks} or timesteps {self.timesteps}")
         self.tokenizers = nn.ModuleDict(
             {
                 str(b): Tokenizer(channels, size, width, pool, norm=norm)
@@ -80,9 +68,7 @@ class DifFormerHead(nn.Module):
                 )
             }
         )
-        self.transformer = Transformer(
-            width, layers, num_heads, mlp_ratio, readout, cls_token, dense
-        )
+        self.transformer = Transformer(width, **options)
         self.linear = nn.Linear(self.transformer.out_features * len(self.timesteps), num_classes)
 
     def forward(self, maps: Mapping[tuple[Any, ...], Tensor] | Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from diffbackbone.heads.attention import AttentionHead
-from diffbackbone.heads.linear import LinearHead
+from diffbackbone.heads.pooled import LinearHead
 
 
 def convert_published_head(checkpoint: Mapping[str, Any], head: nn.Module) -> dict[str, Tensor]:

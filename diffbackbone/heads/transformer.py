@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "identity": nn.Identity}
-"""Activations of dense layers after the transformer."""
 
 
 class Tokenizer(nn.Module):
@@ -130,18 +129,19 @@ class Transformer(nn.Module):
         layers: Blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the blocks' MLPs over ``width``.
-        readout: ``"cls"`` takes the first token, ``"mean"`` averages all tokens, ``"flatten"``
-            joins them.
+        readout: ``"cls"``, the CLS token; ``"mean"`` of the tokens; or ``"flatten"``, all tokens
+            joined.
         cls_token: Have a CLS token; None for those that read it out.
-        dense: Input width, output width and activation of linear layers after the readout.
+        dense: Input width, output width and activation (relu, sigmoid, tanh, identity) of linear
+            layers after the readout.
     """
 
     def __init__(
         self,
         width: int,
-        layers: int,
-        num_heads: int,
-        mlp_ratio: float,
+        layers: int = 2,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
         readout: str = "cls",
         cls_token: bool | None = None,
         dense: Sequence[tuple[int, int, str]] = (),
