@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 GROUPS = 32
 """Groups of every group norm in guided-diffusion; all widths are multiples of it."""
-PRODUCT_POSITIONS, PRODUCT_WEIGHTS = 256, 2**22
-"""On a CPU, a 3x3 convolution of at most so many positions (H * W) and at least so many weights
-is a matrix product for each image.
+PRODUCT_POSITIONS = 256
+"""On a CPU, a 3x3 convolution of so few positions (H * W) is a matrix product for each image.
 
 The size of the batch has no say here, so that an image's maps don't depend on it.
 """
@@ -224,15 +223,14 @@ class Conv3x3(nn.Conv2d):
             if picks and x.dtype == torch.float32 and positions >= UPSAMPLE_POSITIONS:
                 return self._before_upsampling(x)
             x, positions = F.interpolate(x, scale_factor=2.0, mode="nearest"), 4 * positions
-        large = self.weight.numel() >= PRODUCT_WEIGHTS and self.weight.is_contiguous()
-        if picks and large and positions <= PRODUCT_POSITIONS:
+        if picks and positions <= PRODUCT_POSITIONS and self.weight.is_contiguous():
             return self._as_product(x)
         return super().forward(x)
 
     def _as_product(self, x: Tensor) -> Tensor:
         """Gather the 3x3 neighbourhoods and multiply.
 
-        On small maps the time goes into reading a large weight, which oneDNN's convolution reorders
+        On small maps the time goes into reading the weight, which oneDNN's convolution reorders
         in every call and a matrix product does not.
         """
         n, _, height, width = x.shape
