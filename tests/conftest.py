@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -35,6 +36,12 @@ SLOW = [
     "test_detectron2_configs.py",
     "test_detectron2_backbone.py",
 ]
+
+
+def pytest_configure(config):
+    """Let yapf, which mmengine imports, write its cache before several processes would."""
+    if not hasattr(config, "workerinput") and importlib.util.find_spec("yapf"):
+        importlib.import_module("yapf.yapflib.yapf_api")
 
 
 def pytest_collection_modifyitems(items):
