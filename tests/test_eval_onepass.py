@@ -56,7 +56,7 @@ def make(weights, tmp_path):
         state = PartialState(cpu=True)
         spec = FeatureSpec(timesteps, blocks, 32, batch=8)
         settings = {"epochs": 2, "folder": tmp_path / "probes", "memory": 1e9, "flip": True}
-        settings |= options
+        settings |= {"standardize": True, **options}
         backbone = build_backbone(config).eval()
         return onepass.OnePass(backbone, spec, pools, lr, workers=0, state=state, **settings)
 
@@ -89,22 +89,30 @@ def test_each_probe_is_trained_as_if_it_were_alone(make, data, tmp_path):
         torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-6)
 
 
+def features(trainer, images, rows, tap):
+    """Features (N, D) of one tap, pooled to 2x2."""
+    images = RowImages(images, 32)
+    x = torch.stack([images[0, row] for row in rows])
+    with torch.no_grad():
+        maps = trainer.backbone.forward_taps(x, tap[:1], tap[1:])[tap]
+    return F.adaptive_avg_pool2d(maps, 2).flatten(1)
+
+
 @pytest.mark.parametrize("copy", [0, 1])
-def test_a_step_is_adams_on_the_cross_entropy(make, data, copy):
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_step_is_adams_on_the_cross_entropy(make, data, copy, standardize):
     """The first copy learns without the held-out images, the second from all."""
     train, val = folders(data)
-    trainer = make((12,), (90,), (2,), (1e-2,), epochs=1)
+    trainer = make((12,), (90,), (2,), (1e-2,), epochs=1, standardize=standardize)
     trainer.run(train, val, 0)
     learn, held = onepass.split_holdout(train.labels, onepass.HOLDOUT, 0)
     if copy == 1:
         learn = np.concatenate([learn, held])
     flips = onepass.RandomStream.FLIPS.generator(0, 0).random(len(train)) < 0.5
     rows = learn + len(train) * flips[learn]
-    images = RowImages(train, 32)
-    x = torch.stack([images[0, row] for row in rows])
-    with torch.no_grad():
-        maps = trainer.backbone.forward_taps(x, (90,), (12,))[90, 12]
-    x = F.adaptive_avg_pool2d(maps, 2).flatten(1)
+    x, plain = (features(trainer, train, r, (90, 12)) for r in (rows, range(len(train))))
+    if standardize:
+        x = (x - plain.mean(0)) / plain.std(0, correction=0)
     linear = torch.nn.Linear(x.shape[1], 3)
     start = onepass.ProbeGrid({(12, 2): x.shape[1]}, 1, 1, 3, 0)
     linear.weight.data = next(iter(start.weights.values()))[0].detach().clone()
@@ -193,13 +201,12 @@ def test_large_sets_take_one_pass(make, data, monkeypatch):
 def test_held_out_images_choose_the_rate_of_each_tap(make, data, monkeypatch):
     train, val = folders(data)
     trainer = make((12,), (30, 90), (1,), (1e-3, 1e-2), epochs=1)
-    held, scores = (  # two rates without the held-out images, then with them
-        torch.tensor([[[0.2, 0.6], [0.5, 0.1], [1.0, 0.0], [0.0, 1.0]]]),
+    losses, accuracies = (  # two rates without the held-out images, then with them
+        torch.tensor([[[2.0, 0.6], [0.5, 1.1], [0.0, 1.0], [1.0, 0.0]]]),
         torch.tensor([[[0.0, 0.0], [0.0, 0.0], [0.9, 0.4], [0.3, 0.8]]]),
     )
-    monkeypatch.setattr(
-        trainer, "_evaluate", lambda grid, images, rows: held if images is train else scores
-    )
+    found = {len(train): (losses, 0 * losses), len(val): (0 * losses, accuracies)}
+    monkeypatch.setattr(trainer, "_evaluate", lambda grid, images, rows: found[len(images)])
     found = by_cell(trainer.run(train, val, 0))
     assert found == {
         (12, 30, 1): (pytest.approx(0.3), 1e-2),
@@ -207,19 +214,43 @@ def test_held_out_images_choose_the_rate_of_each_tap(make, data, monkeypatch):
     }
 
 
-def test_probes_reach_the_accuracy_of_cached_ones(make, data, monkeypatch):
+def test_losses_and_accuracies(make, data):
+    _, val = folders(data)
+    trainer = make((24,), (90,), (2,), (1e-2,))
+    x = features(trainer, val, range(len(val)), (90, 24))
+    grid = onepass.ProbeGrid({(24, 2): x.shape[1]}, 1, 2, 3, 0)
+    losses, accuracies = trainer._evaluate(grid, val, np.arange(len(val)))
+    scores = x @ grid.weights["b24_p2_0"][0].T
+    labels = torch.from_numpy(val.labels)
+    expected = F.cross_entropy(scores, labels).item()
+    assert losses.flatten().tolist() == pytest.approx([expected] * 2, rel=1e-5)
+    expected = (scores.argmax(1) == labels).float().mean().item()
+    assert accuracies.flatten().tolist() == pytest.approx([expected] * 2)
+
+
+def test_constant_features_keep_their_scale(make, data, monkeypatch):
+    trainer = make((12,), (90,), (1,), (1e-2,))
+    x = torch.randn(1, 36, 3, generator=torch.Generator().manual_seed(0)) * 5 + 2
+    x[..., 1] = 0.1
+    train = folders(data)[0]
+    batch = {(12, 1): x}, torch.arange(36), torch.arange(36)
+    monkeypatch.setattr(trainer, "_batches", lambda *args: [batch])
+    grid = onepass.ProbeGrid({(12, 1): 3}, 1, 1, 3, 0)
+    trainer._measure(grid, train, 0)
+    scaled = (x - grid.means["b12_p1"]) * grid.scales["b12_p1"]
+    assert scaled.mean(1).abs().max() < 1e-6
+    deviations = scaled.std(1, correction=0).flatten()
+    torch.testing.assert_close(deviations, torch.tensor([1.0, 0.0, 1.0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_probes_reach_the_accuracy_of_cached_ones(make, data, monkeypatch, standardize):
     """Enough steps of Adam end near the minimum that scikit-learn finds."""
     monkeypatch.setattr(onepass, "BATCH", 8)
     train, val = folders(data)
-    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=28, flip=False)
+    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=28, flip=False, standardize=standardize)
     (found,) = trainer.run(train, val, 0)
-    with torch.no_grad():
-        taps = []
-        for images in (train, val):
-            rows = RowImages(images, 32)
-            x = torch.stack([rows[0, i] for i in range(len(images))])
-            maps = trainer.backbone.forward_taps(x, (90,), (24,))[90, 24]
-            taps.append(F.adaptive_avg_pool2d(maps, 2).flatten(1))
+    taps = [features(trainer, part, range(len(part)), (90, 24)) for part in (train, val)]
     expected = linear_accuracy(taps[0], train.labels, taps[1], val.labels, [1e-3])
     assert found["linear"] == pytest.approx(expected["top1"], abs=0.12)
     assert found["linear"] > 0.6

@@ -4,7 +4,9 @@ Nothing is cached: in every step the network runs once for each timestep, and th
 blocks, poolings and learning rates learn from what it returns. The protocol is the paper's (Section
 4): Adam, cross-entropy, batches of 128, mirrored images, 28 epochs, the rate divided by 10 after
 each quarter of them (7 epochs at least). For each tap and rate two probes are trained side by side:
-one without the held-out training images, which choose the rate, and one on all of them.
+one without the held-out training images, on which the smallest loss chooses the rate, and one on
+all of them. Ours is that features are standardized first, so that the same rates serve all blocks;
+``standardize=False`` is the paper's way.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from diffbackbone.eval.features import FeatureSpec, autocast, pool_maps
 from diffbackbone.utils import RandomStream, UserError, atomic_write
 
 BATCH, STEP, GAMMA, HOLDOUT = 128, 7, 0.1, 0.1
+STANDARD = 10_000
+"""Training images, at most, that mean and standard deviation of the features are computed from."""
 BYTES = 16
 """Bytes of a weight with its gradient and Adam's two moments."""
 
@@ -40,7 +44,8 @@ Key = tuple[int, int]
 class ProbeGrid(nn.Module):
     """Linear probes on blocks and pools, for each timestep, in several copies.
 
-    ``weights`` of (b, pool, copy) are (T, classes, features), a probe for each timestep.
+    ``weights`` of (b, pool, copy) are (T, classes, features), a probe for each timestep; ``means``
+    and ``scales`` of (b, pool), (T, 1, features), standardize the features of all copies.
 
     Args:
         features: Number of features of each (block, pool).
@@ -54,9 +59,13 @@ class ProbeGrid(nn.Module):
         self, features: Mapping[Key, int], timesteps: int, copies: int, classes: int, seed: int
     ) -> None:
         super().__init__()
-        self.copies, self.keys = copies, tuple(features)
+        self.copies, self.features, self.keys = copies, features, tuple(features)
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        self.means, self.scales = nn.ParameterDict(), nn.ParameterDict()
         for key, size in features.items():
+            for part, value in (self.means, 0.0), (self.scales, 1.0):
+                values = torch.full((timesteps, 1, size), value)
+                part[self.name(key)] = nn.Parameter(values, requires_grad=False)
             generator = torch.Generator().manual_seed(seed)
             start = torch.rand(timesteps, classes, size, generator=generator) * 2 - 1
             start /= size**0.5
@@ -66,16 +75,17 @@ class ProbeGrid(nn.Module):
                 self.biases[name] = nn.Parameter(torch.zeros(timesteps, 1, classes))
 
     @staticmethod
-    def name(key: Key, copy: int) -> str:
-        """Return the name of the probes of a block, a pool and a copy."""
-        return f"b{key[0]}_p{key[1]}_{copy}"
+    def name(key: Key, copy: int | None = None) -> str:
+        """Return the name of a block and a pool, and of a copy of their probes."""
+        return f"b{key[0]}_p{key[1]}" if copy is None else f"b{key[0]}_p{key[1]}_{copy}"
 
     def forward(self, x: Mapping[Key, Tensor]) -> Iterator[tuple[Key, int, Tensor]]:
         """Yield (key, copy, scores (T, N, classes)) of features (T, N, D) of each key."""
         for key in self.keys:
+            scaled = (x[key] - self.means[self.name(key)]) * self.scales[self.name(key)]
             for copy in range(self.copies):
                 name = self.name(key, copy)
-                yield key, copy, torch.baddbmm(self.biases[name], x[key], self.weights[name].mT)
+                yield key, copy, torch.baddbmm(self.biases[name], scaled, self.weights[name].mT)
 
     def parameters_of(self, copy: int) -> list[nn.Parameter]:
         """Return the parameters of one copy."""
@@ -94,6 +104,7 @@ class OnePass:
         lr: Learning rates.
         epochs: Epochs.
         flip: Mirror half of the images, drawn anew in each epoch.
+        standardize: Standardize the features.
         folder: Keeps the state of a run, so that a killed one continues.
         workers: Processes that read images.
         state: The processes that share the work.
@@ -106,6 +117,7 @@ class OnePass:
     lr: Sequence[float]
     epochs: int
     flip: bool
+    standardize: bool
     folder: Path
     workers: int
     state: PartialState
@@ -170,7 +182,15 @@ class OnePass:
         learns[held] = 0  # for the first half of the probes
         labels = torch.from_numpy(train.labels).to(device)
         path = self.folder / f"probes-{seed}-{number}.pt"
-        given = [*map(list, sizes)], timesteps, self.lr, self.flip, train.digest(), seed
+        given = (
+            [*map(list, sizes)],
+            timesteps,
+            self.lr,
+            self.flip,
+            self.standardize,
+            train.digest(),
+            seed,
+        )
         settings = json.dumps(given)
         first = 0
         if path.is_file():
@@ -179,6 +199,8 @@ class OnePass:
                 grid.load_state_dict(saved["grid"])
                 optimizer.load_state_dict(saved["optimizer"])
                 first = saved["epoch"]
+        if self.standardize and not first:
+            self._measure(grid, train, seed)
         for epoch in range(first, self.epochs):
             for group, lr in zip(optimizer.param_groups, rates):
                 group["lr"] = lr * GAMMA ** (epoch // max(STEP, self.epochs // 4))
@@ -201,41 +223,66 @@ class OnePass:
                 content = {"settings": settings, "epoch": epoch + 1, "grid": grid.state_dict()}
                 content["optimizer"] = optimizer.state_dict()
                 atomic_write(path, lambda file, content=content: torch.save(content, file))
-        scores = {name: self._evaluate(grid, *images) for name, images in {
-            "held": (train, held), "val": (val, np.arange(len(val)))
-        }.items()}  # fmt: skip
+        losses, _ = self._evaluate(grid, train, held)
+        _, accuracies = self._evaluate(grid, val, np.arange(len(val)))
         records = []
         for index, (block, pool) in enumerate(grid.keys):
             for place, t in enumerate(timesteps):
-                best = int(scores["held"][index, : len(self.lr), place].argmax())
+                best = int(losses[index, : len(self.lr), place].argmin())
                 whole = best + len(self.lr)
                 record = {"b": block, "t": t, "pool": pool, "seed": seed}
                 record |= {"features": sizes[block, pool], "train_images": len(train)}
-                record |= {"linear": scores["val"][index, whole, place].item(), "lr": self.lr[best]}
+                record |= {"linear": accuracies[index, whole, place].item(), "lr": self.lr[best]}
                 records.append(record)
         return records
 
+    def _sum(self, x: Tensor) -> Tensor:
+        """Add up over all processes, in place."""
+        if self.state.num_processes > 1:
+            dist.all_reduce(x)
+        return x
+
     def _reduce(self, grid: ProbeGrid) -> None:
         """Add up the gradients of all processes; one without images has none."""
-        if self.state.num_processes > 1:
-            for parameter in grid.parameters():
+        for parameter in grid.parameters():
+            if parameter.requires_grad and self.state.num_processes > 1:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
+                self._sum(parameter.grad)
 
     @torch.no_grad()
-    def _evaluate(self, grid: ProbeGrid, images: ImageFolder, rows: np.ndarray) -> Tensor:
-        """Return accuracies (keys, copies, T)."""
-        shape = len(grid.keys), grid.copies, len(self.spec.timesteps)
-        right = torch.zeros(shape, dtype=torch.float64, device=self.state.device)
+    def _measure(self, grid: ProbeGrid, train: ImageFolder, seed: int) -> None:
+        """Compute mean and standard deviation of each feature; constant ones keep their scale."""
+        rows = RandomStream.ORDER.generator(seed).permutation(len(train))[:STANDARD]
+        sums = {key: 0.0 for key in grid.keys}
+        for x, own, _ in self._batches(train, rows, grid.keys, "mean and deviation"):
+            for key, values in x.items() if len(own) else ():
+                wide = values.double()
+                sums[key] = sums[key] + torch.stack([wide.sum(1), wide.square().sum(1)])
+        for key, size in grid.features.items():
+            empty = torch.zeros(2, len(self.spec.timesteps), size, dtype=torch.float64)
+            mean, square = self._sum(sums[key] + empty.to(self.state.device)) / len(rows)
+            deviation = (square - mean.square()).clamp_min(0).sqrt()
+            varies = deviation > 1e-6 * mean.abs()
+            grid.means[grid.name(key)].copy_(mean[:, None])
+            grid.scales[grid.name(key)].copy_(torch.where(varies, 1 / deviation, 1)[:, None])
+
+    @torch.no_grad()
+    def _evaluate(
+        self, grid: ProbeGrid, images: ImageFolder, rows: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean losses and accuracies, both (keys, copies, T)."""
+        shape = 2, len(grid.keys), grid.copies, len(self.spec.timesteps)
+        sums = torch.zeros(shape, dtype=torch.float64, device=self.state.device)
         labels = torch.from_numpy(images.labels).to(self.state.device)
         for x, own, _ in self._batches(images, rows, grid.keys, "evaluation"):
             for key, copy, scores in grid(x) if len(own) else ():
-                hits = (scores.argmax(2) == labels[own]).sum(1)
-                right[grid.keys.index(key), copy] += hits
-        if self.state.num_processes > 1:
-            dist.all_reduce(right)
-        return right.cpu() / len(rows)
+                truth = labels[own].expand(len(scores), -1)
+                losses = F.cross_entropy(scores.transpose(1, 2), truth, reduction="none")
+                found = torch.stack([losses, (scores.argmax(2) == truth).float()])
+                sums[:, grid.keys.index(key), copy] += found.sum(2)
+        losses, hits = self._sum(sums).cpu() / len(rows)
+        return losses, hits
 
     @torch.no_grad()
     def _batches(

@@ -81,15 +81,17 @@ class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
     k: int = 20
     """Number of neighbors; all training images if there are fewer."""
     probe: Literal["auto", "cached", "one-pass"] = "auto"
-    """cached: scikit-learn's logistic regression, and kNN, on cached features. one-pass: probes by
-    the paper's protocol from one run of the network, no cache, no kNN, no CKA. auto: one-pass where
-    the cache would take more than 100 GB."""
+    """cached: scikit-learn's logistic regression, and kNN, on cached features. one-pass: Adam on
+    probes of all cells at once, by the paper's protocol, from one run of the network: no cache, no
+    kNN, no CKA. auto: one-pass where the cache would take more than 100 GB."""
     lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     """One-pass probes: learning rates; held-out training images choose one for each tap."""
-    epochs: int = 15
+    epochs: int = 28
     """One-pass probes: epochs."""
     flip: bool = True
     """One-pass probes: mirror images at random; --no-flip for text and digits."""
+    standardize: bool = True
+    """One-pass probes: standardize features, as cached probes do; the paper doesn't."""
     probe_memory: float = 8.0
     """One-pass probes: GB that they may take with gradients and moments."""
     cka: bool = True
@@ -167,7 +169,7 @@ def run(config: SweepConfig) -> dict[str, Any]:
     one_pass = _choose_probe(config, spec, backbone, folders) == "one-pass"
     if one_pass:
         config = replace(config, measures=("linear",), cka=False)
-        settings.update({name: getattr(config, name) for name in ("lr", "epochs", "flip")})
+        settings.update({name: getattr(config, name) for name in ("epochs", "flip", "standardize")})
         settings.update(probe="one-pass", lr=list(config.lr), measures=["linear"])
     results: dict[str, Any] = {"settings": settings, "records": []}
     if (config.out / "results.json").is_file() and not config.overwrite:
@@ -279,8 +281,8 @@ def _train_in_one_pass(
     """Add the records of the draws of labels that are not done yet."""
     backbone.to(state.device).eval()
     trainer = onepass.OnePass(
-        backbone, spec, config.pools, config.lr, config.epochs, config.flip, config.out / "probes",
-        config.workers, state, 1e9 * config.probe_memory,
+        backbone, spec, config.pools, config.lr, config.epochs, config.flip,
+        config.standardize, config.out / "probes", config.workers, state, 1e9 * config.probe_memory,
     )  # fmt: skip
     taps = [(b, t, pool) for b in config.blocks for t in config.timesteps for pool in config.pools]
     for draw in draws:
