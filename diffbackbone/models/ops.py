@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 GROUPS = 32
 """Groups of every group norm in guided-diffusion; all widths are multiples of it."""
-PRODUCT_POSITIONS = 256
-"""On a CPU, a 3x3 convolution of so few positions (H * W) is a matrix product for each image.
+SMALL_MAP, LARGE_WEIGHT = 256, 2**22
+"""On a CPU, a 3x3 convolution of at most so many positions (H * W) is a matrix product for each
+image if it has at least so many weights, and runs on contiguous maps if it has fewer.
 
 The size of the batch has no say here, so that an image's maps don't depend on it.
 """
@@ -223,14 +224,17 @@ class Conv3x3(nn.Conv2d):
             if picks and x.dtype == torch.float32 and positions >= UPSAMPLE_POSITIONS:
                 return self._before_upsampling(x)
             x, positions = F.interpolate(x, scale_factor=2.0, mode="nearest"), 4 * positions
-        if picks and positions <= PRODUCT_POSITIONS and self.weight.is_contiguous():
-            return self._as_product(x)
+        if picks and positions <= SMALL_MAP and self.weight.is_contiguous():
+            if self.weight.numel() >= LARGE_WEIGHT:
+                return self._as_product(x)
+            y = super().forward(x.contiguous())  # more exact than on channels-last maps
+            return y.contiguous(memory_format=torch.channels_last) if _is_nhwc(x) else y
         return super().forward(x)
 
     def _as_product(self, x: Tensor) -> Tensor:
         """Gather the 3x3 neighbourhoods and multiply.
 
-        On small maps the time goes into reading the weight, which oneDNN's convolution reorders
+        On small maps the time goes into reading a large weight, which oneDNN's convolution reorders
         in every call and a matrix product does not.
         """
         n, _, height, width = x.shape
