@@ -259,7 +259,8 @@ def test_memory_that_a_cpu_lacks():
 
 
 def test_all_cases_against_diffssl(run, checkout):
-    rows = run(*PASSES, batch=2, **checkout("diffssl"))
+    # at 32 px, groups of the norm at the bottleneck have one value, less its mean: rounding alone
+    rows = run(*PASSES, batch=2, sizes=(64,), **checkout("diffssl"))
     assert [row.case.name for row in rows] == list(PASSES)
     for row in rows:
         assert (row.status, row.message) == ("ok", "")
