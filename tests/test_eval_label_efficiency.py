@@ -243,7 +243,7 @@ def test_scenes_of_fewer_labels_are_part_of_those_of_more():
 
 
 def test_digits_and_their_labels(runner):
-    train, val = runner.digits().values()
+    train, val = runner.images().values()
     assert (len(train), len(val), len(train.classes)) == (60, 6, 10)
     images = [(folder.root / p).read_bytes() for folder in (train, val) for p in folder.paths]
     assert len(set(images)) == 66
@@ -281,6 +281,42 @@ def test_classification_cell(runner, task, monkeypatch):
     cached = {"attention": ("none", False, True), "difffeed": ("bottleneck", False, False)}
     if task in cached:
         assert seen[0] == cached[task]
+
+
+def test_own_images_and_a_network_of_timm(tmp_path):
+    pytest.importorskip("timm")
+    image_folders.write_folder(tmp_path / "data/train", 6, 0)
+    image_folders.write_folder(tmp_path / "data/val", 3, 1)
+    network = {"preset": "timm:resnet10t", "pretrained": False}
+    taps = {"tap": (0, 4), "random_tap": (0, 5), "data": tmp_path / "data"}
+    options = {
+        **taps,
+        "unet": json.dumps(network),
+        "tasks": ("linear", "attention"),
+        "seeds": (0, 1),
+    }
+    grid(tmp_path / "out", labels=(0.5,), **options)
+    records = records_of(tmp_path / "out")
+    assert len(records) == 8
+    assert {(r["train_images"], r["val_images"]) for r in records} == {(9, 9)}
+    features = [
+        np.load(tmp_path / f"out/cache/{name}/tap/train/{tap}.npy")
+        for name, tap in (("pretrained", "t0.b4"), ("random-0", "t0.b5"), ("random-1", "t0.b5"))
+    ]
+    assert features[1].shape == features[2].shape
+    assert not np.array_equal(features[1], features[2])
+    (tmp_path / "data/val/class0/0.png").unlink()
+    with pytest.raises(UserError, match="other settings"):
+        grid(tmp_path / "out", labels=(0.5,), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tasks": ("difffeed",)}, {"tasks": ("upernet",)}, {"weights": ("initial",)}]
+)
+def test_what_needs_a_u_net(tmp_path, options):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="guided-diffusion"):
+        grid(tmp_path, unet="timm:resnet10t", **options)
 
 
 def test_upernet_cell(runner):

@@ -12,27 +12,33 @@ WeightsName = Literal["pretrained", "random", "initial"]
 
 @dataclass(kw_only=True)
 class LabelEfficiencyConfig:
-    """Compare pretrained and random features of a frozen U-Net with few labels, over many tasks.
+    """Compare pretrained and random features of a frozen network with few labels, over many tasks.
 
-    OUT gets results.jsonl (one line per finished cell), summary.md (means, standard deviations and
-    differences paired by seed) and a picture for each task. Run the same command again to continue
-    a run that was stopped. --preset heads compares kNN and all heads on plain handwritten digits.
+    With --data the classification tasks are on your own images, and any network serves. --preset
+    heads compares kNN and all heads on plain handwritten digits. OUT gets results.jsonl (one line
+    per finished cell), summary.md (means, standard deviations and differences paired by seed) and a
+    picture for each task. Run the same command again to continue a run that was stopped.
     """
 
     out: Path = Path("work_dirs/label_efficiency")
     """Folder of the grid."""
     preset: Literal["grid", "heads"] = "grid"
     """Sets the defaults of the other options."""
+    data: Path | None = None
+    """Folder with train/<class>/ and val/<class>/; default: made images of digits. UperNet and Mask
+    R-CNN are always on made scenes."""
     checkpoint: str | None = None
-    """Pretrained weights."""
+    """Pretrained weights; networks such as timm:resnet50 bring their own."""
     unet: str | None = None
-    """Architecture (a preset); default: that of a .safetensors checkpoint, else tiny."""
+    """Network; default: that of a .safetensors checkpoint, else tiny. DifFeed, UperNet, Mask R-CNN
+    and --weights initial need one of guided-diffusion."""
     tasks: tuple[TaskName, ...] = (
         "knn", "linear", "attention", "difformer", "difffeed", "upernet", "maskrcnn"
     )  # fmt: skip
     """The last two are on scenes of several digits, the others on images of one digit."""
     weights: tuple[WeightsName, ...] = ("pretrained", "random")
-    """random: drawn, also where guided-diffusion starts at zero; initial: as before training."""
+    """random: drawn, also where guided-diffusion starts at zero; of timm, as before training.
+    initial: as before training."""
     labels: tuple[float, ...] = (1.0, 0.1, 0.01)
     """Shares of the labels; a smaller share is part of a larger one."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -46,7 +52,7 @@ class LabelEfficiencyConfig:
     digits: int = 10_000
     """Training scenes of one digit; there are a tenth as many for validation."""
     image_size: int = 32
-    """Height and width of the images of one digit."""
+    """Height and width of the images that are classified."""
     tap: tuple[int, int] = (300, 33)
     """Timestep and block of kNN, linear probe, attention and DifFeed; tools/sweep.py finds the
     best. The timestep is that of the scenes too."""

@@ -1,4 +1,4 @@
-"""A grid of tasks, weights, shares of the labels and seeds on a frozen U-Net, and its report."""
+"""A grid of tasks, weights, shares of the labels and seeds on a frozen network, and its report."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any
 from filelock import FileLock
 from matplotlib.figure import Figure
 
-from diffbackbone import UNet, UNetConfig, load_checkpoint
+from diffbackbone import load_checkpoint
 from diffbackbone.cli import run_command
 from diffbackbone.eval.label_config import PRESETS, Cell, LabelEfficiencyConfig
 from diffbackbone.eval.label_tasks import TASKS, LabelEfficiencyRunner, config_file
-from diffbackbone.eval.options import BackboneOptions, check_settings
+from diffbackbone.eval.options import BackboneOptions, DataOptions, check_settings
+from diffbackbone.models import build_network
 from diffbackbone.utils import (
     UserError,
     markdown_table,
@@ -35,7 +36,7 @@ from diffbackbone.utils import (
 FORMAT = "diffbackbone label efficiency 4"
 COLORS = {"pretrained": "tab:blue", "random": "tab:orange", "initial": "tab:gray"}
 _MAY_CHANGE = {
-    "out", "preset", "checkpoint", "unet", "tasks", "weights", "labels", "seeds", "device"
+    "out", "preset", "data", "checkpoint", "unet", "tasks", "weights", "labels", "seeds", "device"
 }  # fmt: skip
 
 Record = Mapping[str, Any]
@@ -43,8 +44,6 @@ Record = Mapping[str, Any]
 
 def run(config: LabelEfficiencyConfig) -> None:
     """Measure what is missing of the grid; a cell that fails is left out."""
-    if config.checkpoint is None and "pretrained" in config.weights:
-        raise UserError("--weights pretrained needs --checkpoint; without it use --weights random")
     cells = [
         Cell(task, weights, labels, seed)
         for seed in config.seeds  # first, so that a part of the grid can be compared
@@ -53,11 +52,11 @@ def run(config: LabelEfficiencyConfig) -> None:
         for weights in config.weights
     ]
     unet = BackboneOptions(unet=config.unet or config.checkpoint or "tiny").network()
+    runner = LabelEfficiencyRunner(config, unet)
     settings = grid_settings(config, unet)
     config.out.mkdir(parents=True, exist_ok=True)
     with FileLock(config.out / ".lock", timeout=0):
         records, failed = open_results(config.out, settings), []
-        runner = LabelEfficiencyRunner(config, unet)
         print(f"{sum(cell in records for cell in cells)} of {len(cells)} cells are finished")
         for cell in cells:
             if cell in records:
@@ -80,14 +79,17 @@ def run(config: LabelEfficiencyConfig) -> None:
         raise UserError(f"{len(failed)} cells failed:\n  " + "\n  ".join(failed))
 
 
-def grid_settings(config: LabelEfficiencyConfig, unet: UNetConfig) -> dict[str, Any]:
-    """Return what results depend on: options, the checkpoint's weights, the configs' content."""
+def grid_settings(config: LabelEfficiencyConfig, unet: Any) -> dict[str, Any]:
+    """Return what results depend on: options, images, weights, content of the configs."""
     settings: dict[str, Any] = {"format": FORMAT}
     options = settings_of(config)
     settings.update({name: options[name] for name in options.keys() - _MAY_CHANGE})
     settings.update({f"unet.{name}": value for name, value in dataclasses.asdict(unet).items()})
+    if config.data is not None:
+        train, val = DataOptions(data=config.data).list_folders(unet.in_channels)
+        settings["images"] = f"{train.digest()} {val.digest()}"
     if config.checkpoint is not None:
-        model = UNet(unet)
+        model = build_network(unet)
         load_checkpoint(model, config.checkpoint)
         settings["weights"] = weights_digest(model)
     for task in {"upernet", "maskrcnn"} & set(config.tasks):
@@ -180,7 +182,7 @@ def draw_curves(task: str, records: Sequence[Record]) -> Figure:
     axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="share of the labels", ylabel=f"{TASKS[task].score} in %")
-    axes.set_title(f"{TASKS[task].title}, frozen U-Net")
+    axes.set_title(f"{TASKS[task].title}, frozen network")
     axes.grid(axis="y", alpha=0.4)
     axes.legend()
     return figure
@@ -189,9 +191,9 @@ def draw_curves(task: str, records: Sequence[Record]) -> Figure:
 def write_report(config: LabelEfficiencyConfig, records: Sequence[Record]) -> None:
     """Write ``summary.md`` and the pictures."""
     caption = (
-        f"The U-Net is frozen. Digits: {config.image_size} px; (t, b) = {config.tap} (pretrained) "
-        f"and {config.random_tap} (others), of DifFormer t = {config.timesteps} and b = "
-        f"{config.blocks}. Mean ± standard deviation over the seeds; in brackets their number "
+        f"The network is frozen. Images: {config.image_size} px; (t, b) = {config.tap} "
+        f"(pretrained) and {config.random_tap} (others), of DifFormer t = {config.timesteps} and "
+        f"b = {config.blocks}. Mean ± standard deviation over the seeds; in brackets their number "
         "where it is below three. Differences are paired by seed."
     )
     parts = ["# Frozen features with few labels", caption, summarize(records)]

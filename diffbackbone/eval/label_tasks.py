@@ -22,11 +22,11 @@ from torch import nn
 from diffbackbone import UNet, UNetConfig, load_checkpoint, sample_data
 from diffbackbone.cli import CONFIGS, end_with_parent, find_config
 from diffbackbone.eval import classify
-from diffbackbone.eval.data import ImageFolder, choose_subset, list_folder
+from diffbackbone.eval.data import ImageFolder, choose_subset
 from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_caches
 from diffbackbone.eval.knn import KnnConfig
 from diffbackbone.eval.label_config import Cell, LabelEfficiencyConfig
-from diffbackbone.eval.options import build_backbone
+from diffbackbone.eval.options import DataOptions, build_backbone
 from diffbackbone.eval.probe import Labels, measure_tap
 from diffbackbone.eval.recipes import RECIPES
 from diffbackbone.saving import save_safetensors
@@ -109,9 +109,18 @@ def write_coco_subset(source: Path, target: Path, chosen: Sequence[int]) -> None
 class LabelEfficiencyRunner:
     """Makes what the cells of a grid need, once, and measures them."""
 
-    def __init__(self, config: LabelEfficiencyConfig, unet: UNetConfig) -> None:
+    def __init__(self, config: LabelEfficiencyConfig, unet: Any) -> None:
         self.config = config
         self.unet = unet
+        ours = isinstance(unet, UNetConfig)
+        needs = {"difffeed", "upernet", "maskrcnn"} & set(config.tasks)
+        needs |= {"initial"} & set(config.weights)
+        if needs and not ours:
+            raise UserError(f"{', '.join(sorted(needs))}: needs a U-Net of guided-diffusion")
+        if "random" in config.weights and not (ours or hasattr(unet, "pretrained")):
+            raise UserError("random weights: needs a U-Net of guided-diffusion or a timm: network")
+        if ours and config.checkpoint is None and "pretrained" in config.weights:
+            raise UserError("pretrained weights: needs --checkpoint; else use --weights random")
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Return a cell's ``score`` in %, ``metrics``, ``train_images`` and ``val_images``."""
@@ -128,11 +137,32 @@ class LabelEfficiencyRunner:
         return (self.config.out / "cells" / cell.name).resolve()
 
     def weights(self, cell: Cell) -> Path:
-        """Return the file of a cell's weights."""
-        name = cell.weights if cell.weights == "pretrained" else f"{cell.weights}-{cell.seed}"
-        path = self.config.out / "cache" / f"{name}.safetensors"
+        """Return the file of a cell's weights, of a U-Net of guided-diffusion."""
+        path = self.cache(cell).with_suffix(".safetensors")
         write_weights(path, cell.weights, self.unet, self.config.checkpoint, cell.seed)
-        return path.resolve()
+        return path
+
+    def cache(self, cell: Cell) -> Path:
+        """Return the folder of the features that a cell's weights give."""
+        name = cell.weights if cell.weights == "pretrained" else f"{cell.weights}-{cell.seed}"
+        return (self.config.out / "cache" / name).resolve()
+
+    def network(self, cell: Cell) -> dict[str, Any]:
+        """Return the options that describe a cell's network, taps and images."""
+        timesteps, blocks = self.taps(cell)
+        found = {"unet": self.config.unet, "checkpoint": self.config.checkpoint}
+        if isinstance(self.unet, UNetConfig):
+            found = dict.fromkeys(found, str(self.weights(cell)))
+        elif cell.weights == "random":
+            name = self.config.unet
+            fields = json.loads(name) if name.lstrip().startswith("{") else {"preset": name}
+            found = {"unet": json.dumps({**fields, "pretrained": False}), "checkpoint": None}
+        return {
+            **found, "timesteps": timesteps, "blocks": blocks,
+            "noise": "fixed" if getattr(self.unet, "timed", True) else "none",
+            "data": self.config.data or self.config.out / "digits",
+            "image_size": self.config.image_size, "device": self.config.device,
+        }  # fmt: skip
 
     def taps(self, cell: Cell) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the timesteps and blocks of a cell's features."""
@@ -141,33 +171,32 @@ class LabelEfficiencyRunner:
         t, b = self.config.tap if cell.weights == "pretrained" else self.config.random_tap
         return (t,), (b,)
 
-    def digits(self) -> dict[str, ImageFolder]:
-        """Return training and validation images of one digit."""
-        config, root = self.config, self.config.out / "digits"
-        if config.images == "scans":
+    def images(self) -> dict[str, ImageFolder]:
+        """Return the training and validation images that are classified."""
+        config, root = self.config, self.config.data or self.config.out / "digits"
+        if config.data is not None:
+            pass
+        elif config.images == "scans":
             sample_data.make_digits(root, size=config.image_size)
         else:
             counts = {"train": config.digits, "val": math.ceil(config.digits / 10)}
             make_digit_scenes(root, counts, config.image_size)
-        train = list_folder(root / "train")
-        return {"train": train, "val": list_folder(root / "val", train.classes)}
+        options = DataOptions(data=root)
+        return dict(zip(("train", "val"), options.list_folders(self.unet.in_channels)))
 
     def labeled(self, cell: Cell) -> np.ndarray:
-        """Return the training digits that keep their labels, balanced over the classes."""
-        return choose_subset(self.digits()["train"], f"{cell.labels:g}", cell.seed)
+        """Return the training images that keep their labels, balanced over the classes."""
+        return choose_subset(self.images()["train"], f"{cell.labels:g}", cell.seed)
 
     def features(self, cell: Cell) -> list[FeatureCache]:
-        """Return the features of the training and validation digits at the cell's taps."""
-        config, weights = self.config, self.weights(cell)
-        timesteps, blocks = self.taps(cell)
-        options = KnnConfig(
-            unet=str(weights), checkpoint=str(weights), timesteps=timesteps, blocks=blocks,
-            image_size=config.image_size, batch_size=50, device=config.device,
-            cache=weights.with_suffix("") / ("difformer" if cell.task == "difformer" else "tap"),
-        )  # fmt: skip
+        """Return the features of the training and validation images at the cell's taps."""
+        cache = self.cache(cell) / ("difformer" if cell.task == "difformer" else "tap")
+        in_file = cell.weights == "pretrained" or isinstance(self.unet, UNetConfig)
+        seed = 0 if in_file else cell.seed  # of random weights
+        options = KnnConfig(**self.network(cell), seed=seed, batch_size=50, cache=cache)
         state = options.start()
         spec = FeatureSpec.of(options, HEAD_POOL, state)
-        return open_caches(options, self.digits(), build_backbone(options), spec, state)
+        return open_caches(options, self.images(), build_backbone(options), spec, state)
 
     def probe(self, cell: Cell) -> dict[str, Any]:
         """Fit a linear probe, or find nearest neighbors."""
@@ -180,21 +209,15 @@ class LabelEfficiencyRunner:
 
     def head(self, cell: Cell) -> dict[str, Any]:
         """Train a head; DifFeed runs the U-Net, the others read cached features."""
-        config, weights, count = self.config, self.weights(cell), len(self.labeled(cell))
+        config, count = self.config, len(self.labeled(cell))
         batch = {"attention": 64, "difformer": 32, "difffeed": 16}[cell.task]
         epochs = math.ceil(config.steps[cell.task] / math.ceil(count / batch))
-        timesteps, blocks = self.taps(cell)
         options = dataclasses.replace(
             RECIPES["digits"],
-            data=config.out / "digits",
+            **self.network(cell),
             out=self.folder(cell),
-            unet=str(weights),
-            checkpoint=str(weights),
             head="difformer" if cell.task == "difformer" else "attention",
             feedback="bottleneck" if cell.task == "difffeed" else "none",
-            timesteps=timesteps,
-            blocks=blocks,
-            image_size=config.image_size,
             pool=HEAD_POOL,
             width=WIDTH,
             lr=(1e-3,),
@@ -204,7 +227,6 @@ class LabelEfficiencyRunner:
             eval_every=epochs,
             subset=f"{cell.labels:g}",
             seed=cell.seed,
-            device=config.device,
             workers=0,
             log_with="none",
         )
