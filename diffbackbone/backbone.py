@@ -409,7 +409,8 @@ class DiffusionBackbone(nn.Module):
         """Return taps {(t, b): map} and {(t, b, "first"): map} of the padded images."""
         if y is None and self.class_label is not None:
             y = torch.full((images.shape[0],), self.class_label, device=images.device)
-        x_start = self.unet.encode(pad_to_multiple(images, self.size_divisibility))
+        multiple = 1 if images.shape[-2:] == self.unet.own_size else self.size_divisibility
+        x_start = self.unet.encode(pad_to_multiple(images, multiple))
         shape, device, noise = x_start.shape[1:], x_start.device, None
         if self.noise == "fixed":
             noise = self._fixed_noise(*shape, self.seed, device)

@@ -100,6 +100,31 @@ def test_taps_equal_timm(arch):
 
 
 @pytest.mark.filterwarnings("ignore:.*weights are RANDOM")
+@pytest.mark.parametrize("name", ["resnet10t", "tinynet_e", "levit_128s", "tresnet_m"])
+def test_strides_where_the_networks_own_size_is_no_multiple(name):
+    config = resolve(name, pretrained=False)
+    last = len(config.blocks)
+    strides = [config.blocks[b].stride for b in range(1, last + 1)]
+    expected = {"levit_128s": [16, 32, 64], "tresnet_m": [4, 4, 8, 16, 32]}
+    assert strides == expected.get(name, [2, 4, 8, 16, 32])
+    options = {"blocks": (last,), "noise": "none", "out_channels": None, "out_strides": None}
+    backbone = DiffusionBackbone(config, **options).eval()
+    own, given = images(config.image_size, config.image_size, n=1), images(64, 128, n=1)
+    sizes = []
+    forward = backbone.unet.forward_features
+    backbone.unet.forward_features = lambda x, *a: (
+        sizes.append(tuple(x.shape[2:])) or forward(x, *a)
+    )
+    with torch.no_grad():
+        (x,), (y,) = backbone(own), backbone(given)
+        model = backbone.unet.model
+        expected = model.forward_intermediates(normalize(model, own), intermediates_only=True)[-1]
+    assert (x - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert y.shape[2:] == (64 // strides[-1], 128 // strides[-1])
+    assert sizes == [own.shape[2:], (64, 128)]
+
+
+@pytest.mark.filterwarnings("ignore:.*weights are RANDOM")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_any_size_gives_the_promised_maps(arch):
     blocks = resolve_network(unet(arch)).blocks

@@ -191,6 +191,7 @@ class DiffusionModel(nn.Module):
             Stable Diffusion.
         learned: Names of parameters that are trained also when the network is frozen.
         pretrained: Whether building the network has loaded its weights.
+        own_size: Height and width of images that run without padding, whatever the strides.
         timed: Whether the network reads a timestep; one that doesn't takes images as they are.
         channels_last: Whether inference on a CPU uses this memory format.
 
@@ -214,6 +215,7 @@ class DiffusionModel(nn.Module):
     input_stride: int = 1
     learned: tuple[str, ...] = ()
     pretrained: bool = False
+    own_size: tuple[int, int] | None = None
     timed: bool = True
     channels_last: bool = True
 

@@ -117,7 +117,9 @@ class TimmConfig:
             maps = model.eval().forward_intermediates(image, intermediates_only=True)
         infos, before = [], self.in_channels
         for index, (x, info) in enumerate(zip(maps, model.feature_info), 1):
-            stride = round(size[0] / x.shape[2])
+            stride = info["reduction"]  # not measured: 240 px give a map of 8 at stride 32
+            if not 0.7 < stride * x.shape[2] / size[0] < 1.4:  # but some are wrong (TResNet)
+                stride = round(size[0] / x.shape[2])
             name = f"model.{info['module']}"
             infos.append(BlockInfo(index, x.shape[1], stride, name, before, part="level"))
             before = x.shape[1]
@@ -212,6 +214,7 @@ class TimmModel(DiffusionModel):
         self.config = config
         self.pretrained = pretrained and config.pretrained
         self.model, _ = config.create(self.pretrained)
+        self.own_size = config.facts.size
         self.model.prune_intermediate_layers([self.last_block - 1], prune_norm=not config.norm)
         mean, std = (torch.tensor(x)[:, None, None] for x in (config.facts.mean, config.facts.std))
         # (x + 1) / 2 is the image in [0, 1]
