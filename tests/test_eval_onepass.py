@@ -194,8 +194,9 @@ def test_large_sets_take_one_pass(make, data, monkeypatch):
         monkeypatch.setattr(sweep, "LARGEST_CACHE", limit)
         found = sweep._choose_probe(config, trainer.spec, trainer.backbone, images)
         assert found == expected
-    forced = dataclasses.replace(config, probe="cached")
-    assert sweep._choose_probe(forced, trainer.spec, trainer.backbone, images) == "cached"
+    for changes in ({"probe": "cached"}, {"measures": ("knn",)}):
+        other = dataclasses.replace(config, **changes)
+        assert sweep._choose_probe(other, trainer.spec, trainer.backbone, images) == "cached"
 
 
 def test_held_out_images_choose_the_rate_of_each_tap(make, data, monkeypatch):

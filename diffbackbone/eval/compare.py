@@ -77,6 +77,7 @@ def sweep_of(config: CompareConfig, model: str) -> sweep.SweepConfig:
         seeds=config.seeds,
         device=config.device,
         precision=config.precision,
+        probe="cached",  # the same solver for all, and kNN
         cka=False,
     )
 

@@ -260,7 +260,8 @@ def _choose_probe(
     size = onepass.cache_bytes(spec, backbone, sum(map(len, folders.values())))
     chosen = config.probe
     if chosen == "auto":
-        chosen = "one-pass" if size > LARGEST_CACHE else "cached"
+        large = size > LARGEST_CACHE and "linear" in config.measures
+        chosen = "one-pass" if large else "cached"
         if chosen == "one-pass":
             print(f"one-pass probes: a cache of all taps would take {size / 1e9:,.0f} GB")
     if chosen == "one-pass":
