@@ -125,10 +125,11 @@ def test_a_step_is_adams_on_the_cross_entropy(make, data, copy, standardize):
     )
 
 
-def test_the_network_runs_once_for_many_probes(make, data):
+def test_the_network_runs_once_for_many_probes(make, tmp_path):
     blocks, timesteps, rates = (12, 15, 18, 21, 24, 27), (10, 50, 90, 150, 300), (1, 2, 3, 4, 5)
     trainer = make(blocks, timesteps, (1,), tuple(10.0**-r for r in rates), epochs=1)
-    train = val = folders(data)[1]
+    image_folders.write_folder(tmp_path / "images", 2, 0)
+    train = val = list_folder(tmp_path / "images")
     with counting_flops() as counter:
         trainer.run(train, val, 0)
     images = len(train) + len(val)  # learning and held-out ones are together the training set
@@ -139,14 +140,15 @@ def test_the_network_runs_once_for_many_probes(make, data):
 
 
 def test_memory_is_bounded(make, data, capsys):
+    few = folders(data)[1]
     whole = make(epochs=1)
-    expected = by_cell(whole.run(*folders(data), 0))
+    expected = by_cell(whole.run(few, few, 0))
     sizes = [onepass.BYTES * 8 * 3 * (n + 1) for p in whole.plan(3) for n in p.values()]
     parts = make(memory=max(sizes) + 1, epochs=1, folder=whole.folder.parent / "parts")
-    assert by_cell(parts.run(*folders(data), 0)) == expected
+    assert by_cell(parts.run(few, few, 0)) == expected
     assert "in 4 part(s)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--probe-memory"):
-        make(memory=max(sizes) - 1).run(*folders(data), 0)
+        make(memory=max(sizes) - 1).run(few, few, 0)
 
 
 def test_a_killed_run_continues(make, data):
@@ -248,7 +250,7 @@ def test_probes_reach_the_accuracy_of_cached_ones(make, data, monkeypatch):
     """Enough steps of Adam end near the minimum that scikit-learn finds."""
     monkeypatch.setattr(onepass, "BATCH", 8)
     train, val = folders(data)
-    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=28, flip=False)
+    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=12, flip=False)
     (found,) = trainer.run(train, val, 0)
     taps = [features(trainer, part, range(len(part)), (90, 24)) for part in (train, val)]
     expected = linear_accuracy(taps[0], train.labels, taps[1], val.labels, [1e-3])
