@@ -20,9 +20,11 @@ one channel or of any number of channels are read on request.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,9 @@ from diffbackbone.utils import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
+CHECK_WHOLE = 20_000
+"""Up to this number of images :func:`check_images` decodes all; of more it reads the headers."""
 _ORIENTATION = 0x0112
 _SUBFILE_TYPE, _OVERVIEW_OR_MASK = 254, 1 | 4  # TIFF 6.0, section 8
 
@@ -110,6 +115,21 @@ def check_header(path: str | os.PathLike[str]) -> None:
             np.load(path, mmap_mode="r", allow_pickle=False)
             return
         with _open(path):
+            pass
+
+
+def check_images(
+    paths: Sequence[Path], value_range: Sequence[float] | None = None, channels: int = 3
+) -> None:
+    """Raise an ImageError for an image that :func:`read_image` can't read, before work starts."""
+    from tqdm import tqdm
+
+    check = check_header
+    if len(paths) <= CHECK_WHOLE:
+        check = functools.partial(read_image, value_range=value_range, channels=channels)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = pool.map(check, paths)
+        for _ in tqdm(results, "checking images", len(paths), disable=None, leave=False):
             pass
 
 

@@ -20,7 +20,6 @@ from diffbackbone.eval import options as module
 from diffbackbone.eval.data import (
     ImageFolder,
     RowImages,
-    check_images,
     choose_subset,
     list_folder,
     list_images,
@@ -98,7 +97,7 @@ def test_bad_data_is_an_error_before_work(data):
     path = data / "train/class2/1.png"
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(UserError, match="train/class2/1.png: "):
-        check_images(list_folder(data / "train"))
+        list_folder(data / "train").check()
     for path in (data / "train/class1").iterdir():
         path.rename(path.with_suffix(".txt"))
     with pytest.raises(FileNotFoundError, match="class1"):

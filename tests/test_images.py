@@ -11,7 +11,16 @@ import torch
 pytest.importorskip("PIL")
 from PIL import Image
 
-from diffbackbone.images import ImageError, normalize, read_image, resize, to_tensor, to_uint8
+from diffbackbone import images
+from diffbackbone.images import (
+    ImageError,
+    check_images,
+    normalize,
+    read_image,
+    resize,
+    to_tensor,
+    to_uint8,
+)
 
 GREY = (np.arange(48 * 40).reshape(48, 40) * 2).astype(np.uint16)  # 12 bits in 16
 COLOR = np.stack([GREY * 17, GREY[::-1] * 3, GREY + 1], axis=-1)
@@ -178,6 +187,19 @@ def test_broken_files_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ImageError, match=name):
             read_image(tmp_path / name)
+
+
+def test_of_many_images_headers_are_checked(tmp_path, monkeypatch):
+    paths = [save(tmp_path / f"{i}.bmp", GREY.astype(np.uint8)) for i in range(2)]
+    check_images(paths)
+    paths[1].write_bytes(paths[1].read_bytes()[:-100])
+    with pytest.raises(ImageError, match="1.bmp"):
+        check_images(paths)
+    monkeypatch.setattr(images, "CHECK_WHOLE", 1)
+    check_images(paths)
+    paths[1].write_bytes(b"no image")
+    with pytest.raises(ImageError, match="1.bmp"):
+        check_images(paths)
 
 
 def test_resized_floats_stay_in_range(tmp_path):

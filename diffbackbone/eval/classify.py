@@ -18,7 +18,7 @@ from torch import Tensor
 from diffbackbone.checkpoint import CheckpointError
 from diffbackbone.checkpoint import read_checkpoint as read_weights
 from diffbackbone.cli import run_command
-from diffbackbone.eval.data import ImageFolder, check_images, choose_subset
+from diffbackbone.eval.data import ImageFolder, choose_subset
 from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_caches
 from diffbackbone.eval.options import build_backbone, check_settings
 from diffbackbone.eval.plots import draw_confusion
@@ -120,8 +120,8 @@ def _run(
         folders, state = {"train": train, "val": val}, accelerator.state
         caches = open_caches(config, folders, model.backbone, spec, state, mirrored)
     elif caches is None and accelerator.is_main_process:
-        check_images(train)
-        check_images(val)
+        train.check()
+        val.check()
     accelerator.wait_for_everyone()
     trainer = Trainer(config, accelerator, model, train, val, caches)
     if saved is None:

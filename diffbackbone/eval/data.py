@@ -17,12 +17,10 @@ from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import find_classes, make_dataset
-from tqdm.contrib.concurrent import thread_map
 
-from diffbackbone.images import normalize, read_image, resize, to_tensor
+from diffbackbone.images import SUFFIXES, check_images, normalize, read_image, resize, to_tensor
 from diffbackbone.utils import RandomStream, UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 MIN_CROP = 0.8
 """Smallest random crop as a share of the short side, as in the published code."""
 
@@ -52,6 +50,10 @@ class ImageFolder:
     def read(self, index: int) -> np.ndarray:
         """Read an image (H, W, channels), see :func:`diffbackbone.images.read_image`."""
         return read_image(self.root / self.paths[index], self.value_range, self.channels)
+
+    def check(self) -> None:
+        """Raise an ImageError for a broken image, see :func:`diffbackbone.images.check_images`."""
+        check_images([self.root / path for path in self.paths], self.value_range, self.channels)
 
     def digest(self) -> str:
         """Return the SHA-256 of the paths, labels, file sizes and times of the last change."""
@@ -109,18 +111,6 @@ def _list(
     paths = tuple(Path(path).relative_to(root).as_posix() for path, _ in samples)
     labels = np.array([label for _, label in samples], dtype=np.int64)
     return ImageFolder(root, paths, labels, tuple(classes), **options)
-
-
-def check_images(folder: ImageFolder) -> None:
-    """Read every image once, so that a broken one is found before the work starts."""
-    thread_map(
-        lambda index: folder.read(index) is None,  # keeps no pixels
-        range(len(folder)),
-        max_workers=min(8, os.cpu_count() or 1),
-        desc=f"checking {folder.root.name}",
-        leave=False,
-        disable=None,  # off where there is no terminal
-    )
 
 
 def choose_subset(folder: ImageFolder, subset: str, seed: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from diffbackbone.backbone import DiffusionBackbone
-from diffbackbone.eval.data import ImageFolder, RowImages, check_images, load_batches
+from diffbackbone.eval.data import ImageFolder, RowImages, load_batches
 from diffbackbone.eval.options import check_settings
 from diffbackbone.models.base import BlockInfo
 from diffbackbone.utils import UserError, weights_digest, write_json
@@ -168,7 +168,7 @@ def open_caches(
     if state.is_main_process:
         for name, folder in folders.items():
             if not _is_whole(root / name):
-                check_images(folder)
+                folder.check()
     state.wait_for_everyone()
     caches = []
     for name, images in folders.items():

@@ -280,6 +280,10 @@ def _train_in_one_pass(
     done: dict[tuple[int, int, int, int], Mapping[str, Any]],
 ) -> None:
     """Add the records of the draws of labels that are not done yet."""
+    if state.is_main_process:
+        train.check()
+        val.check()
+    state.wait_for_everyone()
     backbone.to(state.device).eval()
     trainer = onepass.OnePass(
         backbone, spec, config.pools, config.lr, config.epochs, config.flip,

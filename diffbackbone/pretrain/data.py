@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from diffbackbone.images import check_header, normalize, read_image, resize, to_tensor
+from diffbackbone.images import SUFFIXES, normalize, read_image, resize, to_tensor
 from diffbackbone.utils import RandomStream, UserError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
-CHECK_WHOLE = 20_000
-"""Up to this number of images all are decoded before training; of more, only headers are read."""
 
 
 def find_images(root: Path) -> list[Path]:
@@ -47,19 +40,6 @@ def describe_images(root: Path, paths: Sequence[Path]) -> str:
     lines = [f"{path.relative_to(root).as_posix()}\t{path.stat().st_size}" for path in paths]
     digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{len(paths)} images, {digest[:16]}"
-
-
-def check_images(
-    paths: Sequence[Path], value_range: Sequence[float] | None = None, channels: int = 3
-) -> None:
-    """Raise an ImageError for an image that ``read_image`` can't read."""
-    check = check_header
-    if len(paths) <= CHECK_WHOLE:
-        check = functools.partial(read_image, value_range=value_range, channels=channels)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(check, paths)
-        for _ in tqdm(results, "checking images", len(paths), disable=None, leave=False):
-            pass
 
 
 @dataclasses.dataclass

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from diffbackbone.checkpoint import load_checkpoint, read_checkpoint
 from diffbackbone.cli import run_command
 from diffbackbone.diffusion import NoiseSchedule
+from diffbackbone.images import check_images
 from diffbackbone.models.gd_config import UNetConfig, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.pretrain import data
@@ -203,7 +204,7 @@ class Pretraining:
         }
         saved = self._find_run()
         if accelerator.is_main_process:
-            data.check_images(paths, config.value_range, self.unet_config.in_channels)
+            check_images(paths, config.value_range, self.unet_config.in_channels)
         accelerator.wait_for_everyone()
 
         torch.manual_seed(config.seed)
