@@ -56,7 +56,7 @@ def make(weights, tmp_path):
         state = PartialState(cpu=True)
         spec = FeatureSpec(timesteps, blocks, 32, batch=8)
         settings = {"epochs": 2, "folder": tmp_path / "probes", "memory": 1e9, "flip": True}
-        settings |= {"standardize": True, **options}
+        settings |= {"standardize": True, "batch": 128, **options}
         backbone = build_backbone(config).eval()
         return onepass.OnePass(backbone, spec, pools, lr, workers=0, state=state, **settings)
 
@@ -246,11 +246,10 @@ def test_constant_features_keep_their_scale(make, data, monkeypatch):
     torch.testing.assert_close(deviations, torch.tensor([1.0, 0.0, 1.0]), rtol=1e-5, atol=1e-6)
 
 
-def test_probes_reach_the_accuracy_of_cached_ones(make, data, monkeypatch):
+def test_probes_reach_the_accuracy_of_cached_ones(make, data):
     """Enough steps of Adam end near the minimum that scikit-learn finds."""
-    monkeypatch.setattr(onepass, "BATCH", 8)
     train, val = folders(data)
-    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=12, flip=False)
+    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=12, flip=False, batch=8)
     (found,) = trainer.run(train, val, 0)
     taps = [features(trainer, part, range(len(part)), (90, 24)) for part in (train, val)]
     expected = linear_accuracy(taps[0], train.labels, taps[1], val.labels, [1e-3])

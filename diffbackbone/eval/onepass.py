@@ -2,7 +2,7 @@
 
 Nothing is cached: in every step the network runs once for each timestep, and the probes of all
 blocks, poolings and learning rates learn from what it returns. The protocol is the paper's (Section
-4): Adam, cross-entropy, batches of 128, mirrored images, 28 epochs, the rate divided by 10 after
+4): Adam, cross-entropy, mirrored images, 28 epochs, the rate divided by 10 after
 each quarter of them (7 epochs at least). For each tap and rate two probes are trained side by side:
 one without the held-out training images, on which the smallest loss chooses the rate, and one on
 all of them. Ours is that features are standardized first, so that the same rates serve all blocks;
@@ -31,7 +31,7 @@ from diffbackbone.eval.data import ImageFolder, RowImages, load_batches, split_h
 from diffbackbone.eval.features import FeatureSpec, autocast, pool_maps
 from diffbackbone.utils import RandomStream, UserError, atomic_write
 
-BATCH, STEP, GAMMA, HOLDOUT = 128, 7, 0.1, 0.1
+STEP, GAMMA, HOLDOUT = 7, 0.1, 0.2
 STANDARD = 10_000
 """Training images, at most, that mean and standard deviation of the features are computed from."""
 BYTES = 16
@@ -103,6 +103,7 @@ class OnePass:
         pools: Heights and widths that maps are pooled to.
         lr: Learning rates.
         epochs: Epochs.
+        batch: Images of a step, 128 in the paper's scripts.
         flip: Mirror half of the images, drawn anew in each epoch.
         standardize: Standardize the features.
         folder: Keeps the state of a run, so that a killed one continues.
@@ -116,6 +117,7 @@ class OnePass:
     pools: Sequence[int]
     lr: Sequence[float]
     epochs: int
+    batch: int
     flip: bool
     standardize: bool
     folder: Path
@@ -182,16 +184,8 @@ class OnePass:
         learns[held] = 0  # for the first half of the probes
         labels = torch.from_numpy(train.labels).to(device)
         path = self.folder / f"probes-{seed}-{number}.pt"
-        given = (
-            [*map(list, sizes)],
-            timesteps,
-            self.lr,
-            self.flip,
-            self.standardize,
-            train.digest(),
-            seed,
-        )
-        settings = json.dumps(given)
+        given = self.lr, self.batch, self.flip, self.standardize, train.digest(), seed
+        settings = json.dumps([[*map(list, sizes)], timesteps, *given])
         first = 0
         if path.is_file():
             saved = read_checkpoint(path)
@@ -290,7 +284,7 @@ class OnePass:
     ) -> Iterator[tuple[dict[Key, Tensor], Tensor, Tensor]]:
         """Yield features (T, N, D) of this process's images, their numbers, and the batch's."""
         rank, world = self.state.process_index, self.state.num_processes
-        batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
         pieces = [np.array_split(batch, world)[rank] for batch in batches]
         own = [piece if len(piece) else batch[:1] for piece, batch in zip(pieces, batches)]
         loaded = load_batches(RowImages(images, self.spec.image_size), own, self.workers)

@@ -88,6 +88,8 @@ class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
     """One-pass probes: learning rates; held-out training images choose one for each tap."""
     epochs: int = 28
     """One-pass probes: epochs."""
+    probe_batch: int = 128
+    """One-pass probes: images of a step; with few images a smaller number gives more steps."""
     flip: bool = True
     """One-pass probes: mirror images at random; --no-flip for text and digits."""
     standardize: bool = True
@@ -169,7 +171,8 @@ def run(config: SweepConfig) -> dict[str, Any]:
     one_pass = _choose_probe(config, spec, backbone, folders) == "one-pass"
     if one_pass:
         config = replace(config, measures=("linear",), cka=False)
-        settings.update({name: getattr(config, name) for name in ("epochs", "flip", "standardize")})
+        names = ("epochs", "probe_batch", "flip", "standardize")
+        settings.update({name: getattr(config, name) for name in names})
         settings.update(probe="one-pass", lr=list(config.lr), measures=["linear"])
     results: dict[str, Any] = {"settings": settings, "records": []}
     if (config.out / "results.json").is_file() and not config.overwrite:
@@ -286,8 +289,9 @@ def _train_in_one_pass(
     state.wait_for_everyone()
     backbone.to(state.device).eval()
     trainer = onepass.OnePass(
-        backbone, spec, config.pools, config.lr, config.epochs, config.flip,
-        config.standardize, config.out / "probes", config.workers, state, 1e9 * config.probe_memory,
+        backbone, spec, config.pools, config.lr, config.epochs,
+        config.probe_batch, config.flip, config.standardize, config.out / "probes",
+        config.workers, state, 1e9 * config.probe_memory,
     )  # fmt: skip
     taps = [(b, t, pool) for b in config.blocks for t in config.timesteps for pool in config.pools]
     for draw in draws:
