@@ -122,6 +122,17 @@ def test_cka_with_another_network(root, tmp_path):
         assert part["file"] in (tmp_path / "other/summary.md").read_text()
 
 
+def test_all_processes_share_the_work_of_another_network(root, tmp_path, monkeypatch):
+    """Else those that only help would end, and the first one wait for them."""
+    opened = []
+    monkeypatch.setattr(sweep.PartialState, "is_main_process", False)
+    monkeypatch.setattr(sweep, "open_caches", lambda config, *args: opened.append(args[0]) or [0])
+    unet = json.dumps({"preset": "timm:resnet10t", "pretrained": False})
+    options = dict(data=root / "data/val", cka_only=True, unet=unet, blocks=(3,), timesteps=(0,))
+    assert sweep.run(sweep.SweepConfig(**options, cka_with=unet, out=tmp_path)) == {}
+    assert [list(folders) for folders in opened] == [["images"], ["other"]]
+
+
 def test_costs_and_export(root, options, tmp_path, capsys):
     inspect_unet.main(["--unet", options["unet"], "--size", "64"])
     assert "GFLOP" in capsys.readouterr().out

@@ -34,7 +34,7 @@ from diffbackbone.costs import counting_flops
 from diffbackbone.eval import onepass
 from diffbackbone.eval.cka import compare_taps, draw_networks, draw_slices
 from diffbackbone.eval.data import ImageFolder, choose_subset, list_images
-from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_caches
+from diffbackbone.eval.features import FeatureCache, FeatureSpec, Tap, open_caches
 from diffbackbone.eval.options import (
     BackboneOptions,
     CacheOptions,
@@ -175,6 +175,7 @@ def run(config: SweepConfig) -> dict[str, Any]:
         settings.update({name: getattr(config, name) for name in names})
         settings.update(probe="one-pass", lr=list(config.lr), measures=["linear"])
     results: dict[str, Any] = {"settings": settings, "records": []}
+    other = None
     if (config.out / "results.json").is_file() and not config.overwrite:
         saved = json.loads((config.out / "results.json").read_text(encoding="utf-8"))
         check_settings(config.out, saved["settings"], settings)
@@ -185,6 +186,8 @@ def run(config: SweepConfig) -> dict[str, Any]:
         results["records"], caches = list(done.values()), []
     else:
         caches = open_caches(config, folders, backbone, spec, state)
+        if config.cka and config.cka_with:  # all processes share its work, too
+            other = _open_other(config, images, state)
     if not state.is_main_process:
         return {}
     weights = Path(config.checkpoint).name if config.checkpoint else "no checkpoint"
@@ -205,29 +208,42 @@ def run(config: SweepConfig) -> dict[str, Any]:
         flops = flops_to(backbone, config.blocks, config.image_size)
         sections += report(config, results, wanted, flops, images)
     if config.cka:
-        count = min(config.cka_images, len(images))
-        pool = max(config.pools)
-        caption = f"{count:,} images, maps pooled to {pool}x{pool}"
-        sets = [(caches[-1], tap) for tap in taps]
-        if config.cka_with:
-            other = _open_other(config, images, state)
-            sets += [(other, tap) for tap in other.taps]
-        values = compare_taps(sets, pool, config.cka_images, config.seed)
-        own, title = values[: len(taps), : len(taps)], f"{name}\n{caption}"
-        results["cka"] = draw_slices(config.out, taps, own, title)
-        if config.cka_with:
-            blocks, cross = [b for _, b in other.taps], values[: len(taps), len(taps) :]
-            title += f"\nColumns: {config.cka_with}, {other.settings['image_size']} px"
-            results["cka"] += draw_networks(config.out, taps, blocks, cross, title)
-        sections.append(
-            f"## Linear CKA\n\n{caption} and flattened, unbiased HSIC over minibatches."
-        )
-        sections += [f"![CKA]({part['file']})" for part in results["cka"]]
+        results["cka"], parts = _compare_maps(config, len(images), caches[-1], taps, name, other)
+        sections += parts
     write_json(config.out / "results.json", results)
     write_text(config.out / "summary.md", "\n\n".join(sections) + "\n")
     print(results.get("recommendation", "").replace("**", ""))
     print(f"{config.out}: summary.md and its figures, results.json")
     return results
+
+
+def _compare_maps(
+    config: SweepConfig,
+    count: int,
+    cache: FeatureCache,
+    taps: Sequence[Tap],
+    name: str,
+    other: FeatureCache | None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Compute and draw CKA between the taps of ``count`` images, and with another network's.
+
+    Returns:
+        What :func:`draw_slices` and :func:`draw_networks` return, and parts of ``summary.md``.
+    """
+    count, pool = min(config.cka_images, count), max(config.pools)
+    caption = f"{count:,} images, maps pooled to {pool}x{pool}"
+    sets = [(cache, tap) for tap in taps]
+    if other is not None:
+        sets += [(other, tap) for tap in other.taps]
+    values = compare_taps(sets, pool, config.cka_images, config.seed)
+    title, own = f"{name}\n{caption}", len(taps)
+    found = draw_slices(config.out, taps, values[:own, :own], title)
+    if other is not None:
+        title += f"\nColumns: {config.cka_with}, {other.settings['image_size']} px"
+        blocks = [b for _, b in other.taps]
+        found += draw_networks(config.out, taps, blocks, values[:own, own:], title)
+    parts = [f"## Linear CKA\n\n{caption} and flattened, unbiased HSIC over minibatches."]
+    return found, parts + [f"![CKA]({part['file']})" for part in found]
 
 
 def _open_other(config: SweepConfig, images: ImageFolder, state: PartialState) -> FeatureCache:
