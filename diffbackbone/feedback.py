@@ -216,7 +216,7 @@ class Feedback(nn.ModuleDict):
         first = unet.fork(state, stop)
         # no_grad and not set_grad_enabled, which torch.export can't save
         with contextlib.nullcontext() if self.first_pass_grad else torch.no_grad():
-            features = shared | unet.traverse(first, stop, {*self.mapping, *early})
+            features = {**shared, **unet.traverse(first, stop, {*self.mapping, *early})}
         del first
         firsts = {
             (b, "first"): features[b] if self.first_pass_grad else features[b].detach()
@@ -230,7 +230,8 @@ class Feedback(nn.ModuleDict):
         maps: dict[int, list[Tensor]] = {}
         for source, target in self.mapping.items():
             layers, feature = self[str(source)], features.pop(source)
-            feature = as_type(feature, next(layers.parameters(), feature).dtype)
+            like = [*layers.parameters(), feature][0]
+            feature = as_type(feature, like.dtype)
             maps.setdefault(target, []).append(layers(feature))
         second = unet.fork(state, end)
         del state
@@ -239,4 +240,4 @@ class Feedback(nn.ModuleDict):
         if start in wanted:
             outputs[start] = unet.tap(start, second)
         outputs.update(unet.traverse(second, end, wanted, maps))
-        return {index: outputs[index] for index in wanted} | firsts
+        return {**{index: outputs[index] for index in wanted}, **firsts}

@@ -109,6 +109,7 @@ def test_what_diffusers_lacks_is_refused():
 
 
 def test_export_command_writes_a_pipelines_folder(tmp_path):
+    pytest.importorskip("tyro", reason="tyro is not installed")
     from diffbackbone import export
     from diffbackbone.saving import save_safetensors
 

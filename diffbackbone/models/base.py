@@ -13,6 +13,7 @@ import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class BlockTable(dict[int, BlockInfo]):
 
     def __init__(self, infos: Iterable[BlockInfo]) -> None:
         super().__init__((info.index, info) for info in infos)
+        self._count = len(self)  # torch.compile of torch 2.6 can't call len
 
     @property
     def num_encoder_blocks(self) -> int:
@@ -69,7 +71,7 @@ class BlockTable(dict[int, BlockInfo]):
 
     def mirror(self, index: int) -> int:
         """Return the block on the other side of the U: 38 - b for the 256-px models (1-based)."""
-        return len(self) + 1 - index
+        return self._count + 1 - index
 
     def deepest_stride(self, last: int) -> int:
         """Return the largest stride of blocks 1 to ``last``."""
@@ -102,7 +104,7 @@ def is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bo
 
 def integer(value: Any) -> int | None:
     """Return a Python or numpy integer as an int; None for anything else, booleans included."""
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):
         return None
     try:
         return operator.index(value)
