@@ -243,7 +243,7 @@ def test_scenes_of_fewer_labels_are_part_of_those_of_more():
 
 
 def test_digits_and_their_labels(runner):
-    train, val = runner.images().values()
+    train, val = runner.images.values()
     assert (len(train), len(val), len(train.classes)) == (60, 6, 10)
     images = [(folder.root / p).read_bytes() for folder in (train, val) for p in folder.paths]
     assert len(set(images)) == 66

@@ -160,7 +160,9 @@ def plain(conv, x, upsample):
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, NHWC])
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (3, 70), (17, 16), (31, 37)])
-def test_convolution_is_the_plain_one(upsample, memory_format, shape):
+@pytest.mark.parametrize("large", [0, ops.LARGE_WEIGHT])
+def test_convolution_is_the_plain_one(upsample, memory_format, shape, large, monkeypatch):
+    monkeypatch.setattr(ops, "LARGE_WEIGHT", large)
     conv = filled(Conv3x3(24, 40))
     x = seeded(2, 24, *shape).to(memory_format=memory_format).requires_grad_()
     exact = plain(conv, x, upsample)
@@ -178,12 +180,15 @@ def test_convolution_is_the_plain_one(upsample, memory_format, shape):
 
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("size", [8, 40])
-def test_convolution_in_bfloat16(upsample, size):
+@pytest.mark.parametrize("large", [0, ops.LARGE_WEIGHT])
+def test_convolution_in_bfloat16(upsample, size, large, monkeypatch):
+    monkeypatch.setattr(ops, "LARGE_WEIGHT", large)
     conv, x = filled(Conv3x3(24, 40)).bfloat16(), seeded(1, 24, size, size).bfloat16()
     with torch.no_grad(), Calls() as calls:
         y = conv(x, upsample=upsample)
     assert y.dtype == torch.bfloat16
     assert error(y, plain(conv, x, upsample)) < 2 * torch.finfo(torch.bfloat16).eps
+    assert ("baddbmm" in calls.names) == (size == 8 and not large)
     assert ("upsample_nearest2d" in calls.names) == upsample  # sums of rounded weights lose digits
 
 

@@ -35,7 +35,8 @@ class LabelEfficiencyConfig:
     tasks: tuple[TaskName, ...] = (
         "knn", "linear", "attention", "difformer", "difffeed", "upernet", "maskrcnn"
     )  # fmt: skip
-    """The last two are on scenes of several digits, the others on images of one digit."""
+    """The last two are on scenes of several digits, the others on images of one digit, or on DATA.
+    """
     weights: tuple[WeightsName, ...] = ("pretrained", "random")
     """random: drawn, also where guided-diffusion starts at zero; of timm, as before training.
     initial: as before training."""

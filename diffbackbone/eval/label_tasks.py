@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -112,15 +113,23 @@ class LabelEfficiencyRunner:
     def __init__(self, config: LabelEfficiencyConfig, unet: Any) -> None:
         self.config = config
         self.unet = unet
-        ours = isinstance(unet, UNetConfig)
+        self.ours = type(unet) is UNetConfig
         needs = {"difffeed", "upernet", "maskrcnn"} & set(config.tasks)
         needs |= {"initial"} & set(config.weights)
-        if needs and not ours:
-            raise UserError(f"{', '.join(sorted(needs))}: needs a U-Net of guided-diffusion")
-        if "random" in config.weights and not (ours or hasattr(unet, "pretrained")):
-            raise UserError("random weights: needs a U-Net of guided-diffusion or a timm: network")
-        if ours and config.checkpoint is None and "pretrained" in config.weights:
-            raise UserError("pretrained weights: needs --checkpoint; else use --weights random")
+        if needs and not self.ours:
+            raise UserError(
+                f"--unet {config.unet}: {', '.join(sorted(needs))} can only be had with a U-Net of "
+                "guided-diffusion"
+            )
+        if "random" in config.weights and not (self.ours or hasattr(unet, "pretrained")):
+            raise UserError(
+                f"--unet {config.unet}: --weights random can only be had with a U-Net of "
+                "guided-diffusion or a network of timm"
+            )
+        if self.ours and config.checkpoint is None and "pretrained" in config.weights:
+            raise UserError(
+                "--weights pretrained needs --checkpoint; without it use --weights random"
+            )
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Return a cell's ``score`` in %, ``metrics``, ``train_images`` and ``val_images``."""
@@ -151,7 +160,7 @@ class LabelEfficiencyRunner:
         """Return the options that describe a cell's network, taps and images."""
         timesteps, blocks = self.taps(cell)
         found = {"unet": self.config.unet, "checkpoint": self.config.checkpoint}
-        if isinstance(self.unet, UNetConfig):
+        if self.ours:
             found = dict.fromkeys(found, str(self.weights(cell)))
         elif cell.weights == "random":
             name = self.config.unet
@@ -171,14 +180,13 @@ class LabelEfficiencyRunner:
         t, b = self.config.tap if cell.weights == "pretrained" else self.config.random_tap
         return (t,), (b,)
 
+    @functools.cached_property
     def images(self) -> dict[str, ImageFolder]:
-        """Return the training and validation images that are classified."""
+        """The training and validation images that are classified."""
         config, root = self.config, self.config.data or self.config.out / "digits"
-        if config.data is not None:
-            pass
-        elif config.images == "scans":
+        if config.data is None and config.images == "scans":
             sample_data.make_digits(root, size=config.image_size)
-        else:
+        elif config.data is None:
             counts = {"train": config.digits, "val": math.ceil(config.digits / 10)}
             make_digit_scenes(root, counts, config.image_size)
         options = DataOptions(data=root)
@@ -186,17 +194,17 @@ class LabelEfficiencyRunner:
 
     def labeled(self, cell: Cell) -> np.ndarray:
         """Return the training images that keep their labels, balanced over the classes."""
-        return choose_subset(self.images()["train"], f"{cell.labels:g}", cell.seed)
+        return choose_subset(self.images["train"], f"{cell.labels:g}", cell.seed)
 
     def features(self, cell: Cell) -> list[FeatureCache]:
         """Return the features of the training and validation images at the cell's taps."""
         cache = self.cache(cell) / ("difformer" if cell.task == "difformer" else "tap")
-        in_file = cell.weights == "pretrained" or isinstance(self.unet, UNetConfig)
+        in_file = cell.weights == "pretrained" or self.ours
         seed = 0 if in_file else cell.seed  # of random weights
         options = KnnConfig(**self.network(cell), seed=seed, batch_size=50, cache=cache)
         state = options.start()
         spec = FeatureSpec.of(options, HEAD_POOL, state)
-        return open_caches(options, self.images(), build_backbone(options), spec, state)
+        return open_caches(options, self.images, build_backbone(options), spec, state)
 
     def probe(self, cell: Cell) -> dict[str, Any]:
         """Fit a linear probe, or find nearest neighbors."""
