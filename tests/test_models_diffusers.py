@@ -514,11 +514,11 @@ def test_what_is_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="FluxTransformer2DModel, which is not supported"):
         refuse(tmp_path, {"_class_name": "FluxTransformer2DModel"})
     skips = {"down_block_types": ["SkipDownBlock2D"], "up_block_types": ["SkipUpBlock2D"]}
-    with pytest.raises(ValueError, match="SkipDownBlock2D are not supported"):
+    with pytest.raises(ValueError, match="SkipDownBlock2D.* are not supported"):
         refuse(tmp_path, {"_class_name": "UNet2DModel", "block_out_channels": [32], **skips})
     with pytest.raises(ValueError, match="dual_cross_attention"):
         refuse(tmp_path, {"_class_name": "UNet2DConditionModel", "dual_cross_attention": True})
-    with pytest.raises(ValueError, match="no text encoder"):
+    with pytest.raises(ValueError, match="no CLIP text encoder"):
         build(own_folder(folders, tmp_path), blocks=1)
     unet = {"preset": f"diffusers://{own_folder(folders, tmp_path)}", "condition": "learned"}
     with pytest.raises(ValueError, match="\\(N, 4, H, W\\)"):
@@ -537,7 +537,7 @@ def test_what_is_refused(folders, tmp_path):
         build(folders / "dit", blocks=5)
     with pytest.raises(ValueError, match="give a map"):
         build(folders / "dit", blocks=4, feedback="windowed")
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.9"):
+    with pytest.raises(ValueError, match="integers from 0 to 9"):
         build(folders / "adm", blocks=4)(torch.zeros(1, 3, 64, 64), y=torch.tensor([10]))
 
 

@@ -1,29 +1,24 @@
 """The networks: one file for each family, one interface.
 
-A family is found by the names of its networks. What a name resolves to offers ``blocks``,
-``num_classes``, ``noise_schedule``, ``image_size``, ``replace`` and ``build``.
+A configuration offers ``blocks``, ``num_classes``, ``noise_schedule``, ``image_size``, ``replace``
+and ``build``.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Mapping
 from typing import Any
 
 from diffbackbone.models.base import DiffusionModel
 from diffbackbone.models.classifier import CLASSIFIERS
-from diffbackbone.models.gd_config import UNetConfig, resolve_config
+from diffbackbone.models.gd_config import UNetConfig, config_fields, resolve_config
 from diffbackbone.models.guided_diffusion import UNet
 
 FAMILIES = {
     "timm:": "diffbackbone.models.timm",
     "diffusers://": "diffbackbone.models.diffusers",
 }
-"""Modules that need extra packages, by the prefix of their names.
-
-They are imported on demand, and have a function ``resolve(name, **fields)``.
-"""
+"""Modules with a function ``resolve(name, **fields)``, imported on demand, by the names' prefix."""
 
 
 def resolve_network(unet: Any) -> Any:
@@ -40,13 +35,12 @@ def resolve_network(unet: Any) -> Any:
         MissingPackageError: The family's package is not installed.
     """
     config = getattr(unet, "config", unet)
-    if hasattr(config, "build"):
+    if hasattr(config, "build") or isinstance(config, UNetConfig):
         return config
-    if isinstance(unet, str) and unet.lstrip().startswith("{"):
-        unet = json.loads(unet)
-    fields = dict(unet) if isinstance(unet, Mapping) else {"preset": unet}
-    name = fields.pop("preset", None)
+    fields = config_fields(unet)
+    name = fields.get("preset")
     if isinstance(name, str):
+        del fields["preset"]
         if name in CLASSIFIERS:
             return CLASSIFIERS[name].replace(**fields)
         for prefix, module in FAMILIES.items():
@@ -72,6 +66,11 @@ def build_network(
         activation_budget: See :class:`DiffusionModel`.
         pretrained: Load the weights that the name stands for, where it stands for any.
     """
+    options = {
+        "last_block": last_block,
+        "activation_checkpointing": activation_checkpointing,
+        "activation_budget": activation_budget,
+    }
     if type(config) is UNetConfig:
-        return UNet(config, last_block, activation_checkpointing, activation_budget)
-    return config.build(last_block, activation_checkpointing, activation_budget, pretrained)
+        return UNet(config, **options)
+    return config.build(pretrained, **options)

@@ -1,9 +1,4 @@
-"""The interface of all diffusion networks: numbered blocks, one traversal, taps at any block.
-
-A family (``guided_diffusion.py`` and its neighbors) describes its network by a :class:`BlockTable`
-and says how one block runs; early stopping, taps, injected feedback, forking and activation budgets
-are here, once for all.
-"""
+"""The interface of all diffusion networks: numbered blocks, one traversal, taps at any block."""
 
 from __future__ import annotations
 
@@ -19,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from diffbackbone.models.ops import autocasts, layout
+from diffbackbone.models.ops import autocasts, is_readable, layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +32,7 @@ class BlockInfo:
         part: ``"encoder"``, ``"middle"``, ``"decoder"`` or, in a network without skips,
             ``"transformer"``. A decoder block reads the output of the encoder block that mirrors
             it.
-        kept_values: Values that training keeps for the backward pass, per pixel of the image:
-            what norms, convolutions and attention read.
+        kept_values: Values kept for the backward pass, per pixel of the image.
         read_values: The part of them that is kept also when the block is recomputed.
     """
 
@@ -78,11 +72,7 @@ class BlockTable(dict[int, BlockInfo]):
         return max(self[b].stride for b in range(1, last + 1))
 
     def check(self, blocks: Iterable[int], what: str = "blocks") -> tuple[int, ...]:
-        """Validate block numbers; numpy's integers are taken, too.
-
-        Raises:
-            ValueError: Not a block number of this network; the message gives the range.
-        """
+        """Return block numbers as integers; raise a ValueError where one is out of range."""
         given = list(blocks)
         numbers = tuple(map(integer, given))
         if not numbers or any(b not in self for b in numbers):
@@ -113,11 +103,7 @@ def integer(value: Any) -> int | None:
 
 
 def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
-    """Return a config's list as a tuple; a single integer becomes a tuple of one.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """Return a config's list as a tuple; a single integer becomes a tuple of one."""
     if integer(values) is not None:
         return (values,)
     if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
@@ -161,13 +147,8 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def check_budget(budget: float | None) -> float | None:
-    """Validate GB of activations to keep; None for no limit.
-
-    Raises:
-        ValueError: Not a number from 0.
-    """
-    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    if budget is not None and not (number and budget >= 0):
+    """Return GB of activations to keep, None for no limit; raise a ValueError if negative."""
+    if budget is not None and not (is_number(budget) and budget >= 0):
         raise ValueError(
             "activation_budget must be a number of GB from 0, or None for no limit, got "
             f"{budget!r:.200}"
@@ -178,8 +159,7 @@ def check_budget(budget: float | None) -> float | None:
 class DiffusionModel(nn.Module):
     """A diffusion network that can be run block by block.
 
-    A family builds its modules, sets up the table, and implements :meth:`embed` and
-    :meth:`module`.
+    A family builds its modules, sets up the table, and implements :meth:`embed`.
 
     Attributes:
         blocks: The table of all blocks of the architecture.
@@ -238,14 +218,42 @@ class DiffusionModel(nn.Module):
 
     def module(self, index: int) -> nn.Module:
         """Return the module of a block (1-based), called with ``(h, emb)``."""
-        raise NotImplementedError
+        return self.get_submodule(self.blocks[index].name)
 
     def embed(self, t: Tensor | int | float, y: Tensor | None, device: torch.device) -> Any:
         """Return the condition that blocks read, for timesteps t and labels y."""
         raise NotImplementedError
 
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the network has a class embedding."""
+        return self.num_classes is not None
+
     def check_labels(self, y: Tensor | None, count: int) -> None:
-        """Raise a ValueError where labels don't fit the network or the number of images."""
+        """Raise a ValueError where class labels are not one for each of ``count`` images."""
+        if y is None and (self.labels_optional or not self.takes_labels):
+            return
+        classes = self.num_classes
+        if not self.takes_labels:
+            valid, wanted = False, "None, since this network is not class-conditional"
+        elif classes is None:  # diffusers' networks that embed numbers or vectors
+            valid, wanted = len(y) == count, f"one for each of {count} images"
+        else:
+            wanted = f"{count} integers from 0 to {classes - 1}, one for each image"
+            valid = y is not None and y.shape == (count,) and not y.is_floating_point()
+            if valid and is_readable(y):
+                valid = bool((y >= 0).all() and (y < classes).all())
+        if not valid:
+            raise ValueError(f"labels y must be {wanted}, got {y}")
+
+    def check_built(self, blocks: Iterable[int]) -> tuple[int, ...]:
+        """Return block numbers; raise a ValueError where one is out of range or not built."""
+        numbers = self.blocks.check(blocks)
+        if max(numbers) > self.last_block:
+            raise ValueError(
+                f"block {max(numbers)} is not built: this network ends at {self.last_block}"
+            )
+        return numbers
 
     def encode(self, images: Tensor) -> Tensor:
         """Return what noise is added to: the images (N, C, H, W) or their latents."""
@@ -283,9 +291,7 @@ class DiffusionModel(nn.Module):
         Raises:
             ValueError: ``last`` is not built, or the size or labels don't fit.
         """
-        self.blocks.check([last])
-        if last > self.last_block:
-            raise ValueError(f"block {last} is not built: this network ends at {self.last_block}")
+        self.check_built([last])
         deepest = self.blocks.deepest_stride(last) // self.input_stride
         if x_t.shape[-2] % deepest or x_t.shape[-1] % deepest:
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,30 +44,20 @@ class ClassifierConfig(UNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_classes is not None:
-            raise ValueError("a classifier reads no labels: out_channels is its number of classes")
-        if self.num_head_channels is None:
-            raise ValueError("a classifier's attention pooling needs num_head_channels")
+        if self.num_classes is not None or self.num_head_channels is None:
+            raise ValueError(
+                "a classifier has num_head_channels, and no num_classes: it reads no labels, and "
+                "tells out_channels classes apart"
+            )
 
     @functools.cached_property
     def blocks(self) -> EncoderTable:
         """The table of blocks: encoder and middle; 19 for the 256-px classifier."""
         return EncoderTable(info for info in super().blocks.values() if info.part != "decoder")
 
-    def build(
-        self,
-        last_block: int | None = None,
-        activation_checkpointing: bool = False,
-        activation_budget: float | None = None,
-        pretrained: bool = False,
-    ) -> EncoderUNet:
+    def build(self, pretrained: bool = False, **options: Any) -> EncoderUNet:
         """Build the network; see :func:`diffbackbone.models.build_network`."""
-        return EncoderUNet(self, last_block, activation_checkpointing, activation_budget)
-
-    @property
-    def positions(self) -> int:
-        """Height and width of the map that is pooled, for images of ``image_size``."""
-        return self.image_size // self.blocks[len(self.blocks)].stride
+        return EncoderUNet(self, **options)
 
 
 CLASSIFIERS: dict[str, ClassifierConfig] = {
@@ -89,14 +80,7 @@ CLASSIFIERS: dict[str, ClassifierConfig] = {
 
 
 class AttentionPool(nn.Module):
-    """One attention query, the mean of all positions, pools a map into class scores.
-
-    Args:
-        size: Height and width of the map.
-        channels: Its channels.
-        head_channels: Width of an attention head.
-        classes: Number of classes.
-    """
+    """One attention query, the mean of all positions, pools a map into class scores."""
 
     def __init__(self, size: int, channels: int, head_channels: int, classes: int) -> None:
         super().__init__()
@@ -122,11 +106,7 @@ class EncoderUNet(UNet):
     Args:
         config: Architecture.
         last_block: Build blocks 1 to this one (1-based) and no pooling; None builds all.
-        activation_checkpointing: See :class:`UNet`.
-        activation_budget: See :class:`UNet`.
-
-    Raises:
-        ValueError: ``last_block`` is not a block number, or the budget is negative.
+        **options: See :class:`UNet`.
     """
 
     config: ClassifierConfig
@@ -136,21 +116,14 @@ class EncoderUNet(UNet):
         self,
         config: ClassifierConfig,
         last_block: int | None = None,
-        activation_checkpointing: bool = False,
-        activation_budget: float | None = None,
+        **options: Any,
     ) -> None:
-        whole = last_block is None
-        last = len(config.blocks) if whole else last_block
-        super().__init__(config, last, activation_checkpointing, activation_budget)
-        if whole:
-            channels = config.widths[-1]
-            self.out = nn.Sequential(
-                GroupNorm32(channels),
-                nn.SiLU(),
-                AttentionPool(
-                    config.positions, channels, config.num_head_channels, config.out_channels
-                ),
-            )
+        count, channels = len(config.blocks), config.widths[-1]
+        super().__init__(config, count if last_block is None else last_block, **options)
+        if last_block is None:
+            size = config.image_size // config.blocks[count].stride
+            pool = AttentionPool(size, channels, config.num_head_channels, config.out_channels)
+            self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), pool)
 
     def forward(self, x_t: Tensor, t: Tensor | int | float, y: None = None) -> Tensor:
         """Return class scores (N, classes), before softmax.
@@ -181,14 +154,5 @@ class EncoderUNet(UNet):
         return {name: tuple(value.shape) for name, value in whole.state_dict().items()}
 
     def convert(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return a file's weights under this network's names.
-
-        Raises:
-            ValueError: They are those of a diffusion model.
-        """
-        if any(name.startswith("output_blocks.") for name in weights):
-            raise ValueError(
-                "this is a diffusion U-Net, not a classifier; take the file with 'classifier' in "
-                "its name"
-            )
+        """Return a file's weights under this network's names, which are the file's."""
         return weights

@@ -339,6 +339,13 @@ def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def config_fields(unet: Any) -> dict[str, Any]:
+    """Return a preset's name, a dict of fields or such a dict as JSON as a dict of fields."""
+    if isinstance(unet, str) and unet.lstrip().startswith("{"):
+        unet = json.loads(unet)
+    return dict(unet) if isinstance(unet, Mapping) else {"preset": unet}
+
+
 def resolve_config(unet: str | UNetConfig | Mapping[str, Any]) -> UNetConfig:
     """Return the architecture that a config file, a command line or a caller names.
 
@@ -352,11 +359,7 @@ def resolve_config(unet: str | UNetConfig | Mapping[str, Any]) -> UNetConfig:
     config = getattr(unet, "config", unet)
     if isinstance(config, UNetConfig):
         return config
-    if isinstance(unet, str) and unet.lstrip().startswith("{"):
-        unet = json.loads(unet)
-    if not isinstance(unet, Mapping):
-        return UNetConfig.from_preset(unet)
-    fields = dict(unet)
+    fields = config_fields(unet)
     base = UNetConfig.from_preset(fields.pop("preset")) if "preset" in fields else UNetConfig()
     check_names("unet", fields, ["preset", *UNetConfig.__dataclass_fields__])
     return base.replace(**fields)

@@ -14,19 +14,11 @@ from torch import Tensor, nn
 
 from diffbackbone.models.base import BlockInfo, DiffusionModel
 from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.ops import Conv1x1, Conv3x3, GroupNorm32, is_readable, recomputed
+from diffbackbone.models.ops import Conv1x1, Conv3x3, GroupNorm32, recomputed
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of timesteps, cosines first.
-
-    Args:
-        t: Timesteps (N,), fractions allowed.
-        dim: Width of the embedding, even.
-
-    Returns:
-        Embedding (N, dim), float32.
-    """
+    """Return the sinusoidal embedding (N, dim) of timesteps (N,), cosines first, in float32."""
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
@@ -96,7 +88,7 @@ def _resample(x: Tensor, how: str) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halve the resolution by a strided convolution or by pooling."""
+    """(N, C, H, W) to (N, C, H/2, W/2) by a strided convolution or by pooling."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
@@ -105,19 +97,19 @@ class Downsample(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C, H/2, W/2); the embedding is not used."""
+        """Resample; the embedding is not used."""
         return self.op(x)
 
 
 class Upsample(nn.Module):
-    """Double the resolution by nearest neighbours, then an optional convolution."""
+    """(N, C, H, W) to (N, C, 2H, 2W) by nearest neighbors, then an optional convolution."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
         self.conv = Conv3x3(channels, channels) if use_conv else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C, 2H, 2W); the embedding is not used."""
+        """Resample; the embedding is not used."""
         if isinstance(self.conv, Conv3x3):
             return self.conv(x, upsample=True)
         return _resample(x, "up")
@@ -126,9 +118,8 @@ class Upsample(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, with a residual connection.
 
-    q, k and v keep their last dimension contiguous, so that
-    :func:`torch.nn.functional.scaled_dot_product_attention` takes a kernel whose memory is linear
-    in the number of positions.
+    q, k and v keep their last dimension contiguous: only then does torch take a kernel whose memory
+    is linear in the number of positions.
     """
 
     def __init__(self, channels: int, num_heads: int, new_order: bool) -> None:
@@ -155,7 +146,7 @@ class AttentionBlock(nn.Module):
 
 
 def _zero(module: nn.Module) -> nn.Module:
-    """Set the parameters of a residual branch's last layer to zero, as guided-diffusion does."""
+    """Zero the last layer of a residual branch, as guided-diffusion does."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -177,14 +168,8 @@ class UNet(DiffusionModel):
     Args:
         config: Architecture.
         last_block: Build blocks 1 to this one (1-based) and no output layer; None builds all.
-        activation_checkpointing: Recompute each block in the backward pass instead of keeping its
-            activations.
-        activation_budget: GB of activations that a run may keep for the backward pass. As many
-            blocks are recomputed as that takes, those with the largest maps first: they free the
-            most memory for the time. None sets no limit.
-
-    Attributes:
-        blocks: The table of all blocks of the architecture, by 1-based number.
+        activation_checkpointing: See :class:`DiffusionModel`, as for the budget.
+        activation_budget: GB of activations that a run may keep for the backward pass.
 
     Raises:
         ValueError: ``last_block`` is not a block number, or the budget is negative.
@@ -262,43 +247,13 @@ class UNet(DiffusionModel):
             else:
                 yield Upsample(info.channels, config.conv_resample)
 
-    def module(self, index: int) -> Block:
-        """Return the module of a block (1-based)."""
-        return self.get_submodule(self.blocks[index].name)
-
-    def check_labels(self, y: Tensor | None, count: int) -> None:
-        """Check class labels (N,) for N = ``count`` images; None where the U-Net takes none.
-
-        Raises:
-            ValueError: They are missing, not wanted, out of range or not one for each image.
-        """
-        classes = self.num_classes
-        if classes is None:
-            valid, wanted = y is None, "None, since this U-Net is not class-conditional"
-        else:
-            wanted = f"{count} integers from 0 to {classes - 1}, one for each image"
-            valid = y is not None and y.shape == (count,) and not y.is_floating_point()
-            if valid and is_readable(y):
-                valid = bool((y >= 0).all() and (y < classes).all())
-        if not valid:
-            raise ValueError(f"labels y must be {wanted}, got {y}")
-
     def embed(
         self,
         t: Tensor | int | float,
         y: Tensor | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Return the time (and class) embedding.
-
-        Args:
-            t: Timesteps (N,) or (1,), or one number for the whole batch.
-            y: Class labels (N,), for a class-conditional model.
-            device: Where a number ``t`` is put.
-
-        Returns:
-            Embedding (N, E), or (1, E) where one timestep serves the whole batch.
-        """
+        """Return the time (and class) embedding (N, E), or (1, E) for a single timestep."""
         if not isinstance(t, Tensor):
             t = torch.full((1,), float(t), device=device)
         weight = self.time_embed[0].weight

@@ -1,7 +1,6 @@
 """Any network of timm behind the tap interface, for comparison with diffusion backbones.
 
-Blocks are what timm's ``forward_intermediates`` reports, counted from 1: each transformer block of
-a ViT, each stage or feature level of a convolutional network.
+Blocks are what timm's ``forward_intermediates`` reports, counted from 1.
 """
 
 from __future__ import annotations
@@ -34,24 +33,14 @@ class LevelTable(BlockTable):
 
 
 class Facts(NamedTuple):
-    """What a network tells about itself before its weights are made.
-
-    Attributes:
-        blocks: The table of blocks.
-        size: Height and width of the images that it was trained with.
-        fixed: Whether it takes no other size.
-        mean: Mean of each channel of images in [0, 1].
-        std: Standard deviation.
-        shapes: Shapes of all weights by name; None for the classifier's, which may have any
-            number of classes.
-    """
+    """What a network tells about itself before its weights are made."""
 
     blocks: LevelTable
-    size: tuple[int, int]
-    fixed: bool
-    mean: tuple[float, ...]
+    size: tuple[int, int]  # height and width of the images that it was trained with
+    fixed: bool  # whether it takes no other size
+    mean: tuple[float, ...]  # of each channel of images in [0, 1]
     std: tuple[float, ...]
-    shapes: dict[str, tuple[int, ...] | None]
+    shapes: dict[str, tuple[int, ...] | None]  # of all weights; None for the classifier's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,47 +122,32 @@ class TimmConfig:
         return Facts(LevelTable(infos), size, fixed, cfg["mean"], cfg["std"], shapes)
 
     def create(self, pretrained: bool = False) -> tuple[nn.Module, bool]:
-        """Build timm's network, and return whether it was told to take images of any size.
-
-        Raises:
-            UserError: Its weights can't be had.
-        """
+        """Build timm's network, and return whether it was told to take images of any size."""
         import timm
 
-        for extra in (*_ANY_SIZE, {}):
-            arguments = {**extra, **self.options}
-            try:
-                return timm.create_model(self.name, pretrained, **arguments), bool(extra)
-            except TypeError as error:
-                if not any(name in str(error) for name in extra):
-                    raise
-            except (OSError, RuntimeError) as error:
-                if not pretrained:
-                    raise
-                raise UserError(
-                    f"the weights of timm:{self.name} can't be had ({error}); give a file of them "
-                    "as the checkpoint, or pretrained=False for random ones"
-                ) from error
-        raise AssertionError("the last attempt has no extra arguments")
+        try:
+            for extra in _ANY_SIZE:
+                try:
+                    return timm.create_model(self.name, pretrained, **extra, **self.options), True
+                except TypeError as error:  # this network's constructor has no such argument
+                    if not any(name in str(error) for name in extra):
+                        raise
+            return timm.create_model(self.name, pretrained, **self.options), False
+        except (OSError, RuntimeError) as error:
+            if not pretrained:
+                raise
+            raise UserError(
+                f"the weights of timm:{self.name} can't be had ({error}); give a file of them "
+                "as the checkpoint, or pretrained=False for random ones"
+            ) from error
 
-    def build(
-        self,
-        last_block: int | None = None,
-        activation_checkpointing: bool = False,
-        activation_budget: float | None = None,
-        pretrained: bool = False,
-    ) -> TimmModel:
+    def build(self, pretrained: bool = False, **options: Any) -> TimmModel:
         """Build the network; see :func:`diffbackbone.models.build_network`."""
-        return TimmModel(self, last_block, activation_checkpointing, activation_budget, pretrained)
+        return TimmModel(self, pretrained=pretrained, **options)
 
 
 def resolve(name: str, **fields: Any) -> TimmConfig:
-    """Return the configuration of ``timm:<name>``.
-
-    Args:
-        name: See :class:`TimmConfig`.
-        **fields: Fields of :class:`TimmConfig`; all others are options of ``timm.create_model``.
-    """
+    """Return the configuration of ``timm:<name>``; unknown fields are timm's options."""
     own = {field: fields.pop(field) for field in ("pretrained", "norm") if field in fields}
     return TimmConfig(name, **own, options={**fields.pop("options", {}), **fields})
 
@@ -185,15 +159,8 @@ class TimmModel(DiffusionModel):
         config: Which network.
         last_block: Build blocks 1 to this one (1-based); None builds all.
         activation_checkpointing: Recompute blocks in the backward pass, as timm does it.
-        activation_budget: Not available.
+        activation_budget: None.
         pretrained: Load timm's weights, if ``config.pretrained`` allows it.
-
-    Attributes:
-        model: timm's network, without classifier.
-
-    Raises:
-        ValueError: ``last_block`` is not a block number, or a budget is given.
-        UserError: The weights can't be had.
     """
 
     timed = False
@@ -221,41 +188,23 @@ class TimmModel(DiffusionModel):
         self.register_buffer("scale", 0.5 / std, persistent=False)
         self.register_buffer("offset", (0.5 - mean) / std, persistent=False)
 
-    def module(self, index: int) -> nn.Module:
-        """Return the module of a block (1-based)."""
-        return self.get_submodule(self.blocks[index].name)
-
     def forward_features(
         self,
         x_t: Tensor,
         t: Tensor | int | float,
         blocks: Iterable[int],
         y: Tensor | None = None,
-        inject: Mapping[int, Any] | None = None,
     ) -> dict[int, Tensor]:
-        """Return the outputs of any blocks in one run, which stops after the last of them.
+        """Return the outputs of any blocks in one run; see :class:`DiffusionModel`.
 
         Args:
             x_t: Images (N, 3, H, W), RGB in [-1, 1], with or without noise; H and W multiples of
                 the deepest stride. A network of fixed size gets them resized.
             t: Not used.
             blocks: Block numbers (1-based).
-            y: None.
-            inject: None.
-
-        Returns:
-            ``{b: (N, C_b, H/stride_b, W/stride_b)}`` in the order asked for.
-
-        Raises:
-            ValueError: A block is out of range or not built, or maps are to be injected.
+            y: Not used.
         """
-        wanted = self.blocks.check(blocks)
-        if max(wanted) > self.last_block:
-            raise ValueError(
-                f"block {max(wanted)} is not built: this network ends at {self.last_block}"
-            )
-        if inject:
-            raise ValueError(self.blocks.no_feedback)
+        wanted = self.check_built(blocks)
         x = (x_t * self.scale + self.offset).to(self.weights_dtype)
         size = self.config.facts.size
         resized = self.config.facts.fixed and tuple(x.shape[-2:]) != size
@@ -270,10 +219,8 @@ class TimmModel(DiffusionModel):
         outputs = {index + 1: x for index, x in zip(indices, maps)}
         if resized:
             sides = x_t.shape[-2:]
-            outputs = {
-                b: resize(x, [side // self.blocks[b].stride for side in sides])
-                for b, x in outputs.items()
-            }
+            for b, x in outputs.items():
+                outputs[b] = resize(x, [side // self.blocks[b].stride for side in sides])
         return {b: outputs[b] for b in wanted}
 
     @property
@@ -288,10 +235,7 @@ class TimmModel(DiffusionModel):
         return self.config.facts.shapes
 
     def convert(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a file's weights under this network's names, in timm's format.
-
-        Files of the networks' authors are converted where timm knows how to.
-        """
+        """Rename a file's weights: timm's, or those of the network's authors if timm can."""
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
         if convert is not None:
             with torch.device("meta"):

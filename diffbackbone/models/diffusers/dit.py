@@ -9,12 +9,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from diffbackbone.models.base import BlockInfo, BlockTable, TraversalState
-from diffbackbone.models.diffusers.model import (
-    Condition,
-    DiffusersModel,
-    as_timesteps,
-    vae_stride,
-)
+from diffbackbone.models.diffusers.model import Condition, DiffusersModel, vae_stride
 
 
 class DiTBlock(nn.Module):
@@ -61,9 +56,7 @@ class DiffusersDiT(DiffusersModel):
         net: See :class:`DiffusersModel`.
         vae: See :class:`DiffusersModel`.
         raw: Tap the blocks' outputs as they are.
-        last_block: See :class:`DiffusersModel`.
-        activation_checkpointing: See :class:`DiffusersModel`.
-        activation_budget: See :class:`DiffusersModel`.
+        **options: See :class:`DiffusionModel`.
     """
 
     anchor = "pos_embed.proj.weight"
@@ -73,39 +66,23 @@ class DiffusersDiT(DiffusersModel):
         net: DiTTransformer2DModel,
         vae: nn.Module | None = None,
         raw: bool = False,
-        last_block: int | None = None,
-        activation_checkpointing: bool = False,
-        activation_budget: float | None = None,
+        **options: Any,
     ) -> None:
         stride = net.config.patch_size * (1 if vae is None else vae_stride(vae))
         width = net.inner_dim
-        blocks = BlockTable(
-            BlockInfo(
-                index,
-                width,
-                stride,
-                f"transformer_blocks.{index - 1}",
-                width,
-                attention=True,
-                part="transformer",
-            )
-            for index in range(1, len(net.transformer_blocks) + 1)
-        )
-        modules = [
-            DiTBlock(block, net.pos_embed if i == 0 else None)
-            for i, block in enumerate(net.transformer_blocks)
-        ]
-        super().__init__(
-            net, vae, blocks, modules, last_block, activation_checkpointing, activation_budget
-        )
+        infos, modules = [], []
+        for i, block in enumerate(net.transformer_blocks):
+            name = f"transformer_blocks.{i}"
+            infos.append(BlockInfo(i + 1, width, stride, name, width, True, part="transformer"))
+            modules.append(DiTBlock(block, net.pos_embed if i == 0 else None))
+        super().__init__(net, vae, BlockTable(infos), modules, **options)
         self.raw = raw
         self.num_classes = net.config.num_embeds_ada_norm
         for name in ("norm_out", "proj_out_1", "proj_out_2"):
             delattr(net, name)
         for block in net.transformer_blocks:
-            block.norm1.emb.class_embedder.dropout_prob = (
-                0  # labels are dropped by leaving them out
-            )
+            # labels are dropped by leaving them out
+            block.norm1.emb.class_embedder.dropout_prob = 0
 
     def embed(
         self,
@@ -114,7 +91,7 @@ class DiffusersDiT(DiffusersModel):
         device: torch.device | None = None,
     ) -> Condition:
         """Return timesteps and labels, which each block embeds; no label is a class of its own."""
-        t = as_timesteps(t, device)
+        t = torch.as_tensor(t, device=device).reshape(-1)
         if y is None:
             y = torch.full((1,), self.num_classes, device=t.device)
         return Condition(None, t=t, y=y)

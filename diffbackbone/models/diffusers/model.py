@@ -1,8 +1,4 @@
-"""What all networks of diffusers share: diffusers' modules, an autoencoder, weights by their names.
-
-The modules are diffusers' own; a block calls them one after the other as diffusers' forward pass
-does. Names in the state dict are diffusers' behind ``net.`` and ``vae.``.
-"""
+"""What all networks of diffusers share: modules, names and the autoencoder are diffusers' own."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from diffusers.models.embeddings import GaussianFourierProjection
 from torch import Tensor, nn
 
 from diffbackbone.models.base import BlockInfo, BlockTable, DiffusionModel
-from diffbackbone.models.ops import autocasts, is_readable
+from diffbackbone.models.ops import autocasts
 
 
 class Condition(NamedTuple):
@@ -44,9 +40,7 @@ class DiffusersModel(DiffusionModel):
             images.
         blocks: The table of all blocks.
         modules: The blocks' modules, in the same order.
-        last_block: See :class:`DiffusionModel`, as for the other two.
-        activation_checkpointing: Recompute blocks in the backward pass.
-        activation_budget: GB of activations to keep.
+        **options: See :class:`DiffusionModel`.
 
     Attributes:
         full_shapes: Shapes of all weights by their names, removed ones included.
@@ -62,11 +56,9 @@ class DiffusersModel(DiffusionModel):
         vae: nn.Module | None,
         blocks: BlockTable,
         modules: list[nn.Module],
-        last_block: int | None,
-        activation_checkpointing: bool,
-        activation_budget: float | None,
+        **options: Any,
     ) -> None:
-        super().__init__(blocks, last_block, activation_checkpointing, activation_budget)
+        super().__init__(blocks, **options)
         self.full_shapes = {f"net.{name}": tuple(x.shape) for name, x in net.state_dict().items()}
         self.net = net
         self.in_channels = (net if vae is None else vae).config.in_channels
@@ -135,8 +127,7 @@ class DiffusersModel(DiffusionModel):
         """Return the latents that noise is added to: the encoder's mean, scaled.
 
         Args:
-            images: (N, 3, H, W) in [-1, 1]; H and W multiples of the autoencoder's stride. Where
-                there is no autoencoder, what the network itself reads.
+            images: (N, 3, H, W) in [-1, 1]; H and W multiples of the autoencoder's stride.
 
         Returns:
             (N, C, H/8, W/8) for Stable Diffusion; the images where there is no autoencoder.
@@ -152,10 +143,8 @@ class DiffusersModel(DiffusionModel):
             latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
         latents = latents.to(images.dtype)
         if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
-            mean, std = (
-                latents.new_tensor(values)[:, None, None]
-                for values in (config.latents_mean, config.latents_std)
-            )
+            mean = latents.new_tensor(config.latents_mean)[:, None, None]
+            std = latents.new_tensor(config.latents_std)[:, None, None]
             return (latents - mean) * config.scaling_factor / std
         return (latents - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
 
@@ -169,8 +158,9 @@ class DiffusersModel(DiffusionModel):
     def _count_kept(self) -> Iterator[BlockInfo]:
         """Run each block once on a small map and count the values that autograd saves."""
         side = 2 * self.blocks.deepest_stride(len(self.blocks))
-        stride, cond = self.input_stride, self.embed(0, None, self.device)
-        options = {"device": self.device, "dtype": self.weights_dtype, "requires_grad": True}
+        weight = next(self.net.parameters())
+        stride, cond = self.input_stride, self.embed(0, None, weight.device)
+        options = {"device": weight.device, "dtype": weight.dtype, "requires_grad": True}
         for index, info in self.blocks.items():
             if index <= self.last_block:
                 x = torch.zeros(1, info.in_channels, side // stride, side // stride, **options)
@@ -181,36 +171,6 @@ class DiffusersModel(DiffusionModel):
                 )
             yield info
             stride = info.stride
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.net.parameters()).device
-
-    def check_labels(self, y: Tensor | None, count: int) -> None:
-        """Check class labels, which may be left out.
-
-        Raises:
-            ValueError: They are not wanted, out of range or not one for each image.
-        """
-        if y is None:
-            return
-        if not self.takes_labels:
-            raise ValueError("labels y were given, but this network is not class-conditional")
-        if y.shape[0] != count:
-            raise ValueError(f"labels y must be one for each of {count} images, got {len(y)}")
-        if self.num_classes is not None and is_readable(y):
-            low, high = torch.stack(torch.aminmax(y)).tolist()
-            if y.ndim != 1 or low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f"labels y must lie in 0..{self.num_classes - 1}, got {tuple(y.shape)} from "
-                    f"{low} to {high}"
-                )
-
-    @property
-    def takes_labels(self) -> bool:
-        """Whether the network has a class embedding."""
-        return True
 
 
 def _count_saved(module: nn.Module, x: Tensor, cond: Condition) -> int:
@@ -231,8 +191,3 @@ def _count_saved(module: nn.Module, x: Tensor, cond: Condition) -> int:
 def vae_stride(vae: nn.Module) -> int:
     """Return the stride of an autoencoder's latents, 8 in Stable Diffusion."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def as_timesteps(t: Tensor | int | float, device: torch.device | None) -> Tensor:
-    """Return timesteps (N,) or (1,)."""
-    return torch.as_tensor(t, device=device).reshape(-1)

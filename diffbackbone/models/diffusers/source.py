@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -16,7 +16,7 @@ from diffbackbone.models.base import BlockTable
 from diffbackbone.models.diffusers.dit import DiffusersDiT
 from diffbackbone.models.diffusers.model import DiffusersModel
 from diffbackbone.models.diffusers.unet import DiffusersUNet
-from diffbackbone.utils import UserError, first_not_finite, require
+from diffbackbone.utils import UserError, check_names, first_not_finite, require
 
 NETWORKS = {
     "UNet2DModel": DiffusersUNet,
@@ -53,9 +53,10 @@ class DiffusersConfig:
     revision: str | None = None
     variant: str | None = None
 
+    labels_optional: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
-        if self.taps not in ("normalized", "raw"):
-            raise UserError(f"taps must be 'normalized' or 'raw', got {self.taps!r:.200}")
+        check_names("taps", [self.taps], ("normalized", "raw"))
 
     def __str__(self) -> str:
         return f"diffusers://{self.source}"
@@ -64,17 +65,14 @@ class DiffusersConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    # ------------------------------------------------------------------------------ what is there
-
     @functools.cached_property
     def _place(self) -> tuple[str, str | None]:
         """Folder or id, and the subfolder of the network in it."""
         name = self.source
         folder = Path(name).expanduser()
         if folder.is_dir():
-            if (folder / "model_index.json").is_file():
-                return str(folder), None
-            if (folder.parent / "model_index.json").is_file():
+            is_part = (folder.parent / "model_index.json").is_file()
+            if is_part and not (folder / "model_index.json").is_file():
                 return str(folder.parent), folder.name
             return str(folder), None
         if name.count("/") == 0 or name.startswith(("/", ".", "~")):
@@ -82,33 +80,13 @@ class DiffusersConfig:
         parts = name.split("/")
         return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        """Read a JSON file of the folder or repository; None if there is no such file."""
-        root, _ = self._place
-        path = Path(root) / name
-        if not Path(root).is_dir():
-            from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-            try:
-                path = Path(hf_hub_download(root, name, revision=self.revision))
-            except Exception as error:  # no such repository, no access, no network: many types
-                missing = isinstance(error, EntryNotFoundError)
-                if isinstance(error, LocalEntryNotFoundError):  # offline: what an earlier run saw
-                    known = try_to_load_from_cache(root, name, revision=self.revision)
-                    missing = known is _CACHED_NO_EXIST
-                if missing:
-                    return None
-                reason = " ".join(str(error).split())[:500]
-                raise UserError(
-                    f"{self} is neither a folder nor to be had from the Hugging Face Hub: {reason}"
-                ) from error
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
     @functools.cached_property
     def _index(self) -> dict[str, Any]:
         """The pipeline's parts by name, [library, class]; empty for a model's own folder."""
-        return self._read("model_index.json") or {}
+        try:
+            return diffusers.DiffusionPipeline.load_config(self._place[0], **self._hub())
+        except OSError:  # also where nothing can be had; then the network's own can't either
+            return {}
 
     def _class_of(self, part: str) -> str | None:
         """Class of a part of the pipeline; None if it lacks the part."""
@@ -117,46 +95,50 @@ class DiffusersConfig:
     @functools.cached_property
     def _part(self) -> str | None:
         """Subfolder of the network; None for a model's own folder."""
-        if self._place[1] is not None:
-            return self._place[1]
-        if not self._index:
-            return None
-        for name in ("unet", "transformer"):
-            if self._class_of(name):
-                return name
-        raise UserError(f"{self}: the pipeline has no unet and no transformer")
+        parts = [name for name in ("unet", "transformer") if self._class_of(name)]
+        return self._place[1] or next(iter(parts), None)
 
     @functools.cached_property
     def network(self) -> dict[str, Any]:
         """The network's own configuration, as diffusers has written it."""
-        name = "config.json" if self._part is None else f"{self._part}/config.json"
-        config = self._read(name)
-        if config is None:
+        place, options = self._place[0], self._hub()
+        try:
+            config = diffusers.UNet2DModel.load_config(place, subfolder=self._part, **options)
+        except OSError as error:
             raise UserError(
-                f"{self} has no {name}; give the folder that save_pretrained of a "
-                "pipeline or model has written"
-            )
-        kind = config.get("_class_name")
-        if kind not in NETWORKS:
-            raise UserError(
-                f"{self} is a {kind}, which is not supported; networks may be {', '.join(NETWORKS)}"
-            )
+                f"{self} is neither a folder that save_pretrained of a pipeline or model has "
+                f"written, nor to be had from the Hugging Face Hub: {_one_line(error)}"
+            ) from error
+        self._class_in(config, NETWORKS)
         return config
+
+    def _class_in(self, config: dict[str, Any], supported: Iterable[str]) -> type:
+        """Return diffusers' class of a configuration, which must be one of those supported."""
+        kind = config.get("_class_name")
+        if kind not in supported:
+            raise UserError(
+                f"{self} has a {kind}, which is not supported; choose from {', '.join(supported)}"
+            )
+        return getattr(diffusers, kind)
 
     @functools.cached_property
     def _vae_place(self) -> tuple[str, str | None] | None:
         """Folder or id and subfolder of the autoencoder; None for a network of images."""
         if self.vae is not None:
             return self.vae, None
-        for name in ("vae", "vqvae"):
-            if self._class_of(name):
-                return self._place[0], name
-        return None
+        parts = [name for name in ("vae", "vqvae") if self._class_of(name)]
+        return (self._place[0], parts[0]) if parts else None
 
     @functools.cached_property
     def _scheduler(self) -> dict[str, Any]:
-        name = "scheduler/scheduler_config.json" if self._index else "scheduler_config.json"
-        return self._read(name) or {}
+        part = "scheduler" if self._index else None
+        try:
+            scheduler = diffusers.DDPMScheduler
+            return scheduler.load_config(self._place[0], subfolder=part, **self._hub())
+        except OSError:
+            if self._class_of("scheduler"):
+                raise
+            return {}
 
     @functools.cached_property
     def noise_schedule(self) -> str | tuple[float, ...]:
@@ -179,8 +161,6 @@ class DiffusersConfig:
         """What the network predicts: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``."""
         return self._scheduler.get("prediction_type", "epsilon")
 
-    # ------------------------------------------------------------------------------- its geometry
-
     @functools.cached_property
     def _empty(self) -> DiffusersModel:
         return self._build_empty()
@@ -196,15 +176,9 @@ class DiffusersConfig:
         return self._empty.num_classes
 
     @property
-    def labels_optional(self) -> bool:
-        """Whether a class-conditional network also runs without labels."""
-        return True
-
-    @property
     def in_channels(self) -> int:
         """Channels of the images."""
-        model = self._empty
-        return (model.net if model.vae is None else model.vae).config.in_channels
+        return self._empty.in_channels
 
     @property
     def image_size(self) -> int:
@@ -213,30 +187,24 @@ class DiffusersConfig:
         side = size if isinstance(size, int) else min(size)
         return side * self._empty.input_stride
 
-    def _build_empty(self, *args: Any) -> DiffusersModel:
+    def _build_empty(self, **options: Any) -> DiffusersModel:
         """Build the network on the meta device: shapes without weights."""
         with torch.device("meta"):
-            net = getattr(diffusers, self.network["_class_name"]).from_config(self.network)
-            vae = None
+            net = self._class_in(self.network, NETWORKS).from_config(self.network)
+            vae = tokens = pooled = None
             if self._vae_place is not None:
                 kind, config = self._autoencoder()
                 vae = kind.from_config(config)
-            tokens = pooled = None
             if width := self._token_width():
                 tokens = torch.empty(1, TOKENS, width)
             if width := self._pooled_width():
                 pooled = torch.empty(1, width)
-        return self._wrap(net, vae, tokens, pooled, *args)
+        return self._wrap(net, vae, tokens, pooled, **options)
 
     def _autoencoder(self) -> tuple[type[nn.Module], dict[str, Any]]:
         place, part = self._vae_place
-        config = diffusers.AutoencoderKL.load_config(
-            place, subfolder=part, **self._hub(self.vae is None)
-        )
-        kind = config.get("_class_name")
-        if kind not in AUTOENCODERS:
-            raise UserError(f"{self}: the autoencoder {kind} is not supported")
-        return getattr(diffusers, kind), config
+        config = diffusers.AutoencoderKL.load_config(place, subfolder=part, **self._hub(place))
+        return self._class_in(config, AUTOENCODERS), config
 
     def _token_width(self) -> int | None:
         """Channels of the text tokens; None for a network that reads none."""
@@ -258,36 +226,23 @@ class DiffusersConfig:
         sizes = 5 if self._index.get("requires_aesthetics_score") else 6
         return whole - sizes * self.network["addition_time_embed_dim"]
 
-    # ------------------------------------------------------------------------------- its weights
-
-    def build(
-        self,
-        last_block: int | None = None,
-        activation_checkpointing: bool = False,
-        activation_budget: float | None = None,
-        pretrained: bool = True,
-    ) -> DiffusersModel:
+    def build(self, pretrained: bool = True, **options: Any) -> DiffusersModel:
         """Load the network; on the meta device, build it without weights.
 
         Args:
-            last_block: See :class:`DiffusionModel`, as for the next two.
-            activation_checkpointing: Recompute blocks in the backward pass.
-            activation_budget: GB of activations to keep.
             pretrained: Not used: the autoencoder's weights are always those of the source.
+            **options: See :class:`DiffusionModel`.
 
         Raises:
             UserError: Something is missing, damaged or not supported; the message says what.
         """
-        options = (last_block, activation_checkpointing, activation_budget)
         if torch.get_default_device().type == "meta":
-            return self._build_empty(*options)
-        kind = getattr(diffusers, self.network["_class_name"])
-        net = self._load(kind, self._place[0], self._part)
+            return self._build_empty(**options)
+        net = self._load(self._class_in(self.network, NETWORKS), self._place[0], self._part)
         vae = None
         if self._vae_place is not None:
             vae = self._load(self._autoencoder()[0], *self._vae_place)
-        tokens, pooled = self._read_condition()
-        model = self._wrap(net, vae, tokens, pooled, *options)
+        model = self._wrap(net, vae, *self._read_condition(), **options)
         model.pretrained = True
         return model
 
@@ -297,52 +252,42 @@ class DiffusersConfig:
         vae: nn.Module | None,
         tokens: Tensor | None,
         pooled: Tensor | None,
-        *args: Any,
+        **options: Any,
     ) -> DiffusersModel:
-        kind = NETWORKS[type(net).__name__]
-        if vae is not None and vae.config.latent_channels != net.config.in_channels:
-            raise UserError(
-                f"{self}: the network reads {net.config.in_channels} channels, but the "
-                f"autoencoder's latents have {vae.config.latent_channels}"
-            )
-        if kind is DiffusersDiT:
-            model = DiffusersDiT(net, vae, self.taps == "raw", *args)
+        if NETWORKS[type(net).__name__] is DiffusersDiT:
+            model = DiffusersDiT(net, vae, self.taps == "raw", **options)
         else:
             learned = self.condition == "learned"
-            model = DiffusersUNet(net, vae, tokens, pooled, learned, *args)
+            model = DiffusersUNet(net, vae, tokens, pooled, learned, **options)
         model.config = self
         return model
 
-    def _hub(self, own: bool = True) -> dict[str, Any]:
+    def _hub(self, place: str | None = None) -> dict[str, Any]:
+        """Return the arguments that name the revision of a place; another one has no such."""
+        own = place in (None, self._place[0])
         return {"revision": self.revision} if own and self.revision else {}
 
     def _load(self, kind: type, place: str, part: str | None) -> nn.Module:
         """Load weights by diffusers, from safetensors files alone."""
-        own = place == self._place[0]
-        options = self._hub(own)
-        if part is not None:
-            options["subfolder"] = part
-        if self.variant is not None and own:
-            options["variant"] = self.variant
         try:
             model, info = kind.from_pretrained(
                 place,
+                subfolder=part,
+                variant=self.variant if place == self._place[0] else None,
                 use_safetensors=True,
                 torch_dtype=torch.float32,
                 output_loading_info=True,
-                **options,
+                **self._hub(place),
             )
         except Exception as error:  # a damaged file can fail in the reader in any way
             raise UserError(
-                f"{self}: the weights of {kind.__name__} can't be read: "
-                f"{' '.join(str(error).split())[:500]}"
+                f"{self}: the weights of {kind.__name__} can't be read: {_one_line(error)}"
             ) from error
         wrong = [f"{what}: {', '.join(map(str, info[what][:4]))}" for what in info if info[what]]
+        if name := first_not_finite(model.state_dict().items()):
+            wrong.append(f"{name} holds NaN or infinite weights")
         if wrong:
             raise UserError(f"{self}: the weights don't fit: {'; '.join(wrong)}")
-        name = first_not_finite(model.state_dict().items())
-        if name is not None:
-            raise UserError(f"{self}: {name} holds NaN or infinite weights")
         return model
 
     def _read_condition(self) -> tuple[Tensor | None, Tensor | None]:
@@ -356,54 +301,36 @@ class DiffusersConfig:
                 )
             return None, None
         if self.condition not in ("null", "learned"):
-            tokens, pooled = _read_embeddings(self.condition)
-        elif any(self._class_of(name) for name in ("text_encoder", "text_encoder_2")):
-            tokens, pooled = self._encode_nothing()
-        elif self.condition == "learned":
-            tokens, pooled = torch.randn(1, TOKENS, width) * 0.02, None
-            if pooled_width is not None:
-                pooled = torch.zeros(1, pooled_width)
-        else:
+            return _read_embeddings(self.condition, width, pooled_width)
+        ends = [end for end in ("", "_2") if "CLIP" in (self._class_of(f"text_encoder{end}") or "")]
+        if ends:
+            return self._encode_nothing(ends)
+        if self.condition == "null":
             raise UserError(
-                f"{self} has no text encoder: give condition='<safetensors file with "
+                f"{self} has no CLIP text encoder: give condition='<safetensors file with "
                 "prompt_embeds>' or 'learned'"
             )
-        fits = tokens.ndim == 3 and len(tokens) == 1 and tokens.shape[-1] == width
-        if pooled_width is None:
-            pooled = None
-        else:
-            fits &= pooled is not None and tuple(pooled.shape) == (1, pooled_width)
-        if not fits:
-            given = [None if x is None else tuple(x.shape) for x in (tokens, pooled)]
-            needed = [(1, "L", width), pooled_width and (1, pooled_width)]
-            raise UserError(
-                f"{self} reads prompt_embeds and pooled_prompt_embeds of {needed}, got {given}"
-            )
-        return tokens, pooled
+        pooled = None if pooled_width is None else torch.zeros(1, pooled_width)
+        return torch.randn(1, TOKENS, width) * 0.02, pooled
 
     @torch.no_grad()
-    def _encode_nothing(self) -> tuple[Tensor, Tensor | None]:
+    def _encode_nothing(self, ends: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Encode the empty prompt as diffusers' pipelines do, by one or two CLIP text encoders."""
         require("the empty prompt's embedding", ["transformers"], "pip install transformers")
         import transformers
 
         both = self._pooled_width() is not None  # SDXL: the last layer but one of both encoders
         parts, pooled = [], None
-        for end in ("", "_2"):
-            names = [self._class_of(f"{part}{end}") for part in ("tokenizer", "text_encoder")]
-            if None in names:
-                continue
-            if "CLIP" not in names[1]:
-                raise UserError(
-                    f"{self}: the text encoder {names[1]} is not supported; give "
-                    "condition='<safetensors file with prompt_embeds>'"
-                )
-            place, hub = self._place[0], self._hub()
-            tokenizer = getattr(transformers, names[0]).from_pretrained(
-                place, subfolder=f"tokenizer{end}", **hub
+        for end in ends:
+            kinds = [self._class_of(f"{part}{end}") for part in ("tokenizer", "text_encoder")]
+            tokenizer = getattr(transformers, kinds[0]).from_pretrained(
+                self._place[0], subfolder=f"tokenizer{end}", **self._hub()
             )
-            encoder = getattr(transformers, names[1]).from_pretrained(
-                place, subfolder=f"text_encoder{end}", use_safetensors=True, **hub
+            encoder = getattr(transformers, kinds[1]).from_pretrained(
+                self._place[0],
+                subfolder=f"text_encoder{end}",
+                use_safetensors=True,
+                **self._hub(),
             )
             length = tokenizer.model_max_length
             ids = tokenizer("", padding="max_length", max_length=length, return_tensors="pt")
@@ -418,16 +345,25 @@ class DiffusersConfig:
         return torch.cat(parts, dim=-1), pooled if both else None
 
 
-def _read_embeddings(path: str) -> tuple[Tensor, Tensor | None]:
-    """Read a condition's file."""
+def _read_embeddings(
+    path: str, width: int, pooled_width: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Read a condition's file: tokens (1, L, width), and the pooled (1, pooled_width) of SDXL."""
     from safetensors.torch import load_file
 
     try:
         found = load_file(Path(path).expanduser())
-        tokens, pooled = found["prompt_embeds"], found.get("pooled_prompt_embeds")
+        tokens, pooled = found["prompt_embeds"].float().expand(1, -1, width), None
+        if pooled_width is not None:
+            pooled = found["pooled_prompt_embeds"].float().expand(1, pooled_width)
     except Exception as error:  # also safetensors' own type
+        pooled_embeds = f" and pooled_prompt_embeds (1, {pooled_width})" * bool(pooled_width)
         raise UserError(
-            "condition must be 'null', 'learned' or a safetensors file with prompt_embeds; "
-            f"{path!r:.200}: {error}"
+            "condition must be 'null', 'learned' or a safetensors file with prompt_embeds "
+            f"(1, L, {width}){pooled_embeds}; {path!r:.200}: {error}"
         ) from error
-    return tokens.float(), None if pooled is None else pooled.float()
+    return tokens, pooled
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

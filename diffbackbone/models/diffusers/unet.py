@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -12,12 +13,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from diffbackbone.models.base import BlockInfo, BlockTable
-from diffbackbone.models.diffusers.model import (
-    Condition,
-    DiffusersModel,
-    as_timesteps,
-    vae_stride,
-)
+from diffbackbone.models.diffusers.model import Condition, DiffusersModel, vae_stride
 
 UNET_BLOCKS = (
     "DownBlock2D",
@@ -83,9 +79,7 @@ class DiffusersUNet(DiffusersModel):
         tokens: Text tokens (1, L, C) that cross-attention reads, where there is cross-attention.
         pooled: Pooled text embedding (1, C) where the network reads one (SDXL).
         learned: Train the tokens.
-        last_block: See :class:`DiffusersModel`.
-        activation_checkpointing: See :class:`DiffusersModel`.
-        activation_budget: See :class:`DiffusersModel`.
+        **options: See :class:`DiffusionModel`.
 
     Raises:
         ValueError: The network has levels of another kind than :data:`UNET_BLOCKS`, or reads
@@ -101,27 +95,13 @@ class DiffusersUNet(DiffusersModel):
         tokens: Tensor | None = None,
         pooled: Tensor | None = None,
         learned: bool = False,
-        last_block: int | None = None,
-        activation_checkpointing: bool = False,
-        activation_budget: float | None = None,
+        **options: Any,
     ) -> None:
-        rows = list(_unet_blocks(net, 1 if vae is None else vae_stride(vae)))
-        super().__init__(
-            net,
-            vae,
-            BlockTable(info for info, _ in rows),
-            [module for _, module in rows],
-            last_block,
-            activation_checkpointing,
-            activation_budget,
-        )
+        _check_supported(net)
+        infos, modules = zip(*_unet_blocks(net, 1 if vae is None else vae_stride(vae)))
+        super().__init__(net, vae, BlockTable(infos), list(modules), **options)
         if net.config.class_embed_type is None:
             self.num_classes = net.config.num_class_embeds
-        reads = [net.config.get(n) for n in ("encoder_hid_dim_type", "addition_embed_type")]
-        if images := [kind for kind in reads if kind and "image" in kind]:
-            raise ValueError(
-                f"U-Nets that read embeddings of images ({images[0]}) are not supported"
-            )
         for name in ("conv_norm_out", "conv_act", "conv_out", "position_net"):
             if hasattr(net, name):
                 delattr(net, name)
@@ -153,7 +133,8 @@ class DiffusersUNet(DiffusersModel):
     ) -> Condition:
         """Return the embeddings of timestep, labels and text that the blocks read."""
         net, dtype = self.net, self.weights_dtype
-        emb = net.time_embedding(net.time_proj(as_timesteps(t, device)).to(dtype))
+        t = torch.as_tensor(t, device=device).reshape(-1)
+        emb = net.time_embedding(net.time_proj(t).to(dtype))
         if y is not None:
             if net.config.class_embed_type == "timestep":
                 y = net.time_proj(y)
@@ -192,16 +173,27 @@ class DiffusersUNet(DiffusersModel):
         }
 
 
+def _check_supported(net: nn.Module) -> None:
+    levels = [*net.down_blocks, *net.up_blocks]
+    if net.mid_block is not None:
+        levels.append(net.mid_block)
+    found = [type(level).__name__ for level in levels]
+    found = [name for name in found if name not in UNET_BLOCKS]
+    if net.config.get("dual_cross_attention"):
+        found.append("dual_cross_attention")
+    for name in ("encoder_hid_dim_type", "addition_embed_type"):
+        kind = net.config.get(name)
+        if kind is not None and "image" in kind:
+            found.append(f"{name} {kind!r}")
+    if found:
+        raise ValueError(
+            f"U-Nets with {', '.join(found)} are not supported; levels may be "
+            f"{', '.join(UNET_BLOCKS)}"
+        )
+
+
 def _unet_blocks(net: nn.Module, stride: int) -> Iterator[tuple[BlockInfo, Block]]:
     """Yield the blocks of a U-Net whose input has the given stride."""
-    for level in (*net.down_blocks, net.mid_block, *net.up_blocks):
-        if level is not None and type(level).__name__ not in UNET_BLOCKS:
-            raise ValueError(
-                f"U-Nets with {type(level).__name__} are not supported; levels may be "
-                f"{', '.join(UNET_BLOCKS)}"
-            )
-    if net.config.get("dual_cross_attention"):
-        raise ValueError("U-Nets with dual_cross_attention are not supported")
     index, channels = 0, net.conv_in.in_channels
 
     def block(
