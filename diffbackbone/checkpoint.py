@@ -1,12 +1,8 @@
 """Reading guided-diffusion checkpoints: weights only, architecture checked, no key unaccounted for.
 
-Nothing in a file is executed: pickles are read by torch's weights-only unpickler, safetensors hold
-no code. What a file declares is held against its size before memory is spent on it.
-
-Damage to the values themselves is found where the file has checksums: the zip archives that
-``torch.save`` has written since torch 1.6, unless they were switched off. Files of older versions
-and safetensors files have none; of a flipped bit in their values only what makes a weight NaN or
-infinite is seen. Checksums guard against accidents, not against somebody who rewrites a file.
+Nothing in a file is executed, and what a file declares is held against its size before memory is
+spent on it. Damaged values are found where the file has checksums, as ``torch.save``'s zip archives
+do; in safetensors files and those from before torch 1.6 only NaN and infinity are noticed.
 """
 
 from __future__ import annotations
@@ -58,8 +54,8 @@ class KeyReport:
         source: Path or URL of the file.
         prefix: Prefix in front of guided-diffusion's names.
         loaded: Keys whose values were loaded.
-        unused: Keys of the U-Net that were left out on purpose: blocks that no tap reaches, the
-            output layer, the label embedding of a U-Net used without labels.
+        unused: Keys of the U-Net that were left out: blocks that no tap reaches, the output layer,
+            the label embedding of a U-Net used without labels.
         foreign: Keys outside the prefix, which don't belong to the U-Net.
     """
 
@@ -152,7 +148,18 @@ def _fit_architecture(
             config = config.replace(num_classes=found.get("num_classes"))
         if not hasattr(unet, "out"):
             config = config.replace(out_channels=found.get("out_channels", config.out_channels))
-    if differences := _differences(found, stored_config(find_file(source)), config):
+    pairs = {name: (value, getattr(config, name)) for name, value in found.items()}
+    stored = stored_config(find_file(source))
+    if stored is not None:  # also what shapes don't show but changes the meaning of the weights
+        for name in ("use_new_attention_order", "noise_schedule"):
+            pairs[name] = getattr(stored, name), getattr(config, name)
+        pairs["attention heads"] = _attention_heads(stored), _attention_heads(config)
+    differences = [
+        f"{name}: the file has {theirs!r}, this U-Net {ours!r}"
+        for name, (theirs, ours) in pairs.items()
+        if theirs != ours
+    ]
+    if differences:
         looks = [n for n, p in PRESETS.items() if found and found.items() <= vars(p).items()]
         hint = f"it looks like {' or '.join(looks)}; " if looks else ""
         raise CheckpointError(
@@ -165,53 +172,31 @@ def _fit_architecture(
 
 
 def spread_channels(weight: Tensor, channels: int) -> Tensor:
-    """Adapt the first convolution of an RGB network to other input channels, as timm does.
+    """Adapt the first convolution (C, 3, h, w) of an RGB network to other channels, as timm does.
 
-    Args:
-        weight: (C, 3, h, w).
-        channels: Channels of the images. For one, the weights are summed, so that a grey image
-            gives what it gives as RGB; for others they are repeated in turn and scaled by
-            3 / channels, which keeps the size of the response.
-
-    Returns:
-        (C, channels, h, w).
+    For one channel the weights are summed, so that a gray image gives what it gives as RGB; for
+    others they are repeated in turn and scaled by 3 / channels, which keeps the response's size.
     """
     if channels == 1:
         return weight.sum(dim=1, keepdim=True)
     return weight[:, [i % 3 for i in range(channels)]] * (3 / channels)
 
 
-def _differences(
-    found: Mapping[str, Any], stored: UNetConfig | None, config: UNetConfig
-) -> list[str]:
-    """List the settings in which a file's architecture differs from a U-Net's."""
-
-    def heads(of: UNetConfig) -> list[int]:
-        blocks = (block for block in of.blocks.values() if block.attention)
-        return [of.heads(block.channels, block.part == "decoder") for block in blocks]
-
-    pairs = {name: (value, getattr(config, name)) for name, value in found.items()}
-    if stored is not None:  # also what shapes don't show but changes the meaning of the weights
-        for name in ("use_new_attention_order", "noise_schedule"):
-            pairs[name] = getattr(stored, name), getattr(config, name)
-        pairs["attention heads"] = heads(stored), heads(config)
-    return [
-        f"{name}: the file has {theirs!r}, this U-Net {ours!r}"
-        for name, (theirs, ours) in pairs.items()
-        if theirs != ours
-    ]
+def _attention_heads(config: UNetConfig) -> list[int]:
+    blocks = (block for block in config.blocks.values() if block.attention)
+    return [config.heads(block.channels, block.part == "decoder") for block in blocks]
 
 
 def read_unet_config(
     source: str | os.PathLike[str], prefix: str | None = None, **rest: Any
 ) -> UNetConfig:
-    """Read the architecture of the U-Net in a file.
+    """Read the architecture of the U-Net in a file; see :func:`load_checkpoint`.
 
     Args:
-        source: See :func:`load_checkpoint`, also for ``prefix`` and errors.
+        source: Path or URL.
         prefix: Prefix to take where the file holds several U-Nets.
         **rest: What shapes can't tell; see :meth:`UNetConfig.from_state_dict`. A safetensors file
-            of ``tools/pretrain.py`` holds it in its metadata, and needs nothing here.
+            of ``tools/pretrain.py`` holds it in its metadata.
     """
     state_dict, _, _ = find_state_dict(read_checkpoint(source), source, prefix)
     stored = stored_config(find_file(source))

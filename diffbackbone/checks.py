@@ -24,11 +24,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def check_strides(out_strides: Sequence[int], count: int) -> tuple[int, ...]:
-    """Return the strides of ``count`` maps as integers.
-
-    Raises:
-        ValueError: There are more or fewer, or one is no power of two from 1 to 128.
-    """
+    """Return strides as integers; raise a ValueError unless ``count`` powers of two to 128."""
     given = as_tuple("out_strides", out_strides)
     strides = tuple(map(integer, given))
     if len(strides) != count or not set(strides) <= {2**i for i in range(8)}:
@@ -50,14 +46,13 @@ def check_images(images: Tensor, channels: int = 3) -> None:
         return
     kind = ", RGB," if channels == 3 else ""
     what = f"images must be a floating-point tensor (N, {channels}, H, W){kind} in [-1, 1]"
-    if not isinstance(images, Tensor):
-        raise ValueError(f"{what}, got {type(images).__name__}")
-    shaped = images.ndim == 4 and images.shape[1] == channels and images.numel() > 0
-    if not (shaped and images.is_floating_point() and min(images.shape[-2:]) >= MIN_SIZE):
-        raise ValueError(
-            f"{what}, of at least {MIN_SIZE} x {MIN_SIZE} px, got {images.dtype} "
-            f"{tuple(images.shape)}"
-        )
+    given, valid = type(images).__name__, False
+    if isinstance(images, Tensor):
+        given = f"{images.dtype} {tuple(images.shape)}"
+        shaped = images.ndim == 4 and images.shape[1] == channels and images.numel() > 0
+        valid = shaped and images.is_floating_point() and min(images.shape[-2:]) >= MIN_SIZE
+    if not valid:
+        raise ValueError(f"{what}, of at least {MIN_SIZE} x {MIN_SIZE} px, got {given}")
     if not is_readable(images):
         return
     low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # NaN wins

@@ -23,7 +23,7 @@ from diffbackbone import checkpoint as reading
 from diffbackbone.backbone import DIGEST_KEY, DiffusionBackbone
 from diffbackbone.cli import run_command
 from diffbackbone.models import resolve_network
-from diffbackbone.models.adm import read_folder, write_folder
+from diffbackbone.models.adm import write_folder
 from diffbackbone.models.gd_config import UNetConfig
 from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.saving import save_safetensors
@@ -293,10 +293,6 @@ def export_diffusers(options: ExportConfig, config: UNetConfig) -> None:
     """Write a whole U-Net as the folder of a diffusers pipeline."""
     unet, dtype = read_unet(options, config), getattr(torch, options.dtype)
     write_folder(options.out, unet.state_dict(), unet.config, dtype)
-    again, read = read_folder(options.out, unet.config.use_new_attention_order)
-    kept = all(torch.equal(read[name], x.to(dtype)) for name, x in unet.state_dict().items())
-    if again.blocks != unet.config.blocks or not kept:
-        raise UserError(f"{options.out} does not hold what was written")
     print(f"{options.out}: DDPMPipeline.from_pretrained reads it", flush=True)
 
 

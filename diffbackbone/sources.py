@@ -41,11 +41,9 @@ class CheckpointError(UserError):
 
 
 def find_file(source: str | os.PathLike[str], config: UNetConfig | None = None) -> Path:
-    """Return the local file of a path or URL, downloaded if need be.
+    """Return the local file of a path, URL or ``diffbackbone://<file of this package>``.
 
-    Args:
-        source: Path, ``http(s)://`` URL, or ``diffbackbone://`` and a file of this package.
-        config: The architecture wanted, to name OpenAI's address if the file is absent.
+    ``config`` is the architecture wanted, to name OpenAI's address if the file is absent.
     """
     name = os.fspath(source)
     if name.startswith(("http://", "https://")):
@@ -82,10 +80,7 @@ def _cache_path(url: str) -> Path:
 
 
 def _download(url: str) -> Path:
-    """Fetch a file into torch.hub's cache, with a progress bar; it arrives whole or not at all.
-
-    Of the processes that share a cache the first one downloads, the others wait.
-    """
+    """Fetch a file into torch.hub's cache; one process downloads, others of the machine wait."""
     from filelock import FileLock
 
     path = _cache_path(url)

@@ -113,23 +113,14 @@ def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
 
 @dataclasses.dataclass
 class TraversalState:
-    """Where a run through the network stands, so that it can go on from there.
+    """Where a run through the network stands, so that it can go on from there."""
 
-    Attributes:
-        index: The last block that ran (1-based); 0 before the first.
-        h: Its output (N, C, H, W).
-        emb: The condition that each block reads, for example the time embedding (N or 1, E).
-        last: The last block that will be asked for; skips that only later blocks read are not kept.
-        skips: Encoder outputs that a block up to ``last`` still reads, by block number.
-        recompute: Blocks that the backward pass computes again, by number.
-    """
-
-    index: int
-    h: Tensor
-    emb: Any
-    last: int
-    skips: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    recompute: frozenset[int] = frozenset()
+    index: int  # the last block that ran (1-based); 0 before the first
+    h: Tensor  # its output (N, C, H, W)
+    emb: Any  # the condition that each block reads, for example the time embedding (N or 1, E)
+    last: int  # the last block that will be asked for
+    skips: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # that blocks to `last` read
+    recompute: frozenset[int] = frozenset()  # blocks that the backward pass computes again
 
     def inject(self, maps: Sequence[Tensor]) -> None:
         """Add maps to the last block's output, resized bilinearly; the skip carries the sum."""
@@ -161,22 +152,6 @@ class DiffusionModel(nn.Module):
 
     A family builds its modules, sets up the table, and implements :meth:`embed`.
 
-    Attributes:
-        blocks: The table of all blocks of the architecture.
-        last_block: The last block that is built (1-based).
-        in_channels: Channels of the images.
-        num_classes: Classes of a class-conditional network; None for an unconditional one.
-        labels_optional: Whether a class-conditional network also runs without labels.
-        noise_schedule: Schedule that the weights were trained with, ``"linear"``, ``"cosine"`` or
-            the betas of all timesteps.
-        input_stride: Stride of the network's input relative to the image; 8 for the latents of
-            Stable Diffusion.
-        learned: Names of parameters that are trained also when the network is frozen.
-        pretrained: Whether building the network has loaded its weights.
-        own_size: Height and width of images that run without padding, whatever the strides.
-        timed: Whether the network reads a timestep; one that doesn't takes images as they are.
-        channels_last: Whether inference on a CPU uses this memory format.
-
     Args:
         blocks: The table of all blocks of the architecture.
         last_block: The last block that is built (1-based); None for all.
@@ -190,16 +165,16 @@ class DiffusionModel(nn.Module):
         ValueError: ``last_block`` is not a block number, or the budget is negative.
     """
 
-    in_channels: int = 3
-    num_classes: int | None = None
-    labels_optional: bool = False
-    noise_schedule: str | Sequence[float] = "linear"
-    input_stride: int = 1
-    learned: tuple[str, ...] = ()
-    pretrained: bool = False
-    own_size: tuple[int, int] | None = None
-    timed: bool = True
-    channels_last: bool = True
+    in_channels: int = 3  # of the images
+    num_classes: int | None = None  # None for an unconditional network
+    labels_optional: bool = False  # whether a class-conditional network also runs without labels
+    noise_schedule: str | Sequence[float] = "linear"  # or "cosine", or the betas of all timesteps
+    input_stride: int = 1  # of the input relative to the image; 8 for Stable Diffusion's latents
+    learned: tuple[str, ...] = ()  # parameters that are trained also when the network is frozen
+    pretrained: bool = False  # whether building the network has loaded its weights
+    own_size: tuple[int, int] | None = None  # of images that run without padding
+    timed: bool = True  # whether the network reads a timestep
+    channels_last: bool = True  # memory format of inference on a CPU
 
     def __init__(
         self,
@@ -287,9 +262,6 @@ class DiffusionModel(nn.Module):
             t: Timesteps (N,) or (1,), or one number.
             last: The last block that will be asked for (1-based).
             y: Class labels (N,), for a class-conditional model.
-
-        Raises:
-            ValueError: ``last`` is not built, or the size or labels don't fit.
         """
         self.check_built([last])
         deepest = self.blocks.deepest_stride(last) // self.input_stride
@@ -327,17 +299,13 @@ class DiffusionModel(nn.Module):
         taps: Collection[int] = (),
         inject: Mapping[int, Sequence[Tensor]] | None = None,
     ) -> dict[int, Tensor]:
-        """Run the blocks after ``state.index`` up to ``stop``.
+        """Run the blocks after ``state.index`` up to ``stop``; see :meth:`forward_features`.
 
         Args:
             state: Where to go on from; it is advanced.
             stop: The last block to run (1-based).
             taps: Blocks whose outputs are returned.
-            inject: Maps to add to the output of a block, before it is tapped and before its skip
-                is kept; resized bilinearly where sizes differ.
-
-        Returns:
-            The outputs of the tapped blocks that ran, (N, C_b, H/stride_b, W/stride_b).
+            inject: Maps to add to the output of a block, before it is tapped.
         """
         outputs: dict[int, Tensor] = {}
         if self.channels_last:

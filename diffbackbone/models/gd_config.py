@@ -1,8 +1,5 @@
 """Architecture of guided-diffusion's U-Net: configuration, presets, table of blocks.
 
-The network is described once, by the table :attr:`UNetConfig.blocks`; construction, taps, skips and
-where features stop are derived from it.
-
 Reference: Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021.
 """
 
@@ -84,8 +81,8 @@ class UNetConfig:
     def from_preset(cls, name: str) -> UNetConfig:
         """Return one of :data:`PRESETS`: a released model, or ``tiny``.
 
-        ``tiny`` has the same 37 blocks, strides and feedback strategies as the 256-px models at an
-        eighth of the width and less, so block numbers carry over.
+        ``tiny`` has the same 37 blocks and strides as the 256-px models at an eighth of the width
+        and less, so block numbers carry over.
 
         Raises:
             ValueError: Unknown preset; the message lists the known ones.
@@ -103,21 +100,18 @@ class UNetConfig:
     ) -> UNetConfig:
         """Read the architecture off the shapes of a guided-diffusion state dict.
 
-        What shapes can't tell is asked for: the attention heads (``num_head_channels``, or
-        ``num_heads`` with ``num_head_channels=None``), ``use_new_attention_order``, ``dropout``,
-        ``image_size`` and ``noise_schedule``.
-
         Args:
             state_dict: guided-diffusion's keys, without a prefix.
-            num_head_channels: Width of an attention head.
-            **rest: Further fields of :class:`UNetConfig` that shapes can't tell.
+            num_head_channels: Width of an attention head; None to give ``num_heads``.
+            **rest: Further fields that shapes can't tell: ``num_heads``, ``dropout``,
+                ``use_new_attention_order``, ``image_size`` and ``noise_schedule``.
 
         Raises:
             ValueError: The keys are not those of a whole guided-diffusion U-Net.
         """
         found = read_architecture(state_dict)
         if not found:
-            raise ValueError("the state dict stops short of the U-Net's last block")
+            raise ValueError("the state dict has not all blocks of a guided-diffusion U-Net")
         return cls(num_head_channels=num_head_channels, **rest, **found)
 
     def replace(self, **changes: Any) -> UNetConfig:
@@ -271,7 +265,7 @@ def _kept_values(config: UNetConfig, info: BlockInfo, stride_before: int) -> flo
 
 
 def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of :class:`UNetConfig` that the shapes of a state dict determine.
+    """Return the fields of :class:`UNetConfig` that the shapes of a state dict determine.
 
     Args:
         state_dict: guided-diffusion's keys, without a prefix. One that stops short of the last
@@ -311,7 +305,7 @@ def read_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     per_level = gaps[0] if gaps else ups[0] + 1 if ups else size
     levels, remainder = divmod(size, per_level)
     if remainder:
-        raise ValueError(f"{size} encoder blocks don't make levels of {per_level}")
+        return {}
 
     firsts = [1 + level * per_level for level in range(levels)]
     mults = []
@@ -347,15 +341,7 @@ def config_fields(unet: Any) -> dict[str, Any]:
 
 
 def resolve_config(unet: str | UNetConfig | Mapping[str, Any]) -> UNetConfig:
-    """Return the architecture that a config file, a command line or a caller names.
-
-    Args:
-        unet: A preset's name, a configuration, a dict of its fields (``preset`` names the one to
-            start from), such a dict as JSON, or anything that has a configuration as ``config``.
-
-    Raises:
-        ValueError: It is something else, or a field is unknown or out of range.
-    """
+    """Return a guided-diffusion architecture; see :func:`diffbackbone.models.resolve_network`."""
     config = getattr(unet, "config", unet)
     if isinstance(config, UNetConfig):
         return config

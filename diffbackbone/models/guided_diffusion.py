@@ -29,28 +29,23 @@ class ResBlock(nn.Module):
     """Residual block with a time embedding, which may resample by a factor of two."""
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        emb_channels: int,
-        dropout: float,
-        use_scale_shift_norm: bool,
-        resample: str | None = None,
+        self, config: UNetConfig, in_channels: int, channels: int, resample: str | None = None
     ) -> None:
         super().__init__()
-        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_scale_shift_norm = config.use_scale_shift_norm
         self.resample = resample
         self.in_layers = nn.Sequential(
             GroupNorm32(in_channels),
             nn.SiLU(),
             Conv3x3(in_channels, channels),
         )
-        emb_out = 2 * channels if use_scale_shift_norm else channels
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
+        emb_out = 2 * channels if config.use_scale_shift_norm else channels
+        emb_layer = nn.Linear(4 * config.model_channels, emb_out)
+        self.emb_layers = nn.Sequential(nn.SiLU(), emb_layer)
         self.out_layers = nn.Sequential(
             GroupNorm32(channels),
             nn.SiLU(),
-            nn.Dropout(dropout),
+            nn.Dropout(config.dropout),
             _zero(Conv3x3(channels, channels)),
         )
         self.skip_connection = (
@@ -213,39 +208,22 @@ class UNet(DiffusionModel):
 
     def _layers(self, info: BlockInfo) -> Iterator[nn.Module]:
         """Yield the layers of one block, in guided-diffusion's order."""
-        config = self.config
-        emb_channels = 4 * config.model_channels
-
-        def residual(in_channels: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(
-                in_channels,
-                info.channels,
-                emb_channels,
-                config.dropout,
-                config.use_scale_shift_norm,
-                resample,
-            )
-
+        config, channels = self.config, info.channels
         if info.index == 1:
-            yield Conv3x3(info.in_channels, info.channels)
+            yield Conv3x3(info.in_channels, channels)
             return
-        if info.resample == "down":
-            if config.resblock_updown:
-                yield residual(info.in_channels, "down")
-            else:
-                yield Downsample(info.channels, config.conv_resample)
-            return
-        yield residual(info.in_channels)
+        if info.resample != "down":
+            yield ResBlock(config, info.in_channels, channels)
         if info.attention:
-            heads = config.heads(info.channels, info.part == "decoder")
-            yield AttentionBlock(info.channels, heads, config.use_new_attention_order)
+            heads = config.heads(channels, info.part == "decoder")
+            yield AttentionBlock(channels, heads, config.use_new_attention_order)
         if info.part == "middle":
-            yield residual(info.channels)
-        if info.resample == "up":
-            if config.resblock_updown:
-                yield residual(info.channels, "up")
-            else:
-                yield Upsample(info.channels, config.conv_resample)
+            yield ResBlock(config, channels, channels)
+        if info.resample and config.resblock_updown:
+            yield ResBlock(config, channels, channels, info.resample)
+        elif info.resample:
+            kind = Downsample if info.resample == "down" else Upsample
+            yield kind(channels, config.conv_resample)
 
     def embed(
         self,

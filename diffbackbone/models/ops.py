@@ -1,8 +1,7 @@
 """How the layers of a U-Net are computed: as plain layers would, faster or in less memory.
 
-Each choice here was measured by ``tools/benchmark.py`` (docs/performance.md has the figures, and
-what was tried and dropped); each is tested against the plain layer. Under ``torch.compile`` and
-``torch.export`` the plain layers run, since the compiler makes such choices itself.
+Each choice was measured (docs/performance.md). Under ``torch.compile`` and ``torch.export`` the
+plain layers run, since the compiler makes such choices itself.
 """
 
 from __future__ import annotations
@@ -41,12 +40,7 @@ def layout(x: Tensor) -> Tensor:
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """Call ``function(*args)``; the backward pass stores only the arguments and recomputes.
 
-    For norm, scale-shift, SiLU and pooling between two convolutions: recomputing them is cheaper
-    than storing their results.
-
-    Args:
-        function: Draws nothing at random.
-        args: Its arguments.
+    For norm, scale-shift, SiLU and pooling: recomputing them is cheaper than storing their results.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*args)
@@ -163,16 +157,8 @@ def _norm_rows(
     """Group norm and SiLU of one channels-last map, a piece at a time that stays in the cache.
 
     torch's kernel for this format adds up a million values one after the other, and is off by 2e-4
-    at 1024 px. Here each piece has a mean and variance of its own, and they are joined.
-
-    Args:
-        x: (H * W, C).
-        y: Where the result goes, which may be ``x``.
-        weight: (C,).
-        bias: (C,).
-        groups: Groups of channels.
-        eps: Added to the variance.
-        silu: Apply SiLU too.
+    at 1024 px. Here each piece has a mean and variance of its own, and they are joined. The result
+    of ``x`` (H * W, C) goes to ``y``, which may be ``x``.
     """
     size = max(1, CACHED // x.shape[1])
     pieces = x.split(size)
@@ -186,9 +172,9 @@ def _norm_rows(
     offset = (bias.view(1, groups, -1) - centre * factor).flatten()
     factor = factor.flatten()
     for piece, target in zip(pieces, y.split(size)):
-        out = (
-            target if target.dtype == torch.float32 else torch.empty_like(piece, dtype=offset.dtype)
-        )
+        out = target
+        if target.dtype != torch.float32:
+            out = torch.empty_like(piece, dtype=offset.dtype)
         torch.addcmul(offset, piece.float(), factor, out=out)
         if silu:
             F.silu(out, inplace=True)
@@ -262,13 +248,10 @@ class Conv3x3(nn.Conv2d):
             phases.append(torch.stack([row[..., 0] + row[..., 1], row[..., 2]], dim=3))
         bias = None if self.bias is None else self.bias.repeat(4)
         grid = F.conv2d(x, torch.cat(phases), bias, padding=1)  # (N, 4 C_out, H + 1, W + 1)
-        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
-        out = torch.empty(
-            (n, self.out_channels, 2 * height, 2 * width),
-            dtype=grid.dtype,
-            device=grid.device,
-            memory_format=layout or torch.contiguous_format,
-        )
+        is_nhwc = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if is_nhwc else torch.contiguous_format
+        shape = (n, self.out_channels, 2 * height, 2 * width)
+        out = torch.empty(shape, dtype=grid.dtype, device=grid.device, memory_format=layout)
         for phase, piece in enumerate(grid.chunk(4, dim=1)):
             row, column = divmod(phase, 2)
             piece = piece[..., row : row + height, column : column + width]
