@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffbackbone import BlockInfo, UNet, UNetConfig
 from diffbackbone.models.gd_config import PRESETS, resolve_config
-from diffbackbone.models.guided_diffusion import AttentionBlock
 
 TOLERANCE = 1e-5
 SMALL = golden.CONFIGS["narrow256"]
@@ -69,6 +68,7 @@ PARAMETERS = {  # what guided-diffusion's own code builds from the flags in its 
     "lsun_bedroom": 552_814_086,
     "lsun_cat": 552_814_086,
     "lsun_horse": 552_814_086,
+    "tiny": 4_920_198,
 }
 
 
@@ -78,8 +78,7 @@ def test_presets(name):
     with torch.device("meta"):
         unet = UNet(config)
     count = sum(parameter.numel() for parameter in unet.parameters())
-    assert count == PARAMETERS.get(name, count)
-    assert name != "tiny" or count < 5e6
+    assert count == PARAMETERS[name]
     unseen = ("num_head_channels", "num_heads", "use_new_attention_order", "dropout", "image_size",
               "noise_schedule")  # fmt: skip
     rest = {field: getattr(config, field) for field in unseen}
@@ -92,7 +91,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("levels", [(1,), (1, 2), (0.5, 1, 1.5)])
+@pytest.mark.parametrize("levels", [(1,), (0.5, 1, 1.5)])
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_architecture_is_read_off_the_shapes(flags, levels):
     strides = (2 ** (len(levels) - 1),)
@@ -181,14 +180,6 @@ def test_attention_takes_a_memory_linear_kernel(new_order, layout):
         q = torch.randn(1, 2, 32, 16).transpose(2, 3)
         with pytest.raises(RuntimeError):  # it could fail
             torch.nn.functional.scaled_dot_product_attention(q, q, q)
-
-
-def test_attention_layers_are_modules_that_can_be_hooked():
-    block, calls = AttentionBlock(64, 2, new_order=False), []
-    for name in ("qkv", "proj_out"):
-        getattr(block, name).register_forward_hook(lambda *_: calls.append(1))
-    block(torch.randn(2, 64, 4, 6), None)
-    assert len(calls) == 2
 
 
 def test_recomputing_changes_no_gradient():
