@@ -58,6 +58,13 @@ WRAPPINGS = {
 }
 
 
+def test_prefix_chooses_between_several(tmp_path, state_dict):
+    content = {p + k: v * (p == "b.") for p in ("a.", "b.") for k, v in state_dict.items()}
+    check(save(tmp_path, content), state_dict, prefix="b.")
+    with pytest.raises(CheckpointError, match=r"prefixes \['a.', 'b.'\].*, got 'c.'"):
+        load_checkpoint(UNet(SMALL), tmp_path / "file.pt", prefix="c.")
+
+
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_wrapped_and_prefixed(tmp_path, state_dict, wrapping):
     content = WRAPPINGS[wrapping](state_dict)
@@ -184,8 +191,6 @@ def test_blocks_that_are_not_built_are_not_loaded(tmp_path, state_dict):
     twin = UNet(SMALL, last_block=8)
     load_checkpoint(twin, again)
     assert all(torch.equal(v, twin.state_dict()[k]) for k, v in unet.state_dict().items())
-    with pytest.raises(CheckpointError, match="missing: "):
-        load_checkpoint(UNet(SMALL), again)
 
 
 def test_rgb_weights_are_spread_over_other_channels(tmp_path, state_dict):
@@ -231,7 +236,6 @@ def broken(state_dict):
         "type of out.0.weight: torch.int8": {**state_dict, "out.0.weight": torch.zeros(32).char()},
         "no weights of this network.*conv1.weight": {"conv1.weight": zero},
         "no weights of this network.*none": zero,
-        r"\['a.', 'b.'\]": {p + k: v for p in ("a.", "b.") for k, v in state_dict.items()},
         "out.0.weight are not dense tensors": {**state_dict, "out.0.weight": 3},
         "it looks like tiny": {k: torch.zeros(v.shape) for k, v in tiny().items()},
     }
@@ -249,14 +253,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, state_dict):
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(unet, save(tmp_path, content))
     assert all(torch.equal(before[k], v) for k, v in unet.state_dict().items())
-
-
-def test_prefix_chooses_between_several(tmp_path, state_dict):
-    content = {"a." + k: v * 0 for k, v in state_dict.items()}
-    content.update({"b." + k: v for k, v in state_dict.items()})
-    check(save(tmp_path, content), state_dict, prefix="b.")
-    with pytest.raises(CheckpointError, match=r"prefixes \['a.', 'b.'\].*, got 'c.'"):
-        load_checkpoint(UNet(SMALL), tmp_path / "file.pt", prefix="c.")
 
 
 def test_absent_file_tells_where_to_get_it(tmp_path):
