@@ -1,8 +1,7 @@
 """Safe reading of training checkpoints: names allowed in a pickle, and harmless stand-ins.
 
-The training checkpoints of MMEngine hold the history of its logged scalars and numpy's arrays,
-scalars and data types. :func:`allow_globals` lets ``torch.load(weights_only=True)`` read them,
-without MMEngine too; names that could do harm are answered by stand-ins that can't.
+MMEngine's checkpoints hold the history of its logged scalars and numpy's arrays, which
+``torch.load(weights_only=True)`` refuses unless it is told their names.
 """
 
 from __future__ import annotations
@@ -120,8 +119,8 @@ def check_weights(path: str | os.PathLike[str]) -> None:
     """Reject what ``torch.load(weights_only=True)`` accepts before torch 2.10.
 
     A pickle can set items of a storage beyond its end (CVE-2026-24747), and a tensor may be longer
-    than its values in the file. So the pickles are gone through first, as torch will, but on
-    stand-ins: only containers take items. All else is a pickle.UnpicklingError, or another error.
+    than its values in the file. So the pickles are gone through first on stand-ins: only containers
+    take items.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content[:4] == b"PK\x03\x04":  # torch's own reader, so that both see the same archive
@@ -145,8 +144,8 @@ class _StandIn:
 class _StandInUnpickler(pickle._Unpickler):
     """Goes through a pickle as torch's weights-only unpickler does.
 
-    It is Python's, as C's makes room for as many memos as a file names; BYTEARRAY8, which makes
-    room for as many bytes as a file names, is left out.
+    It is Python's without BYTEARRAY8: C's allocates as many memos, and BYTEARRAY8 as many bytes, as
+    a file names.
     """
 
     dispatch: ClassVar[dict[int, Any]] = {
@@ -159,12 +158,6 @@ class _StandInUnpickler(pickle._Unpickler):
         super().__init__(file, encoding="utf-8")
         self._archive = archive
         self._size = functools.cache(lambda key: len(archive.get_record(f"data/{key}")))
-
-    def load(self) -> Any:
-        try:
-            return super().load()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise pickle.UnpicklingError(f"it asks for what no weights need: {error}") from error
 
     def find_class(self, module: str, name: str) -> Any:
         module = IMPORT_MAPPING.get(module, module)  # protocol 2 has the names of Python 2

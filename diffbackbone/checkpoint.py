@@ -92,14 +92,10 @@ def load_checkpoint(
             keys prefixed (``module.``, ``backbone.unet.``, ...).
         prefix: Prefix to take where the file holds several U-Nets.
 
-    Returns:
-        How each key was used.
-
     Raises:
         FileNotFoundError: No such file; the message gives the address of OpenAI's.
-        CheckpointError: The file is damaged, holds code, is of another architecture or a
-            classifier, or a key is missing, unexpected or of another shape, or a weight is NaN or
-            infinite. The U-Net is not changed then.
+        CheckpointError: The file is damaged, holds code or other weights than this network's, or a
+            weight is NaN or infinite. The U-Net is not changed then.
     """
     config = getattr(unet, "config", None)
     content = read_checkpoint(source, config if isinstance(config, UNetConfig) else None)
@@ -236,13 +232,12 @@ def _named(source: object) -> Iterator[None]:
 def read_checkpoint(
     source: str | os.PathLike[str], config: UNetConfig | None = None, mapped: bool = True
 ) -> Any:
-    """Read a file as weights only, on the CPU.
+    """Read a file, given by path or URL, as weights only, on the CPU.
 
     Args:
         source: Path or URL.
-        config: The architecture wanted, to name OpenAI's address if the file is absent.
-        mapped: Leave the values in the file until they are used, where its format allows; then the
-            file has to stay as long as they are in use.
+        config: See :func:`find_file`.
+        mapped: Leave the values in the file until they are used, where its format allows.
     """
     path = find_file(source, config)
     with _named(source):
@@ -319,18 +314,14 @@ def find_state_dict(
 ) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
     """Unwrap a checkpoint: the U-Net's state dict, its prefix, and the keys that don't belong."""
     content, prefixes = unwrap(content, anchor)
-    if not prefixes:
-        raise CheckpointError(
-            f"{source} holds no weights of this network: no key ends in {anchor!r} (first keys: "
-            f"{some_keys(content) or 'none'})"
-        )
     if prefix is None:
         prefix = "" if "" in prefixes else min(prefixes) if len(prefixes) == 1 else None
     if prefix not in prefixes:
-        raise CheckpointError(
-            f"{source} holds U-Nets under the prefixes {sorted(prefixes)[:8]}; choose one with "
-            f"prefix=, got {prefix!r}"
-        )
+        holds = f"U-Nets under the prefixes {sorted(prefixes)[:8]}; choose one with prefix="
+        if not prefixes:
+            first = some_keys(content) or "none"
+            holds = f"no weights of this network: no key ends in {anchor!r} (first keys: {first})"
+        raise CheckpointError(f"{source} holds {holds}, got {prefix!r}")
     inside = {str(k)[len(prefix) :]: v for k, v in content.items() if str(k).startswith(prefix)}
     if wrong := [key for key, value in inside.items() if not _is_dense(value)]:
         raise CheckpointError(f"{source}: {some_keys(wrong)} are not dense tensors")

@@ -57,13 +57,13 @@ def build_network(
     activation_budget: float | None = None,
     pretrained: bool = False,
 ) -> DiffusionModel:
-    """Build the network of a configuration.
+    """Build the network of a configuration of any family.
 
     Args:
-        config: Of any family.
-        last_block: Build blocks 1 to this one (1-based); None builds all.
-        activation_checkpointing: See :class:`DiffusionModel`.
-        activation_budget: See :class:`DiffusionModel`.
+        config: The configuration.
+        last_block: See :class:`DiffusionModel`, as for the next two.
+        activation_checkpointing: Recompute blocks in the backward pass.
+        activation_budget: GB of activations to keep.
         pretrained: Load the weights that the name stands for, where it stands for any.
     """
     options = {

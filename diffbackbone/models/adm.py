@@ -84,7 +84,7 @@ def to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[s
     diffusers_config(config)
     table = list(_weights(config))
     if different := sorted({ours for ours, _, _ in table} ^ state_dict.keys()):
-        raise UserError(f"these are not all weights of this U-Net, or others: {different[:4]}")
+        raise UserError(f"weights that are missing or not of this U-Net: {different[:4]}")
     weights = {}
     for ours, theirs, heads in table:
         value = state_dict[ours]

@@ -16,19 +16,12 @@ from diffbackbone.models.ops import autocasts
 
 
 class Condition(NamedTuple):
-    """What the blocks of a network read beside the maps.
+    """What the blocks of a network read beside the maps."""
 
-    Attributes:
-        emb: Embedding of timestep, label and pooled text (N or 1, E).
-        tokens: Text tokens (1, L, C) for cross-attention, or None.
-        t: Timesteps (N or 1,), for DiT, whose blocks embed them themselves.
-        y: Class labels (N or 1,), likewise.
-    """
-
-    emb: Tensor | None
-    tokens: Tensor | None = None
-    t: Tensor | None = None
-    y: Tensor | None = None
+    emb: Tensor | None  # of timestep, label and pooled text (N or 1, E)
+    tokens: Tensor | None = None  # of text (1, L, C), for cross-attention
+    t: Tensor | None = None  # timesteps (N or 1,), for DiT, whose blocks embed them themselves
+    y: Tensor | None = None  # class labels (N or 1,), likewise
 
 
 class DiffusersModel(DiffusionModel):
@@ -41,9 +34,6 @@ class DiffusersModel(DiffusionModel):
         blocks: The table of all blocks.
         modules: The blocks' modules, in the same order.
         **options: See :class:`DiffusionModel`.
-
-    Attributes:
-        full_shapes: Shapes of all weights by their names, removed ones included.
     """
 
     channels_last = False  # torch's group norm is inaccurate for it

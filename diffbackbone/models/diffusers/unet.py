@@ -36,10 +36,8 @@ UNET_BLOCKS = (
 class Block(nn.Module):
     """Layers of one block of a U-Net, in the order in which they run.
 
-    Args:
-        layers: diffusers' modules, which stay part of the network.
-        crosses: Whether attention layers read the text tokens.
-        centers: Map the input from [0, 1] to [-1, 1] first (``center_input_sample``).
+    ``crosses``: attention layers read the text tokens. ``centers``: the input is mapped from [0, 1]
+    to [-1, 1] first (``center_input_sample``).
     """
 
     def __init__(
@@ -70,8 +68,8 @@ class DiffusersUNet(DiffusersModel):
     """``UNet2DModel`` and ``UNet2DConditionModel``.
 
     Blocks are numbered as in guided-diffusion: ``conv_in``, each residual block of the encoder with
-    its attention, and each downsampler are a block each; the middle is one; each residual block of
-    the decoder is one, the last of a level with its upsampler. Stable Diffusion 1.5 has 25.
+    its attention, each downsampler, the middle, and each residual block of the decoder, the last of
+    a level with its upsampler. Stable Diffusion 1.5 has 25.
 
     Args:
         net: See :class:`DiffusersModel`.
