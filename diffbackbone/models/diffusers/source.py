@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,11 +18,7 @@ from diffbackbone.models.diffusers.model import DiffusersModel
 from diffbackbone.models.diffusers.unet import DiffusersUNet
 from diffbackbone.utils import UserError, check_names, first_not_finite, require
 
-NETWORKS = {
-    "UNet2DModel": DiffusersUNet,
-    "UNet2DConditionModel": DiffusersUNet,
-    "DiTTransformer2DModel": DiffusersDiT,
-}
+NETWORKS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 """Classes of diffusers that can be backbones."""
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 TOKENS = 77
@@ -112,7 +108,7 @@ class DiffusersConfig:
         self._class_in(config, NETWORKS)
         return config
 
-    def _class_in(self, config: dict[str, Any], supported: Iterable[str]) -> type:
+    def _class_in(self, config: dict[str, Any], supported: Collection[str]) -> type:
         """Return diffusers' class of a configuration, which must be one of those supported."""
         kind = config.get("_class_name")
         if kind not in supported:
@@ -163,7 +159,9 @@ class DiffusersConfig:
 
     @functools.cached_property
     def _empty(self) -> DiffusersModel:
-        return self._build_empty()
+        """The network on the meta device: shapes without weights."""
+        with torch.device("meta"):
+            return self.build()
 
     @property
     def blocks(self) -> BlockTable:
@@ -186,25 +184,6 @@ class DiffusersConfig:
         size = self.network.get("sample_size") or 256 // self._empty.input_stride
         side = size if isinstance(size, int) else min(size)
         return side * self._empty.input_stride
-
-    def _build_empty(self, **options: Any) -> DiffusersModel:
-        """Build the network on the meta device: shapes without weights."""
-        with torch.device("meta"):
-            net = self._class_in(self.network, NETWORKS).from_config(self.network)
-            vae = tokens = pooled = None
-            if self._vae_place is not None:
-                kind, config = self._autoencoder()
-                vae = kind.from_config(config)
-            if width := self._token_width():
-                tokens = torch.empty(1, TOKENS, width)
-            if width := self._pooled_width():
-                pooled = torch.empty(1, width)
-        return self._wrap(net, vae, tokens, pooled, **options)
-
-    def _autoencoder(self) -> tuple[type[nn.Module], dict[str, Any]]:
-        place, part = self._vae_place
-        config = diffusers.AutoencoderKL.load_config(place, subfolder=part, **self._hub(place))
-        return self._class_in(config, AUTOENCODERS), config
 
     def _token_width(self) -> int | None:
         """Channels of the text tokens; None for a network that reads none."""
@@ -236,30 +215,18 @@ class DiffusersConfig:
         Raises:
             UserError: Something is missing, damaged or not supported; the message says what.
         """
-        if torch.get_default_device().type == "meta":
-            return self._build_empty(**options)
-        net = self._load(self._class_in(self.network, NETWORKS), self._place[0], self._part)
-        vae = None
+        tokens, pooled = self._read_condition()
+        net, vae = self._module(self.network, NETWORKS, self._place[0], self._part), None
         if self._vae_place is not None:
-            vae = self._load(self._autoencoder()[0], *self._vae_place)
-        model = self._wrap(net, vae, *self._read_condition(), **options)
-        model.pretrained = True
-        return model
-
-    def _wrap(
-        self,
-        net: nn.Module,
-        vae: nn.Module | None,
-        tokens: Tensor | None,
-        pooled: Tensor | None,
-        **options: Any,
-    ) -> DiffusersModel:
-        if NETWORKS[type(net).__name__] is DiffusersDiT:
+            place, part = self._vae_place
+            config = diffusers.AutoencoderKL.load_config(place, subfolder=part, **self._hub(place))
+            vae = self._module(config, AUTOENCODERS, place, part)
+        if isinstance(net, diffusers.DiTTransformer2DModel):
             model = DiffusersDiT(net, vae, self.taps == "raw", **options)
         else:
-            learned = self.condition == "learned"
-            model = DiffusersUNet(net, vae, tokens, pooled, learned, **options)
+            model = DiffusersUNet(net, vae, tokens, pooled, self.condition == "learned", **options)
         model.config = self
+        model.pretrained = not _on_meta()
         return model
 
     def _hub(self, place: str | None = None) -> dict[str, Any]:
@@ -267,8 +234,13 @@ class DiffusersConfig:
         own = place in (None, self._place[0])
         return {"revision": self.revision} if own and self.revision else {}
 
-    def _load(self, kind: type, place: str, part: str | None) -> nn.Module:
-        """Load weights by diffusers, from safetensors files alone."""
+    def _module(
+        self, config: dict[str, Any], supported: Collection[str], place: str, part: str | None
+    ) -> nn.Module:
+        """Load weights by diffusers, from safetensors files alone; none on the meta device."""
+        kind = self._class_in(config, supported)
+        if _on_meta():
+            return kind.from_config(config)
         try:
             model, info = kind.from_pretrained(
                 place,
@@ -300,16 +272,18 @@ class DiffusersConfig:
                     f"{self.condition!r:.200}"
                 )
             return None, None
-        if self.condition not in ("null", "learned"):
-            return _read_embeddings(self.condition, width, pooled_width)
-        ends = [end for end in ("", "_2") if "CLIP" in (self._class_of(f"text_encoder{end}") or "")]
-        if ends:
-            return self._encode_nothing(ends)
-        if self.condition == "null":
-            raise UserError(
-                f"{self} has no CLIP text encoder: give condition='<safetensors file with "
-                "prompt_embeds>' or 'learned'"
-            )
+        if not _on_meta():
+            if self.condition not in ("null", "learned"):
+                return _read_embeddings(self.condition, width, pooled_width)
+            kinds = {end: self._class_of(f"text_encoder{end}") or "" for end in ("", "_2")}
+            ends = [end for end, kind in kinds.items() if "CLIP" in kind]
+            if ends:
+                return self._encode_nothing(ends)
+            if self.condition == "null":
+                raise UserError(
+                    f"{self} has no CLIP text encoder: give condition='<safetensors file with "
+                    "prompt_embeds>' or 'learned'"
+                )
         pooled = None if pooled_width is None else torch.zeros(1, pooled_width)
         return torch.randn(1, TOKENS, width) * 0.02, pooled
 
@@ -363,6 +337,10 @@ def _read_embeddings(
             f"(1, L, {width}){pooled_embeds}; {path!r:.200}: {error}"
         ) from error
     return tokens, pooled
+
+
+def _on_meta() -> bool:
+    return torch.get_default_device().type == "meta"
 
 
 def _one_line(error: Exception) -> str:
