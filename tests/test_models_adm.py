@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import golden
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,19 +30,11 @@ CONFIGS = {
 }
 
 
-def filled(config: UNetConfig) -> UNet:
-    torch.manual_seed(0)
-    unet = UNet(config).eval()
-    for parameter in unet.parameters():
-        parameter.data = torch.randn_like(parameter) * (parameter[0].numel() ** -0.5) * 0.5
-    return unet
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_pipeline_gives_the_same_output(name, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     config = CONFIGS[name]
-    unet = filled(config)
+    unet = golden.fill(UNet(config))
     write_folder(tmp_path, unet.state_dict(), config)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path, use_safetensors=True)
     x, t = torch.randn(2, 3, 32, 64), torch.tensor([7, 800])
@@ -61,7 +54,7 @@ def test_taps_of_the_exported_folder_are_the_same(tmp_path):
     from diffbackbone import DiffusionBackbone
 
     config = SMALL.replace(num_classes=None, attention_strides=(4,))
-    unet = filled(config)
+    unet = golden.fill(UNet(config))
     write_folder(tmp_path, unet.state_dict(), config)
     options = {"blocks": (3, 10, 14), "out_channels": None, "out_strides": None, "freeze": True}
     theirs = DiffusionBackbone(f"diffusers://{tmp_path}", **options)
@@ -96,7 +89,7 @@ def test_export_command_writes_a_pipelines_folder(tmp_path):
     from diffbackbone import export
     from diffbackbone.saving import save_safetensors
 
-    unet = filled(SMALL)
+    unet = golden.fill(UNet(SMALL))
     save_safetensors(tmp_path / "unet.safetensors", unet.state_dict(), SMALL)
     arguments = ["--format", "diffusers", "--out", tmp_path / "out"]
     export.main(list(map(str, [*arguments, "--checkpoint", tmp_path / "unet.safetensors"])))

@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 
+import golden
 import pytest
 import safetensors.torch
 import torch
@@ -19,17 +20,6 @@ from diffbackbone.padding import pad_to_multiple  # noqa: E402
 from diffbackbone.utils import MissingPackageError  # noqa: E402
 
 T = 90
-
-
-def fill(*modules: nn.Module) -> None:
-    """Give all weights random values, so that no branch or norm is the identity."""
-    generator = torch.Generator().manual_seed(0)
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            is_norm = "norm" in name and name.endswith("weight") and parameter.ndim == 1
-            parameter.data = noise * scale + is_norm
 
 
 def ends_of_blocks(net: nn.Module) -> list[nn.Module]:
@@ -161,17 +151,17 @@ SD_UNETS = {
 }
 
 
-def tiny_vae(channels: int = 4, levels: int = 4):
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,) * levels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        latent_channels=channels,
-        norm_num_groups=4,
-        scaling_factor=0.2,
+def tiny_vae():
+    return golden.fill(
+        diffusers.AutoencoderKL(
+            block_out_channels=(8,) * 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.2,
+        )
     )
-    fill(vae)
-    return vae
 
 
 def tiny_text_encoder(with_projection: bool = False):
@@ -192,16 +182,14 @@ def folders(tmp_path_factory):
     """Folders that diffusers has written, by name."""
     root = tmp_path_factory.mktemp("diffusers")
     for name, config in UNETS.items():
-        net = diffusers.UNet2DModel(**SMALL, **config)
-        fill(net)
+        net = golden.fill(diffusers.UNet2DModel(**SMALL, **config))
         diffusers.DDPMPipeline(net, diffusers.DDPMScheduler()).save_pretrained(root / name)
     scheduler = diffusers.DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
         prediction_type="v_prediction",
     )  # fmt: skip
     for name, config in SD_UNETS.items():
-        net = diffusers.UNet2DConditionModel(**{**CROSS, **config})
-        fill(net)
+        net = golden.fill(diffusers.UNet2DConditionModel(**{**CROSS, **config}))
         encoder, tokenizer = tiny_text_encoder()
         parts = {"vae": tiny_vae(), "unet": net, "scheduler": scheduler}
         parts |= {"text_encoder": encoder, "tokenizer": tokenizer}
@@ -219,7 +207,7 @@ def folders(tmp_path_factory):
         num_attention_heads=2, attention_head_dim=12, num_layers=4, sample_size=8,
         num_embeds_ada_norm=10, norm_num_groups=4,
     )  # fmt: skip
-    fill(net)
+    golden.fill(net)
     diffusers.DiTPipeline(net, tiny_vae(), diffusers.DDIMScheduler()).save_pretrained(root / "dit")
     return root
 

@@ -189,10 +189,8 @@ def test_noise_is_added_on_request_alone():
     x = images(64, 64)
     x_t = noised.schedule.add_noise(x, 300, coordinate_noise(3, 64, 64))
     with torch.no_grad():
-        expected = noised.unet.forward_features(x_t, 300, (3,))[3]
-        assert torch.equal(noised(x)[0], expected)
-        assert torch.equal(noised.forward_taps(x, (0, 300))[300, 3], expected)
-        assert not torch.allclose(clean(x)[0], expected, rtol=0.05)
+        assert torch.equal(noised(x)[0], noised.unet.forward_features(x_t, 300, (3,))[3])
+        assert torch.equal(clean(x)[0], clean.unet.forward_features(x, 0, (3,))[3])
     with pytest.raises(ValueError, match="only timestep 0"):
         clean.forward_taps(x, (0, 90))
 
