@@ -161,6 +161,8 @@ def test_a_run_ends_with_the_last_tap():
 def test_networks_of_fixed_size_see_the_whole_image():
     backbone = build("beit", blocks=(2,))
     assert backbone.unet.config.facts.fixed
+    for arch in ("registers", "swin"):  # which are told to take any size
+        assert not resolve_network(unet(arch)).facts.fixed
     large = images(128, 192)
     with torch.no_grad():
         before = backbone(large)[0]
