@@ -111,7 +111,7 @@ class UNetConfig:
         """
         found = read_architecture(state_dict)
         if not found:
-            raise ValueError("the state dict has not all blocks of a guided-diffusion U-Net")
+            raise ValueError("the state dict stops short of the U-Net's last block")
         return cls(num_head_channels=num_head_channels, **rest, **found)
 
     def replace(self, **changes: Any) -> UNetConfig:
