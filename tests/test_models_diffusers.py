@@ -563,13 +563,14 @@ def test_openmmlab_configs_take_diffusers_models(folders, recwarn):
     assert backbone.unet.raw
 
 
-def cache(root, name, folder, files):
-    """Put files of a folder into the hub's cache as a repository."""
+def cache(root, name, folder, files, absent=()):
+    """Put files of a folder into the hub's cache as a repository, with files known to be absent."""
     place = root / "hub" / f"models--{name.replace('/', '--')}"
-    for file in files:
-        path = place / "snapshots" / ("0" * 40) / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / file, path)
+    for part, names in (("snapshots", files), (".no_exist", absent)):
+        for file in names:
+            path = place / part / ("0" * 40) / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((folder / file).read_bytes() if names is files else b"")
     (place / "refs").mkdir()
     (place / "refs/main").write_text("0" * 40)
 
@@ -583,10 +584,14 @@ def test_ids_on_the_hub(folders, tmp_path, monkeypatch):
     files = ["model_index.json", "scheduler/scheduler_config.json"]
     files += ["unet/config.json", f"unet/{weights}"]
     cache(tmp_path, "someone/pipeline", folders / "ddpm", files)
-    cache(tmp_path, "someone/unet", folders / "ddpm/unet", ["config.json", weights])
+    own, unet = ["config.json", weights], folders / "ddpm/unet"
+    cache(tmp_path, "someone/unet", unet, own, ["scheduler_config.json"])
     images = torch.zeros(1, 3, 32, 32)
     (expected,) = build(folders / "ddpm", blocks=3)(images)
     for name in ("someone/pipeline", "someone/pipeline/unet", "someone/unet"):
         assert torch.equal(build(name, blocks=3)(images)[0], expected)
     with pytest.raises(ValueError, match="someone/else"):
         build("someone/else", blocks=1)
+    cache(tmp_path, "someone/unknown", unet, own)  # there may be a scheduler, which isn't cached
+    with pytest.raises(ValueError, match="scheduler"):
+        build("someone/unknown", blocks=1)

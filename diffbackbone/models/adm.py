@@ -1,13 +1,14 @@
-"""guided-diffusion's U-Nets (ADM) in diffusers' format, without diffusers.
+"""guided-diffusion's U-Nets (ADM) in diffusers' format, and back, without diffusers.
 
-The weights are the same under other names, but attention's q, k and v, one layer here, are three
-there; in guided-diffusion's legacy order each head's q, k and v are neighbors.
+The weights are the same numbers under other names. Attention's q, k and v, which guided-diffusion
+keeps in one layer, are three layers; in its legacy order each head's q, k and v are neighbors.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,11 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def diffusers_config(config: UNetConfig) -> dict[str, Any]:
-    """Return the configuration of the ``UNet2DModel`` that computes the same, if there is one."""
+    """Return the configuration of the ``UNet2DModel`` that computes the same.
+
+    Raises:
+        UserError: There is none.
+    """
     head_widths = {
         block.channels // config.heads(block.channels, block.part == "decoder")
         for block in config.blocks.values()
@@ -79,12 +84,59 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
     }
 
 
+def unet_config(
+    config: Mapping[str, Any],
+    use_new_attention_order: bool = False,
+    noise_schedule: str = "linear",
+) -> UNetConfig:
+    """Return the architecture that a ``UNet2DModel`` shares with guided-diffusion.
+
+    Args:
+        config: diffusers' configuration.
+        use_new_attention_order: Order of q, k and v in the weights to come.
+        noise_schedule: Schedule that the weights were trained with.
+
+    Raises:
+        UserError: guided-diffusion has no such U-Net.
+    """
+    widths = config["block_out_channels"]
+    attended = [name == "AttnDownBlock2D" for name in config["down_block_types"]]
+    found = UNetConfig(
+        model_channels=widths[0],
+        channel_mult=tuple(width / widths[0] for width in widths),
+        num_res_blocks=config["layers_per_block"],
+        attention_strides=tuple(2**level for level, a in enumerate(attended) if a),
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+        num_head_channels=config["attention_head_dim"],
+        use_scale_shift_norm=config["resnet_time_scale_shift"] == "scale_shift",
+        resblock_updown=config["downsample_type"] == "resnet",
+        use_new_attention_order=use_new_attention_order,
+        num_classes=config["num_class_embeds"],
+        dropout=config.get("dropout", 0.0),
+        image_size=config["sample_size"] or 256,
+        noise_schedule=noise_schedule,
+    )
+    expected = diffusers_config(found)
+    different = [
+        f"{name}={config[name]!r}, expected {value!r}"
+        for name, value in expected.items()
+        if name in config and config[name] != value
+    ]
+    if different:
+        raise UserError(f"guided-diffusion has no such U-Net: {'; '.join(different)}")
+    return found
+
+
 def to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Rename the weights of a whole U-Net to those of ``UNet2DModel``."""
+    """Rename the weights of a whole U-Net to those of ``UNet2DModel``.
+
+    Raises:
+        UserError: diffusers has no such U-Net, or a weight is missing or unknown.
+    """
     diffusers_config(config)
     table = list(_weights(config))
-    if different := sorted({ours for ours, _, _ in table} ^ state_dict.keys()):
-        raise UserError(f"weights that are missing or not of this U-Net: {different[:4]}")
+    _check_names(state_dict, (ours for ours, _, _ in table))
     weights = {}
     for ours, theirs, heads in table:
         value = state_dict[ours]
@@ -100,6 +152,38 @@ def to_diffusers(state_dict: Mapping[str, Tensor], config: UNetConfig) -> dict[s
     return weights
 
 
+def from_diffusers(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+    """Rename the weights of a ``UNet2DModel`` to guided-diffusion's.
+
+    Args:
+        weights: diffusers' state dict.
+        config: See :func:`unet_config`.
+
+    Raises:
+        UserError: A weight is missing or unknown.
+    """
+    table = list(_weights(config))
+    _check_names(weights, (name for _, theirs, _ in table for name in theirs))
+    state_dict = {}
+    for ours, theirs, heads in table:
+        parts = [weights[name] for name in theirs]
+        if len(parts) == 1 or config.use_new_attention_order:
+            value = torch.cat(parts)
+        else:
+            value = torch.stack([x.unflatten(0, (heads, -1)) for x in parts], 1).flatten(0, 2)
+        state_dict[ours] = value[..., None] if heads is not None and value.ndim == 2 else value
+    return state_dict
+
+
+def _check_names(given: Iterable[str], expected: Iterable[str]) -> None:
+    given, expected = set(given), set(expected)
+    if given != expected:
+        raise UserError(
+            f"the weights are not those of this U-Net; missing: {sorted(expected - given)[:4]}, "
+            f"unknown: {sorted(given - expected)[:4]}"
+        )
+
+
 def _weights(config: UNetConfig) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
     """Yield the weights: our name, diffusers' names and, for attention's matrices, the heads."""
     with torch.device("meta"):
@@ -110,47 +194,51 @@ def _weights(config: UNetConfig) -> Iterator[tuple[str, tuple[str, ...], int | N
                 yield f"{ours}.{end}", tuple(f"{name}.{end}" for name in theirs), heads
 
 
-def _layers(config: UNetConfig) -> list[tuple[str, tuple[str, ...], int | None]]:
-    """List the layers: see :func:`_weights`; some don't exist in every block."""
-    layers: list[tuple[str, tuple[str, ...], int | None]]
-    layers = [(ours, (theirs,), None) for ours, theirs in ENDS.items()]
+def _layers(config: UNetConfig) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
+    """Yield the layers: see :func:`_weights`; some don't exist in every block."""
 
-    def add_residual(ours: str, theirs: str) -> None:
+    def residual(ours: str, theirs: str) -> Iterator[tuple[str, tuple[str, ...], None]]:
         for name, other in RESIDUAL.items():
-            layers.append((f"{ours}.{name}", (f"{theirs}.{other}",), None))
+            yield f"{ours}.{name}", (f"{theirs}.{other}",), None
 
-    def add_resampling(ours: str, theirs: str, conv: str) -> None:
-        if config.resblock_updown:
-            add_residual(ours, theirs)
-        else:
-            layers.append((f"{ours}.{conv}", (f"{theirs}.conv",), None))
-
+    for ours, theirs in ENDS.items():
+        yield ours, (theirs,), None
     level = place = 0
-    for block in list(config.blocks.values())[1:]:
-        name, side = block.name, f"down_blocks.{level}"
+    for block in config.blocks.values():
+        name = block.name
+        if block.index == 1:
+            continue
         if block.part == "middle":
-            level, place, side = 0, 0, "mid_block"
-        elif block.part == "decoder":
-            side = f"up_blocks.{level}"
+            level = place = 0
+        side = {"encoder": f"down_blocks.{level}", "middle": "mid_block"}.get(
+            block.part, f"up_blocks.{level}"
+        )
+        heads = config.heads(block.channels, block.part == "decoder")
         if block.resample == "down":
-            add_resampling(f"{name}.0", f"{side}.downsamplers.0", "op")
+            if config.resblock_updown:
+                yield from residual(f"{name}.0", f"{side}.downsamplers.0")
+            else:
+                yield f"{name}.0.op", (f"{side}.downsamplers.0.conv",), None
             level, place = level + 1, 0
             continue
-        add_residual(f"{name}.0", f"{side}.resnets.{place}")
+        yield from residual(f"{name}.0", f"{side}.resnets.{place}")
+        next_layer = 1
         if block.attention:
-            heads = config.heads(block.channels, block.part == "decoder")
             attention = f"{side}.attentions.{place}"
-            layers.append((f"{name}.1.norm", (f"{attention}.group_norm",), None))
-            layers.append((f"{name}.1.qkv", tuple(f"{attention}.to_{x}" for x in "qkv"), heads))
-            layers.append((f"{name}.1.proj_out", (f"{attention}.to_out.0",), heads))
+            yield f"{name}.1.norm", (f"{attention}.group_norm",), None
+            yield f"{name}.1.qkv", tuple(f"{attention}.to_{x}" for x in "qkv"), heads
+            yield f"{name}.1.proj_out", (f"{attention}.to_out.0",), heads
+            next_layer = 2
         place += 1
         if block.part == "middle":
-            add_residual(f"{name}.2", f"{side}.resnets.1")
-            place = 0
+            yield from residual(f"{name}.2", f"{side}.resnets.1")
+            level = place = 0
         if block.resample == "up":
-            add_resampling(f"{name}.{1 + block.attention}", f"{side}.upsamplers.0", "conv")
+            if config.resblock_updown:
+                yield from residual(f"{name}.{next_layer}", f"{side}.upsamplers.0")
+            else:
+                yield f"{name}.{next_layer}.conv", (f"{side}.upsamplers.0.conv",), None
             level, place = level + 1, 0
-    return layers
 
 
 def write_folder(
@@ -160,6 +248,12 @@ def write_folder(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a whole U-Net as a pipeline's folder, with the scheduler of its noise schedule.
+
+    Args:
+        folder: Where to.
+        state_dict: guided-diffusion's weights.
+        config: The architecture.
+        dtype: Type that the weights are rounded to.
 
     Raises:
         UserError: diffusers has no such U-Net, or weights are missing.
@@ -184,3 +278,32 @@ def write_folder(
     write_json(folder / "scheduler/scheduler_config.json", scheduler)
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+
+
+def read_folder(
+    folder: str | os.PathLike[str], use_new_attention_order: bool = False
+) -> tuple[UNetConfig, dict[str, Tensor]]:
+    """Read a ``UNet2DModel`` of a pipeline's folder as a guided-diffusion U-Net.
+
+    Args:
+        folder: What :func:`write_folder` or diffusers has written.
+        use_new_attention_order: Order of q, k and v in the weights that are returned.
+
+    Returns:
+        The architecture and its state dict.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        UserError: guided-diffusion has no such U-Net.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    defaults = {"num_class_embeds": None, "sample_size": None, "layers_per_block": 2}
+    read = json.loads((folder / "unet/config.json").read_text())
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    cosine = scheduler["beta_schedule"] == "squaredcos_cap_v2"
+    config = unet_config(
+        {**defaults, **read}, use_new_attention_order, "cosine" if cosine else "linear"
+    )
+    return config, from_diffusers(load_file(folder / WEIGHTS), config)

@@ -131,10 +131,22 @@ class DiffusersConfig:
         try:
             scheduler = diffusers.DDPMScheduler
             return scheduler.load_config(self._place[0], subfolder=part, **self._hub())
-        except OSError:
-            if self._class_of("scheduler"):
-                raise
+        except OSError as error:
+            if self._class_of("scheduler") or not self._is_absent("scheduler_config.json", error):
+                raise UserError(f"{self}: no scheduler can be had: {_one_line(error)}") from error
             return {}
+
+    def _is_absent(self, name: str, error: OSError) -> bool:
+        """Whether a file that could not be read does not exist: offline, in an earlier run."""
+        from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        place, cause = self._place[0], error.__context__
+        if Path(place).is_dir():
+            return not Path(place, name).exists()
+        if isinstance(cause, LocalEntryNotFoundError):
+            return try_to_load_from_cache(place, name, revision=self.revision) is _CACHED_NO_EXIST
+        return isinstance(cause, EntryNotFoundError)
 
     @functools.cached_property
     def noise_schedule(self) -> str | tuple[float, ...]:
