@@ -1,4 +1,7 @@
-"""What forked.py's server imports: slow packages of others, none of this project's modules."""
+"""What forked.py's server imports: slow packages of others, none of this project's modules.
+
+MMEngine logs the versions of compilers at each start, which takes two seconds: left out here.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +33,7 @@ for _name in (
 ):
     with contextlib.suppress(Exception):  # not installed, or too old or new for another
         importlib.import_module(_name)
+
+for _name in ("mmengine.runner.runner", "mmengine._strategy.base"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_name).collect_env = dict

@@ -1,17 +1,8 @@
 """Detectron2 adapter: backbones, configs, data and training.
 
-YAML configs name a builder and set keys that :func:`add_diffusion_config` adds::
-
-    from detectron2.config import get_cfg
-    from diffbackbone.detectron2 import add_diffusion_config
-
-    cfg = get_cfg()
-    add_diffusion_config(cfg)
-    cfg.merge_from_file("configs/detectron2/mask_rcnn_gd_t75_b24.yaml")
-
+YAML configs name a builder and set keys that :func:`add_diffusion_config` adds to ``get_cfg()``;
 Python configs take the classes, ``L(DiffusionSimpleFeaturePyramid)(net=L(DiffusionBackbone)())``.
-Importing this package also registers the sample data by name. Training is in
-:mod:`diffbackbone.detectron2.engine`.
+Importing this package also registers the sample data by name.
 """
 
 # ruff: noqa: E402

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from torch import Tensor, nn
 
 from diffbackbone.backbone import DiffusionBackbone as _DiffusionBackbone
+from diffbackbone.checks import check_choice
 from diffbackbone.padding import pad_to_multiple, pad_to_size
 from diffbackbone.utils import UserError
 
@@ -25,9 +25,8 @@ PADDINGS = ("separate", "reflect", "keep")
 def content_sizes(images: Tensor) -> list[tuple[int, int]]:
     """Return the sizes of the images in a batch (N, C, H, W), without Detectron2's zero padding.
 
-    Detectron2 hands a backbone the padded batch only. With mean 127.5 no pixel of 0..255 becomes
-    zero, so rows and columns of zeros at the bottom and right are padding. An image of zeros only
-    has the batch's size.
+    With mean 127.5 no pixel of 0..255 becomes zero, so rows and columns of zeros at the bottom and
+    right are padding. An image of zeros only has the batch's size.
     """
     filled = (images != 0).any(dim=1)
     sizes = []
@@ -49,9 +48,8 @@ class _PaddedBatches(Backbone):
     ) -> dict[str, Tensor]:
         """Compute the maps of a batch of zero-padded images (N, 3, H, W).
 
-        ``run`` is the network, for images whose sides are multiples of ``size_divisibility``. The
-        maps are (N, C, ceil(H / stride), ceil(W / stride)); with ``"separate"`` they are zero
-        beyond an image's own size, rounded up to ``size_divisibility``.
+        ``run`` is the network, for images whose sides are multiples of ``size_divisibility``. With
+        ``"separate"`` the maps are zero beyond an image's own size.
         """
         height, width = images.shape[-2:]
         padding = self._effective_padding()
@@ -65,19 +63,19 @@ class _PaddedBatches(Backbone):
                     for x, (h, w) in zip(images, content_sizes(images))
                 ]
             )
-        groups = {size: [i for i, other in enumerate(sizes) if other == size] for size in sizes}
-        shapes, parts = self.output_shape(), []
-        for (h, w), group in groups.items():
-            part = images if len(groups) == 1 else images[group]
+        shapes, parts, order = self.output_shape(), [], []
+        for h, w in dict.fromkeys(sizes):
+            group = [i for i, size in enumerate(sizes) if size == (h, w)]
+            part = images if len(group) == len(images) else images[group]
             maps = run(pad_to_multiple(part[..., :h, :w], self.size_divisibility))
             parts.append(
                 {name: _fit(x, height, width, shapes[name].stride) for name, x in maps.items()}
             )
+            order += group
         if len(parts) == 1:
             return parts[0]
-        order = list(itertools.chain(*groups.values()))
-        order = torch.tensor(order, device=images.device).argsort()
-        return {name: torch.cat([maps[name] for maps in parts])[order] for name in parts[0]}
+        places = torch.tensor(order, device=images.device).argsort()
+        return {name: torch.cat([maps[name] for maps in parts])[places] for name in parts[0]}
 
     def _effective_padding(self) -> str:
         """Synchronized batch norm needs the same number of passes in all processes."""
@@ -112,8 +110,6 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
             synchronized batch norm, training uses ``"reflect"`` for ``"separate"``.
         save_frozen: See :class:`diffbackbone.DiffusionBackbone`; off by default here.
 
-    Raises:
-        ValueError: See :class:`diffbackbone.DiffusionBackbone`.
     """
 
     def __init__(
@@ -130,8 +126,6 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
         save_frozen: bool = False,
         **kwargs: Any,
     ) -> None:
-        if padding not in PADDINGS:
-            raise UserError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r:.200}")
         super().__init__(
             _plain(unet),
             checkpoint,
@@ -143,7 +137,7 @@ class DiffusionBackbone(_DiffusionBackbone, _PaddedBatches):
             save_frozen=save_frozen,
             **kwargs,
         )
-        self.padding = padding
+        self.padding = check_choice("padding", padding, PADDINGS)
         self._out_features = [f"b{block}" for block in self.blocks]
         self._out_feature_channels = dict(zip(self._out_features, self.channels))
         self._out_feature_strides = dict(zip(self._out_features, self.strides))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import collections
-import os
 import pickle
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,13 +57,14 @@ class Checkpointer(DetectionCheckpointer):
             ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pyth"):  # pycls; Detectron2 itself would run code in it
+        if filename.endswith(".pyth"):  # pycls
             weights = self._torch_load(filename)["model_state"].items()
             weights = {key: x for key, x in weights if not key.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
-        content = read_numbers(filename)
+        with open(filename, "rb") as file:
+            content = _NumbersUnpickler(file, encoding="latin1").load()
         if "model" in content and "__author__" in content:
             return content
         blobs = content.get("blobs", content)
@@ -76,27 +76,24 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Any) -> Any:
         own = self.model.state_dict()
-        types = [
-            f"type of {key}: {value.dtype}, expected a floating-point type"
-            for key, value in checkpoint["model"].items()
-            if key in own
-            and own[key].is_floating_point()
-            and torch.as_tensor(value).dtype not in WEIGHT_DTYPES
-        ]
+        for key, value in checkpoint["model"].items():
+            dtype = torch.as_tensor(value).dtype
+            if key in own and own[key].is_floating_point() and dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(f"type of {key}: {dtype}, expected a floating-point type")
         incompatible = super()._load_model(checkpoint)
-        problems = [
-            f"shape of {key}: {tuple(given)}, expected {tuple(wanted)}"
+        problems = {
+            key: f"shape of {key}: {tuple(given)}, expected {tuple(wanted)}"
             for key, given, wanted in incompatible.incorrect_shapes
-        ]
-        wrong = {key for key, *_ in incompatible.incorrect_shapes}
-        problems += [f"missing: {key}" for key in incompatible.missing_keys if key not in wrong]
+        }
+        problems = {key: f"missing: {key}" for key in incompatible.missing_keys} | problems
         nothing_fits = len(problems) >= len(own)
-        problems += [f"unexpected: {some_keys([key])}" for key in incompatible.unexpected_keys]
-        if types or nothing_fits or (self.strict and problems):
-            problems = [*types, *problems]
-            more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
-            lines = "".join(f"\n  {line}" for line in [*problems[:8], *more])
-            raise CheckpointError(f"the checkpoint does not fit the model:{lines}")
+        for key in incompatible.unexpected_keys:
+            problems[key] = f"unexpected: {some_keys([key])}"
+        if nothing_fits or (self.strict and problems):
+            lines = "".join(f"\n  {line}" for line in list(problems.values())[:8])
+            raise CheckpointError(
+                f"the checkpoint does not fit the model in {len(problems)} weights:{lines}"
+            )
         check_finite("the checkpoint", self.model.state_dict())
         return incompatible
 
@@ -110,25 +107,18 @@ class Checkpointer(DetectionCheckpointer):
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         atomic_write(path, lambda partial: torch.save(content, partial))
-        self.tag_last_checkpoint(path.name)
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Write ``last_checkpoint``."""
-        write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
+        write_text(Path(self.save_dir, "last_checkpoint"), path.name)
 
 
 class _NumbersUnpickler(pickle._Unpickler):
-    """Reads arrays of numbers only.
+    """Reads arrays of numbers only, the format of Detectron2's model zoo.
 
     Python's unpickler, because C's allocates as many memos as a file declares. BYTEARRAY8, which
     allocates a declared size too, is not supported.
     """
 
-    dispatch: ClassVar[dict[int, Any]] = {
-        code: load
-        for code, load in pickle._Unpickler.dispatch.items()
-        if code != pickle.BYTEARRAY8[0]
-    }
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]
     allowed: ClassVar[dict[str, Any]] = {
         **NUMPY_GLOBALS,
         "collections.OrderedDict": collections.OrderedDict,
@@ -137,12 +127,6 @@ class _NumbersUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         return self.allowed[f"{module}.{name}"]
-
-
-def read_numbers(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a pickle of numpy arrays by name, the format of Detectron2's model zoo."""
-    with open(path, "rb") as file:
-        return dict(_NumbersUnpickler(file, encoding="latin1").load())
 
 
 class CheckpointHook(PeriodicCheckpointer):

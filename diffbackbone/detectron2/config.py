@@ -32,8 +32,8 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     ``MODEL.DIFFUSION`` describes the backbone; empty strings, empty tuples and 0 channels stand for
     None, see :class:`DiffusionBackbone`. ``UNET_OPTIONS`` changes fields of the preset; None leaves
     them. Both pyramids read ``MODEL.FPN.OUT_CHANNELS`` and ``MODEL.FPN.NORM``; the feature pyramid
-    network also ``MODEL.FPN.IN_FEATURES`` (empty: all taps) and ``MODEL.FPN.FUSE_TYPE``. ``SOLVER``
-    and ``INPUT.LSJ`` are read by :class:`diffbackbone.detectron2.engine.Trainer`, which also allows
+    network also ``MODEL.FPN.IN_FEATURES`` (empty: all taps) and ``MODEL.FPN.FUSE_TYPE``. The rest
+    is read by :class:`diffbackbone.detectron2.engine.Trainer`, which also allows
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model"``: the norm of all gradients together.
     """
     cfg.MODEL.DIFFUSION = CfgNode(
@@ -92,7 +92,7 @@ def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DiffusionB
         )
     node = cfg.MODEL.DIFFUSION
     changes = {name: value for name, value in node.UNET_OPTIONS.items() if value is not None}
-    net = DiffusionBackbone(
+    return DiffusionBackbone(
         unet={"preset": node.UNET, **changes},
         checkpoint=node.CHECKPOINT or None,
         timestep=node.TIMESTEPS or node.TIMESTEP,
@@ -112,12 +112,6 @@ def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DiffusionB
         padding=node.PADDING,
         save_frozen=node.SAVE_FROZEN,
     )
-    if net.in_channels != channels:
-        raise UserError(
-            f"the network takes {net.in_channels} channels (MODEL.DIFFUSION.UNET_OPTIONS."
-            f"in_channels), MODEL.PIXEL_MEAN has {channels} values"
-        )
-    return net
 
 
 @BACKBONE_REGISTRY.register()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import detectron2.data.transforms as T
@@ -44,7 +44,7 @@ def register_sample_data(root: str | os.PathLike[str] | None = None) -> None:
     Their names are ``diffbackbone_sample_train`` and ``diffbackbone_sample_val``, with
     ``_panoptic_separated`` at the end those for panoptic segmentation.
     """
-    coco = Path(root or os.environ.get(SAMPLE_ROOT, "data/sample")) / "coco"
+    coco = os.path.join(root or os.environ.get(SAMPLE_ROOT, "data/sample"), "coco")
     for name in DatasetCatalog.list():
         if name.startswith("diffbackbone_sample_"):
             DatasetCatalog.remove(name)
@@ -55,15 +55,15 @@ def register_sample_data(root: str | os.PathLike[str] | None = None) -> None:
     }
     for part in ("train", "val"):
         name, split = f"diffbackbone_sample_{part}", f"{part}2017"
-        images, instances = str(coco / split), str(coco / f"annotations/instances_{split}.json")
+        images, instances = f"{coco}/{split}", f"{coco}/annotations/instances_{split}.json"
         register_coco_instances(name, {}, instances, images)
         register_coco_panoptic_separated(
             f"{name}_panoptic",
             stuff,
             images,
-            str(coco / f"panoptic_{split}"),
-            str(coco / f"annotations/panoptic_{split}.json"),
-            str(coco / f"panoptic_stuff_{split}"),
+            f"{coco}/panoptic_{split}",
+            f"{coco}/annotations/panoptic_{split}.json",
+            f"{coco}/panoptic_stuff_{split}",
             instances,
         )
 
@@ -95,8 +95,7 @@ def check_classes(model: nn.Module, names: Sequence[str]) -> None:
         classes = MetadataCatalog.get(name).get("thing_classes")
         if None not in (count, classes) and len(classes) != count:
             raise UserError(
-                f"the model has num_classes {count}, but dataset {name!r} has {len(classes)} "
-                "thing_classes"
+                f"the model has num_classes {count}, dataset {name!r} has {len(classes)} classes"
             )
 
 
@@ -159,40 +158,33 @@ class DeepDatasetMapper(DatasetMapper):
         record = copy.deepcopy(dataset_dict)
         pixels = read_image(record["file_name"], self.value_range, self.channels)
         detection_utils.check_image_size(record, pixels)
-        scale = 255 if pixels.dtype != np.uint8 else 1
-        semantic = record.pop("sem_seg_file_name", None)
-        if semantic is not None:
-            semantic = detection_utils.read_image(semantic, "L").squeeze(2)
-        inputs = T.AugInput(pixels * np.float32(scale), sem_seg=semantic)
+        inputs = T.AugInput(pixels * np.float32(1 if pixels.dtype == np.uint8 else 255))
+        if "sem_seg_file_name" in record:
+            labels = detection_utils.read_image(record.pop("sem_seg_file_name"), "L")
+            inputs.sem_seg = labels.squeeze(2)
         transforms = self.augmentations(inputs)
         pixels = np.where(inputs.image == 127.5, np.float32(127.501), inputs.image)  # 0 is padding
         record["image"] = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        if semantic is not None:
+        if inputs.sem_seg is not None:
             record["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype("int64"))
-        if not self.is_train:
-            record.pop("annotations", None)
-        elif "annotations" in record:
+        if self.is_train and "annotations" in record:
             self._transform_annotations(record, transforms, pixels.shape[:2])
+        record.pop("annotations", None)
         return record
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     """Build the mapper for ``INPUT.DEEP``; in training with ``INPUT.LSJ``."""
     kind = DeepDatasetMapper if cfg.INPUT.DEEP else DatasetMapper
-    lsj = cfg.INPUT.LSJ
+    lsj, flip = cfg.INPUT.LSJ, cfg.INPUT.RANDOM_FLIP
     if not (is_train and lsj.ENABLED):
         return kind(cfg, is_train)
-    augmentations = large_scale_jitter(
-        lsj.SIZE, lsj.MIN_SCALE, lsj.MAX_SCALE, cfg.INPUT.RANDOM_FLIP
-    )
-    return kind(cfg, is_train=True, augmentations=augmentations, recompute_boxes=cfg.MODEL.MASK_ON)
+    jitter = large_scale_jitter(lsj.SIZE, lsj.MIN_SCALE, lsj.MAX_SCALE, flip)
+    return kind(cfg, is_train=True, augmentations=jitter, recompute_boxes=cfg.MODEL.MASK_ON)
 
 
 class SeededStream(Dataset):
-    """A training set whose random augmentation depends on the seed and the position alone.
-
-    ``mapper`` makes the model's input from a record, or returns None to pick another image.
-    """
+    """A training set whose random augmentation depends on the seed and the position alone."""
 
     def __init__(
         self, records: Sequence[dict], mapper: Callable[[dict], dict | None], seed: int
@@ -205,7 +197,10 @@ class SeededStream(Dataset):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """Return the input at ``position`` of the training run, made from image ``index``."""
+        """Return the input at ``position`` of the run, made from image ``index``.
+
+        Where the mapper returns None, another image is drawn, as in Detectron2.
+        """
         position, index = key
         seed_everything(self.seed, position, 0)
         sample = None
@@ -228,14 +223,13 @@ class PositionedSampler(Sampler):
     ``start`` is the number of this process's indices that were used before.
     """
 
-    def __init__(self, sampler: Sampler, start: int = 0) -> None:
+    def __init__(self, sampler: Sampler, start: int) -> None:
         self.sampler, self.start = sampler, start
         self.rank, self.world = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for local, index in enumerate(self.sampler):
-            if local >= self.start:
-                yield local * self.world + self.rank, index
+        for local, index in itertools.islice(enumerate(self.sampler), self.start, None):
+            yield local * self.world + self.rank, index
 
 
 def build_train_loader(
@@ -259,7 +253,7 @@ def build_train_loader(
         total_batch_size: Over all processes, a multiple of their number.
         sampler: Endless and seeded; None shuffles by ``seed``.
         num_workers: Worker processes of each process.
-        seed: From 0.
+        seed: Of the order and of augmentation, from 0.
         start_iter: Iterations that were trained before.
     """
     world = comm.get_world_size()

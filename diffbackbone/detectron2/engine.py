@@ -7,7 +7,6 @@ iteration alone, so a resumed run continues as if it had never stopped.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 import os
 import weakref
@@ -45,17 +44,6 @@ from diffbackbone.utils import seed_everything
 logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-EVALUATORS = {
-    "cityscapes_instance": [evaluation.CityscapesInstanceEvaluator],
-    "cityscapes_sem_seg": [evaluation.CityscapesSemSegEvaluator],
-    "coco_panoptic_seg": [
-        evaluation.SemSegEvaluator, evaluation.COCOEvaluator, evaluation.COCOPanopticEvaluator
-    ],
-    "lvis": [evaluation.LVISEvaluator],
-    "pascal_voc": [evaluation.PascalVOCDetectionEvaluator],
-    "sem_seg": [evaluation.SemSegEvaluator],
-}  # fmt: skip
-"""Evaluators by the ``evaluator_type`` of datasets."""
 
 
 class SeedIterations(HookBase):
@@ -108,11 +96,7 @@ def wrap_distributed(model: nn.Module, **options: Any) -> nn.Module:
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's default trainer for the YAML configs of this package.
-
-    Args:
-        cfg: With the keys of ``add_diffusion_config``.
-    """
+    """Detectron2's default trainer, for configs with the keys of ``add_diffusion_config``."""
 
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
@@ -128,9 +112,8 @@ class Trainer(DefaultTrainer):
         check_classes(model, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         optimizer = self.build_optimizer(cfg, model)
         model = wrap_distributed(model, broadcast_buffers=False)
-        self._trainer = make_step_trainer(
-            model, None, optimizer, cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE
-        )
+        amp = cfg.SOLVER.AMP
+        self._trainer = make_step_trainer(model, None, optimizer, amp.ENABLED, amp.DTYPE)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -147,15 +130,16 @@ class Trainer(DefaultTrainer):
         hooks = [writer if isinstance(hook, PeriodicCheckpointer) else hook for hook in hooks]
         if self.cfg.TEST.AUG.ENABLED:
             GeneralizedRCNNWithTTA(self.cfg, self.model)  # fails now where it would at the end
+
+            def test_augmented() -> dict[str, Any]:
+                results = self.test_with_TTA(self.cfg, self.model)
+                self._last_eval_results.update(results)
+                return results
+
             # after the plain evaluation, before the results are written
             last = max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-            hooks.insert(last + 1, EvalHook(0, self._test_augmented))
+            hooks.insert(last + 1, EvalHook(0, test_augmented))
         return [self._seeding, *hooks]
-
-    def _test_augmented(self) -> dict[str, Any]:
-        results = self.test_with_TTA(self.cfg, self.model)
-        self._last_eval_results.update(results)
-        return results
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:  # noqa: N802
@@ -191,19 +175,26 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> evaluation.DatasetEvaluators:
+    ) -> evaluation.DatasetEvaluator:
         """Build the evaluators for the dataset's ``evaluator_type``; COCO's for unknown ones."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        kinds = list(EVALUATORS.get(kind, [evaluation.COCOEvaluator]))
-        if kind == "coco_panoptic_seg" and importlib.util.find_spec("panopticapi") is None:
-            logger.warning(
-                "panopticapi is not installed (https://github.com/cocodataset/panopticapi): boxes, "
-                "masks and semantic segmentation are evaluated, panoptic quality is not"
-            )
-            kinds.remove(evaluation.COCOPanopticEvaluator)
+        without_folder = {
+            "cityscapes_instance": evaluation.CityscapesInstanceEvaluator,
+            "cityscapes_sem_seg": evaluation.CityscapesSemSegEvaluator,
+            "pascal_voc": evaluation.PascalVOCDetectionEvaluator,
+        }
+        if kind in without_folder:
+            return without_folder[kind](dataset_name)
+        if kind == "lvis":
+            return evaluation.LVISEvaluator(dataset_name, output_dir=folder)
         evaluators = []
-        for evaluator in kinds:
-            writes = "output_dir" in inspect.signature(evaluator).parameters
-            evaluators.append(evaluator(dataset_name, **({"output_dir": folder} if writes else {})))
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            evaluators.append(evaluation.SemSegEvaluator(dataset_name, output_dir=folder))
+        if kind != "sem_seg":
+            evaluators.append(evaluation.COCOEvaluator(dataset_name, output_dir=folder))
+        if kind == "coco_panoptic_seg" and importlib.util.find_spec("panopticapi"):
+            evaluators.append(evaluation.COCOPanopticEvaluator(dataset_name, folder))
+        elif kind == "coco_panoptic_seg":
+            logger.warning("panoptic quality needs github.com/cocodataset/panopticapi")
         return evaluation.DatasetEvaluators(evaluators)

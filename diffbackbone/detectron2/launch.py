@@ -26,10 +26,7 @@ def run_training(
     description: str,
     run: Callable[[argparse.Namespace], Any],
 ) -> None:
-    """Run a training command with Detectron2's own options.
-
-    ``run`` (picklable) is called in each process.
-    """
+    """Run a training command with Detectron2's own options; each process calls ``run``."""
     parser = default_argument_parser(epilog=description)
     parser.add_argument("--config", dest="config_file", metavar="FILE", help="same as above")
     args = parser.parse_args(argv)

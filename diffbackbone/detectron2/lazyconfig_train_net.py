@@ -1,9 +1,6 @@
 """Train and evaluate with Detectron2's Python configs, as its own lazyconfig_train_net.py does.
 
-For instance::
-
-    python tools/lazyconfig_train_net.py --config mask_rcnn_gd_t75_b24.py --num-gpus 4
-    python tools/lazyconfig_train_net.py --config mask_rcnn_gd_t75_b24.py train.max_iter=1000
+For instance: python tools/lazyconfig_train_net.py --config mask_rcnn_gd_t75_b24.py train.max_iter=9
 
 Python configs are programs: don't run one from a source that you don't trust.
 """
@@ -53,11 +50,6 @@ def load_lazy(config_file: str, options: Sequence[str] = ()) -> Any:
     return LazyConfig.apply_overrides(cfg, list(options))
 
 
-def build_model(cfg: Any) -> nn.Module:
-    """Build the model."""
-    return instantiate(cfg.model).to(cfg.train.device)
-
-
 def evaluate(cfg: Any, model: nn.Module) -> Any:
     """Evaluate, if the config has an evaluator."""
     if "evaluator" not in cfg.dataloader:
@@ -74,7 +66,7 @@ def train(cfg: Any, resume: bool = False) -> None:
         load_dicts(name)
     seeding = SeedIterations(cfg.dataloader.train.get("seed", 0))
     seed_everything(seeding.seed)
-    model = build_model(cfg)
+    model = instantiate(cfg.model).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     model = wrap_distributed(model, **cfg.train.ddp)
@@ -111,7 +103,7 @@ def run(args: argparse.Namespace) -> Any:
     default_setup(cfg, args)
     if not args.eval_only:
         return train(cfg, args.resume)
-    model = build_model(cfg)
+    model = instantiate(cfg.model).to(cfg.train.device)
     checkpointer = Checkpointer(model, cfg.train.output_dir, strict=True)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     return evaluate(cfg, model)

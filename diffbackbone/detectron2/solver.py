@@ -17,10 +17,7 @@ def get_optimizer_params(
 ) -> list[dict[str, Any]]:
     """Detectron2's ``get_default_optimizer_params`` with layer-wise decay for the U-Net.
 
-    Args:
-        model: The model.
-        layer_decay_rate: See :func:`diffbackbone.optim.layer_scales`; needs ``base_lr``.
-        **kwargs: Arguments of ``get_default_optimizer_params``, except ``lr_factor_func``.
+    See :func:`diffbackbone.optim.layer_scales`; a rate other than 1 needs ``base_lr``.
     """
     if layer_decay_rate != 1.0:
         scales = layer_scales(model, layer_decay_rate)
@@ -48,10 +45,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
         return maybe_add_gradient_clipping(cfg, kind)(params, **common, **own)
     optimizer = kind(params, **common, **own)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def clip_gradients(*_: Any) -> None:  # after a gradient scaler's unscaling
-        torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+        nn.utils.clip_grad_norm_(model.parameters(), clip.CLIP_VALUE, clip.NORM_TYPE)
 
     optimizer.register_step_pre_hook(clip_gradients)
     return optimizer

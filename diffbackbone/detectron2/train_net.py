@@ -1,11 +1,6 @@
 """Train and evaluate with Detectron2's YAML configs, as its own tools/train_net.py does.
 
-For instance::
-
-    python tools/train_net.py --config mask_rcnn_gd_t75_b24.yaml --num-gpus 4
-    python tools/train_net.py --config mask_rcnn_gd_t75_b24.yaml --resume
-    python tools/train_net.py --config mask_rcnn_gd_t75_b24.yaml --eval-only \
-        MODEL.WEIGHTS output/model_final.pth
+For instance: python tools/train_net.py --config mask_rcnn_gd_t75_b24.yaml --num-gpus 4
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from diffbackbone.detectron2.config import load_yaml
 from diffbackbone.detectron2.datasets import DeepDatasetMapper, build_mapper, load_dicts
 from diffbackbone.detectron2.engine import Trainer
 from diffbackbone.detectron2.launch import CONFIG_DIR, user_errors
-from diffbackbone.detectron2.lazyconfig_train_net import build_model, dataset_names, load_lazy
+from diffbackbone.detectron2.lazyconfig_train_net import dataset_names, load_lazy
 from diffbackbone.utils import save_figure, seed_everything
 
 PANEL = 320
@@ -59,7 +59,8 @@ def load_detector(config: VisualizeConfig) -> tuple[torch.nn.Module, Any, str]:
     path = find_config(config.config, CONFIG_DIR, (".yaml", ".py"))
     if path.endswith(".py"):
         cfg = load_lazy(path, config.opts)
-        model, mapper = build_model(cfg), instantiate(cfg.dataloader.test.mapper)
+        model = instantiate(cfg.model).to(cfg.train.device)
+        mapper = instantiate(cfg.dataloader.test.mapper)
         dataset = dataset_names(cfg, "test")[0]
         folder, weights = cfg.train.output_dir, cfg.train.init_checkpoint
     else:

@@ -1,9 +1,4 @@
-"""MMSegmentation's own training and test scripts, after checks with clear errors.
-
-The scripts inside the mmseg package run unmodified, in this process and with all their options.
-Before they start, the environment is checked and repaired, and a bare config name is looked up in
-``configs/mmseg``.
-"""
+"""The mmseg package's own training and test scripts, unmodified and with all their options."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Training with MMEngine: runs that resume exactly, checkpoints that are complete.
 
-MMEngine by itself resumes by loading all images that were trained on before, with another shuffle
-where no seed was set and with other draws of augmentation and dropout; it writes checkpoints in
-place, after it has removed old ones.
+MMEngine by itself resumes with other draws of augmentation and dropout, and removes old checkpoints
+before it writes new ones.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import DATASETS, HOOKS, LOOPS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import Dataset
 
@@ -58,23 +57,13 @@ class SeededDataset(Dataset):
             ) from error
 
 
-def accumulated(runner: Any) -> int:
-    """Return the number of iterations whose gradients make one step of the optimizer."""
-    return getattr(runner.optim_wrapper, "_accumulative_counts", 1)
-
-
 @LOOPS.register_module()
 class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
     """MMEngine's loop by iterations, which goes on exactly where a checkpoint was written.
 
     Images, augmentation and the model's draws follow from the seed, the iteration and the process
-    alone: a run that was stopped and resumed ends with the weights of one that was not. Nothing is
-    loaded twice for it. The sampler must be MMEngine's ``InfiniteSampler``.
-
-    Args:
-        runner: The runner.
-        dataloader: Config of the training data.
-        **kwargs: See MMEngine's ``IterBasedTrainLoop``.
+    alone: a run that was stopped and resumed ends with the weights of one that was not. The sampler
+    must be MMEngine's ``InfiniteSampler``.
     """
 
     def __init__(self, runner: Any, dataloader: Mapping[str, Any], **kwargs: Any) -> None:
@@ -86,24 +75,16 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
         if type(sampler) is not InfiniteSampler:
             raise ValueError(
                 "ResumableIterBasedTrainLoop needs sampler=dict(type='InfiniteSampler'), got "
-                f"{type(sampler).__name__}; for others use "
-                "train_cfg=dict(type='IterBasedTrainLoop', ...), which does not resume exactly"
+                f"{type(sampler).__name__}, which MMEngine's own IterBasedTrainLoop takes"
             )
 
     def run(self) -> torch.nn.Module:
         """Train from the last iteration that was done."""
-        counts, val_loop = accumulated(self.runner), self.runner.val_loop
-        finished = 0 < self._iter == self._max_iters
-        if self._iter % counts and not finished:
-            raise ValueError(
-                f"the checkpoint of iteration {self._iter} can't be resumed with "
-                f"accumulative_counts={counts}: it lacks the gradients since the last step; use "
-                f"one of an iteration that is a multiple of {counts}"
-            )
+        val_loop = self.runner.val_loop
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         self._start_data()
-        if finished and val_loop is not None:
+        if 0 < self._iter == self._max_iters and val_loop is not None:
             val_loop.run()  # the run may have been stopped right before
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
@@ -143,26 +124,21 @@ class WholeCheckpointHook(CheckpointHook):
     """MMEngine's checkpoint hook, which removes old checkpoints only after writing the new one.
 
     The new checkpoint is written first, then the ``last_checkpoint`` file, and only then are old
-    ones removed. Weights that are not finite are not written. Where gradients are accumulated,
-    checkpoints must fall on the optimizer's steps, as gradients are not in them.
+    ones removed. Weights that are not finite are not written.
     """
 
     def before_train(self, runner: Any) -> None:
-        """Reject intervals that fall between two steps of the optimizer."""
+        """Reject intervals of iterations that fall between two steps of the optimizer."""
         super().before_train(runner)
-        counts, loop = accumulated(runner), runner.train_loop
-        length = len(loop.dataloader) if isinstance(loop, EpochBasedTrainLoop) else 1
-        unit = length if self.by_epoch else 1
-        given = {}
-        if self.interval > 0:
-            given = {"interval": self.interval * unit, "save_begin": self.save_begin * unit}
-        if self.save_best and runner.val_loop is not None:
-            given["val_interval"] = loop.val_interval * length
+        counts = getattr(runner.optim_wrapper, "_accumulative_counts", 1)
+        given = {"interval": max(self.interval, 0), "save_begin": self.save_begin}
+        if self.save_best and runner.val_loop is not None:  # the best one is written, too
+            given["val_interval"] = runner.train_loop.val_interval
         for name, iterations in given.items():
-            if iterations % counts:
+            if iterations % counts and not self.by_epoch:
                 raise ValueError(
-                    f"{name} is {iterations} iterations, not a multiple of accumulative_counts="
-                    f"{counts}: checkpoints don't hold gradients between two steps of the optimizer"
+                    f"{name}={iterations} is not a multiple of accumulative_counts={counts}: "
+                    "checkpoints don't hold gradients between two steps of the optimizer"
                 )
 
     def _path(self, step: int) -> str:

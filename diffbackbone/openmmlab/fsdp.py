@@ -25,9 +25,8 @@ def wrap_blocks(
 ) -> bool:
     """FSDP's auto-wrap policy: wrap each block of the U-Net and each large layer of a head.
 
-    Heads themselves can't be wrapped: MMSegmentation calls their ``loss`` and ``predict``, and FSDP
-    gathers weights in ``forward`` only. Subclasses of layers are not wrapped, since torch's
-    attention reads the weights of its output projection without calling it.
+    Heads can't be wrapped: MMSegmentation calls their ``loss`` and ``predict``, and FSDP gathers
+    weights in ``forward`` only. Torch's attention doesn't call its output projection, a subclass.
     """
     if recurse:
         return not isinstance(module, Block)
@@ -40,8 +39,7 @@ class WholeFSDPStrategy(FSDPStrategy):
     """MMEngine's FSDP with exact resuming, clipping by the norm of all shards, and on CPUs too.
 
     Checkpoints are single files with the whole model's weights. MMEngine 0.10 can't resume FSDP
-    with torch 2.1 and later, whose functions take their arguments in another order; it clips each
-    process's shards by their own norm; and it ignores weights that a checkpoint lacks.
+    with torch 2.1 and later, and clips each process's shards by their own norm.
     """
 
     def __init__(self, *, state_dict_cfg: str | dict[str, Any] = "full", **kwargs: Any) -> None:

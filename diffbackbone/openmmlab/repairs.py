@@ -23,10 +23,7 @@ COMPILE_MMCV = (  # about 20 minutes
 
 
 def prepare(package: str) -> None:
-    """Check what an OpenMMLab package needs, without importing it, and apply all repairs.
-
-    Args:
-        package: ``"mmseg"``, ``"mmpretrain"`` or ``"mmdet"``.
+    """Check what ``"mmseg"``, ``"mmpretrain"`` or ``"mmdet"`` needs, and apply all repairs.
 
     Raises:
         MissingPackageError: Names what is missing, and the command that installs it.
@@ -41,7 +38,7 @@ def prepare(package: str) -> None:
         install = f"pip install mmengine==0.10.7 mmdet==3.3.0; {COMPILE_MMCV}"
     require(package, modules, install)
     if package == "mmdet":
-        require("mmdet", ["mmcv._ext"], COMPILE_MMCV)  # compiled operators
+        require("mmdet", ["mmcv._ext"], COMPILE_MMCV)  # can't be found without mmcv
     apply_repairs()
     if package == "mmpretrain":  # its multimodal models import what transformers 5 dropped
         from mmpretrain.utils import dependency
@@ -56,7 +53,8 @@ def apply_repairs() -> None:
 
     if importlib.util.find_spec("mmcv._ext") is None:
         replace_mmcv_ops()
-    allow_checkpoint_globals()
+    # logged scalars in MMEngine's checkpoints, which weights_only=True rejects
+    torch.serialization.add_safe_globals(list(checkpoint_globals()))
     read_weights_only()
     write_atomically()
     if get_device() == "cpu":
@@ -64,11 +62,9 @@ def apply_repairs() -> None:
 
 
 def replace_mmcv_ops() -> None:
-    """Let ``mmcv.ops`` be imported without compiled operators (mmcv-lite).
+    """Let ``mmcv.ops`` be imported without compiled operators (mmcv-lite), as mmseg does.
 
-    mmseg imports operators at the top of modules that most models never call. In the stand-in every
-    public name is a class that raises an ImportError when it is called. ``mmcv._ext`` stays
-    missing, so MMEngine still knows that there are no operators.
+    Every public name is a class that raises an ImportError when it is called.
     """
     import mmcv
 
@@ -88,13 +84,6 @@ def replace_mmcv_ops() -> None:
 
     module.__getattr__ = make_op
     mmcv.ops = sys.modules["mmcv.ops"] = module
-
-
-def allow_checkpoint_globals() -> None:
-    """Let ``torch.load(weights_only=True)`` read the logged scalars in MMEngine's checkpoints."""
-    import mmengine.logging  # noqa: F401 - its own HistoryBuffer, not a stand-in for it
-
-    torch.serialization.add_safe_globals(list(checkpoint_globals()))
 
 
 def read_weights_only() -> None:
@@ -130,9 +119,8 @@ def write_atomically() -> None:
 def distribute_on_cpu() -> None:
     """Let torchrun start several MMEngine processes on a machine without a GPU.
 
-    MMEngine selects a CUDA device and the config's backend (``nccl``) on any machine, and passes a
-    device index to DistributedDataParallel, which rejects it for CPU modules. SyncBN has no CPU
-    kernel: each process normalizes by its own batches.
+    MMEngine takes the config's backend (``nccl``) and a CUDA device on any machine. SyncBN has no
+    CPU kernel: each process normalizes by its own batches.
     """
     from mmengine.dist import utils
     from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
