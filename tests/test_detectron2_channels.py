@@ -87,11 +87,13 @@ def test_mapper_keeps_all_levels_and_moves_boxes(deep_data, data):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"INPUT.DEEP": False}, {"MODEL.DIFFUSION.UNET_OPTIONS.in_channels": 3}],
-    ids=["8-bit loader", "other network"],
+    ("wrong", "text"),
+    [
+        ({"INPUT.DEEP": False}, "channels need INPUT.DEEP"),
+        ({"MODEL.DIFFUSION.UNET_OPTIONS.in_channels": 3}, "images must be"),
+    ],
 )
 @pytest.mark.parametrize("deep_data", [1], indirect=True)
-def test_channels_that_disagree(deep_data, tmp_path, refused, wrong):
+def test_channels_that_disagree(deep_data, tmp_path, refused, wrong, text):
     opts = options(tmp_path / "work", **{**changes(1), **wrong})
-    assert "channels" in refused("--config", SAMPLE, *opts)
+    assert text in refused("--config", SAMPLE, *opts)

@@ -200,7 +200,7 @@ def test_wrong_options(refused, arguments, text):
         ("train.max_iter.x=3", "train.max_iter.x"),
         ("dataloader.test.mapper.augmentations.1.max_size=3", "augmentations.1"),
         ("dataloader.train.dataset.names=coco", "'coco' is not registered"),
-        ("model.roi_heads.num_classes=80", "has 10 thing_classes"),
+        ("model.roi_heads.num_classes=80", "has 10 classes"),
     ],
 )
 def test_wrong_options_of_python_configs(refused, python_config, option, text):

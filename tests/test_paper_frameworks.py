@@ -26,6 +26,11 @@ UNET = {
     "model.backbone.out_channels": 32, "model.decode_head.in_channels": "[32,32,32,32]",
     "model.auxiliary_head.in_channels": 32,
 }  # fmt: skip
+RESNET = {
+    "model.pretrained": "None", "model.backbone.stem_channels": 8,
+    "model.backbone.base_channels": 8, "model.decode_head.in_channels": "[32,64,128,256]",
+    "model.auxiliary_head.in_channels": 128,
+}  # fmt: skip
 VIT = {
     "model.pretrained": "None", "model.backbone.num_layers": 4, "model.backbone.embed_dims": 48,
     "model.backbone.img_size": "(128,128)",
@@ -35,7 +40,9 @@ VIT = {
 }  # fmt: skip
 DETECTION = {
     "MODEL.DEVICE": "cpu", "INPUT.MIN_SIZE_TRAIN": "(64,)", "INPUT.MIN_SIZE_TEST": 64,
-    "INPUT.LSJ.SIZE": 64,
+    "INPUT.LSJ.SIZE": 64, "MODEL.FPN.OUT_CHANNELS": 32, "MODEL.ROI_BOX_HEAD.CONV_DIM": 32,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 64, "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.005, "TEST.DETECTIONS_PER_IMAGE": 5,
     "SOLVER.MAX_ITER": 1, "SOLVER.STEPS": "(2,)", "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.AMP.ENABLED": False, "TEST.EVAL_PERIOD": 0, "DATALOADER.NUM_WORKERS": 0,
 }  # fmt: skip
@@ -48,6 +55,7 @@ LAZY = {
     "model.backbone.net.window_block_indexes": "[0]", "model.backbone.net.img_size": 64,
     "model.backbone.square_pad": 64,
     "dataloader.test.mapper.augmentations.0.short_edge_length": 64,
+    "model.roi_heads.box_predictor.test_topk_per_image": 5,
 }  # fmt: skip
 
 
@@ -77,8 +85,9 @@ def rows(*commands: str) -> list:
 @pytest.mark.parametrize("words", rows("mmseg-train"))
 def test_segmentation(words, folder, tmp_path):
     pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
-    kind = VIT if "_mae" in words[2] else {"model.pretrained": "None"}
-    options = SEGMENTATION | (UNET if "_gd" in words[2] or "difffeed" in words[2] else kind)
+    kinds = {"_mae": VIT, "_r50": RESNET, "_gd": UNET, "_difffeed": UNET}
+    (kind,) = (value for name, value in kinds.items() if name in words[2])
+    options = SEGMENTATION | kind
     for split in ("train", "val"):
         options[f"{split}_dataloader.dataset.data_root"] = folder / "datasets/ADEChallengeData2016"
     overrides = [f"{name}={value}" for name, value in options.items()]
