@@ -40,17 +40,7 @@ def _become(command: Sequence[str], log: str, env: Mapping[str, str], paths: str
 
 
 class Script:
-    """A script that runs, its output in a file.
-
-    Args:
-        command: The script, as seen from the checkout, and its arguments.
-        log: File for what it prints.
-        env: Environment variables to set.
-
-    Attributes:
-        log: As given.
-        pid: Its process, and the group of those that it starts.
-    """
+    """A script that runs in a process group of its own, ``pid``, its output in the file ``log``."""
 
     def __init__(self, command: Sequence, log: Path, env: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -72,10 +62,6 @@ class Script:
 
     @property
     def returncode(self) -> int | None:
-        return self.process.exitcode
-
-    def poll(self) -> int | None:
-        """The exit status; None while it runs."""
         return self.process.exitcode
 
     def wait(self, timeout: float | None = None) -> int | None:

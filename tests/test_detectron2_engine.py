@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import pickle
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,12 +22,9 @@ from detectron2.utils import comm
 
 from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.checkpoint import CheckpointError
-from diffbackbone.detectron2 import DiffusionBackbone as Backbone
 from diffbackbone.detectron2 import add_diffusion_config, datasets, engine
 from diffbackbone.detectron2.checkpoint import Checkpointer
 from diffbackbone.detectron2.solver import build_optimizer
-from diffbackbone.models.gd_config import UNetConfig
-from diffbackbone.models.guided_diffusion import UNet
 
 pytest_plugins = ["detectron2_runs"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
@@ -87,28 +82,19 @@ def test_clipping_the_norm_of_all_gradients(name):
     assert model.weight.grad.max() == 0.5
 
 
-def test_large_scale_jitter():
-    image = np.zeros((120, 80, 3), np.uint8)
-    np.random.seed(0)
-    shapes, flips = [], 0
-    for _ in range(60):
-        augmentation = T.AugmentationList(datasets.large_scale_jitter(64, 0.5, 2.0))
-        data = T.AugInput(image)
-        transforms = augmentation(data)
-        flips += any(isinstance(t, T.HFlipTransform) for t in transforms.transforms)
-        shapes.append(data.image.shape[:2])
-    heights, widths = zip(*shapes)
-    assert max(heights) == max(widths) == 64  # cropped
-    assert 32 <= min(heights) < 64  # small ones are not padded
-    assert 10 < flips < 50
-
-
 def test_mapper_takes_the_config():
     cfg = make_config("INPUT.LSJ.ENABLED", True, "INPUT.LSJ.SIZE", 96, "MODEL.MASK_ON", True)
     mapper = datasets.build_mapper(cfg, True)
     names = [type(a).__name__ for a in mapper.augmentations.augs]
     assert names == ["RandomFlip", "ResizeScale", "FixedSizeCrop"]
     assert mapper.recompute_boxes
+    sides = set()
+    for _ in range(40):
+        data = T.AugInput(np.zeros((120, 80, 3), np.uint8))
+        mapper.augmentations(data)
+        sides.add(max(data.image.shape[:2]))
+    assert max(sides) == 96  # cropped
+    assert min(sides) < 60  # small ones are not padded
     cfg.INPUT.RANDOM_FLIP = "none"
     names = [type(a).__name__ for a in datasets.build_mapper(cfg, True).augmentations.augs]
     assert names == ["ResizeScale", "FixedSizeCrop"]
@@ -194,53 +180,6 @@ def test_evaluators(data, tmp_path, caplog, monkeypatch):
     assert list(map(type, build(cfg, sample)._evaluators)) == [COCOEvaluator]
 
 
-def test_a_full_disk_keeps_the_old_checkpoints(tmp_path, monkeypatch):
-    model = torch.nn.Linear(2, 2)
-    checkpointer = Checkpointer(model, str(tmp_path))
-    checkpointer.save("first", iteration=1)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(before) == {"first.pth", "last_checkpoint"}
-
-    def save_half(content, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    for target in ("second", "first"):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "save", save_half)
-            with pytest.raises(OSError, match="No space left"):
-                checkpointer.save(target)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    torch.nn.init.zeros_(model.weight)
-    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
-    assert model.weight.any()
-
-
-def test_frozen_weights_of_an_earlier_stage_are_saved(tmp_path):
-    """FREEZE True on MODEL.WEIGHTS whose U-Net was trained, with CHECKPOINT as it was."""
-    path = str(tmp_path / "unet.pt")
-    torch.save(UNet(UNetConfig.from_preset("tiny")).state_dict(), path)
-    tuned, frozen, again = (
-        torch.nn.Sequential(
-            Backbone({"preset": "tiny"}, path, blocks=(3,), out_channels=4, freeze=freeze)
-        ).eval()
-        for freeze in (False, True, True)
-    )
-    for parameter in tuned.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    Checkpointer(tuned, str(tmp_path)).save("stage1")
-    checkpointer = Checkpointer(frozen, str(tmp_path))
-    checkpointer.save("stage0")
-    checkpointer.resume_or_load(str(tmp_path / "stage1.pth"), resume=False)
-    checkpointer.save("stage2")
-    checkpointer = Checkpointer(again, str(tmp_path), strict=True)  # as --eval-only
-    checkpointer.resume_or_load(str(tmp_path / "stage2.pth"), resume=False)
-    for name, value in tuned.state_dict().items():
-        assert torch.equal(again.get_parameter(name), value), name
-    with pytest.raises(CheckpointError, match="frozen U-Net"):
-        checkpointer.load(str(tmp_path / "stage0.pth"))
-
-
 def test_checkpoints_of_another_model(tmp_path):
     small = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     path = tmp_path / "model.pth"
@@ -262,14 +201,6 @@ def test_checkpoints_of_another_model(tmp_path):
         Checkpointer(wider, str(tmp_path)).resume_or_load("", resume=True)
 
 
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.parametrize("layout", ["detectron2", "blobs", "plain"])
 def test_model_zoo_pickles(tmp_path, layout):
     model = torch.nn.Linear(2, 3)
@@ -289,13 +220,11 @@ def test_model_zoo_pickles(tmp_path, layout):
 @pytest.mark.parametrize(
     "content",
     [b"PK\3\4 half", {"model": {}}, {"model": [1.0]}, {3: 3.0},
-     {"model": {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)}},
-     {"model": {"weight": Bomb("ran")}, "__author__": "someone"}],
-    ids=["zip", "empty", "list", "keys", "types", "code"],
+     {"model": {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)}}],
+    ids=["zip", "empty", "list", "keys", "types"],
 )  # fmt: skip
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pyth"])
-def test_damaged_checkpoints(tmp_path, content, suffix, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_damaged_checkpoints(tmp_path, content, suffix):
     path = tmp_path / f"weights{suffix}"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -305,20 +234,6 @@ def test_damaged_checkpoints(tmp_path, content, suffix, monkeypatch):
         torch.save({"model_state": content} if suffix == ".pyth" else content, path)
     with pytest.raises(CheckpointError):
         Checkpointer(torch.nn.Linear(2, 2)).load(str(path))
-    assert os.listdir(tmp_path) == [path.name]  # nothing in it was run
-
-
-def test_iterations_are_seeded():
-    hook = engine.SeedIterations(3)
-    draws = []
-    for seed, iteration in ((3, 0), (3, 1), (3, 0), (4, 0)):
-        hook.load_state_dict({"seed": seed})
-        hook.trainer = SimpleNamespace(iter=iteration)
-        hook.before_step()
-        draws.append(torch.rand(()).item())
-    assert draws[0] == draws[2]
-    assert len(set(draws)) == 3
-    assert hook.state_dict() == {"seed": 4}
 
 
 def test_mixed_precision(monkeypatch, caplog):

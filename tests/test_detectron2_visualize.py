@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 
-from detectron2_runs import DIFFFEED, SMALL, options, start, write_lazy
+from detectron2_runs import DIFFFEED, SMALL, options, write_lazy
 from PIL import Image
 
 from diffbackbone.detectron2 import datasets, engine, load_yaml, visualize
@@ -28,19 +28,12 @@ def folder(data, tmp_path_factory):
     return folder
 
 
-def test_picture(data, folder, tmp_path):
-    picture = tmp_path / "pictures" / "picture.png"
-    command = ["--config", DIFFFEED, "--images", "9", "--out", picture]
-    command += options(folder, **SMALL)
-    start(data, tmp_path / "log", "tools/visualize_predictions.py", *command)
-    assert [path.name for path in picture.parent.iterdir()] == [picture.name]
-    with Image.open(picture) as image:
-        assert image.format == "PNG"
-        assert image.width == 1280
-
-
-def test_predictions_and_truth_are_drawn(folder):
+def test_predictions_and_truth_are_drawn(folder, tmp_path):
     opts = tuple(options(folder, **SMALL))
+    picture = tmp_path / "pictures" / "picture.png"
+    visualize.main(["--config", DIFFFEED, "--images", "9", "--out", str(picture), *opts])
+    with Image.open(picture) as image:
+        assert image.width == 1280
     config = visualize.VisualizeConfig(CONFIG, opts, images=9, score=0.01)
     found = visualize.predict(config)
     config.score = 1.0

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("DIFFBACKBONE_KILLS", "2"))
 ITERATIONS = 4 + 2 * KILLS
 
-# Few blocks for quick steps, and wide ones in the middle: files take a while to write.
+# few blocks for quick steps, and wide ones in the middle: files take a while to write
 UNET = {"channel_mult": (1, 1, 1, 1, 4), "num_res_blocks": 1, "attention_strides": (16,)}
 
 
@@ -116,7 +116,7 @@ def wait_for(condition, process: forked.Script, log: Path, seconds: float = 240)
     """Wait until a condition holds; False where the run ended well before."""
     deadline = time.monotonic() + seconds
     while not condition():
-        if process.poll() is not None:
+        if process.returncode is not None:
             assert process.returncode == 0, log.read_text()[-4000:]
             return False
         assert time.monotonic() < deadline, log.read_text()[-4000:]

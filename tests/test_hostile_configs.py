@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import inspect
-import itertools
 import math
 import random
 import signal
@@ -20,8 +18,6 @@ import pytest
 
 from diffbackbone import DiffusionBackbone, UNetConfig
 
-HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
-HAS_MMSEG = importlib.util.find_spec("mmseg") is not None
 SECONDS = 10  # for one config
 NAN, INF = math.nan, math.inf
 UNET = {
@@ -65,78 +61,37 @@ def by_hand(**arguments: Any) -> None:
     DiffusionBackbone(**{**BASE, **arguments})
 
 
-def by_mmengine(**arguments: Any) -> None:
-    import diffbackbone.mmseg  # noqa: F401, I001  first
-    from mmengine.config import Config
-    from mmengine.registry import MODELS
-
-    config = Config({"model": {"type": "DiffusionBackbone", **BASE, **arguments}})
-    MODELS.build(config.model).init_weights()
-
-
-def by_lazy_config(**arguments: Any) -> None:
-    from detectron2.config import LazyCall, instantiate
-
-    from diffbackbone.detectron2 import DiffusionBackbone as Wanted
-
-    instantiate(LazyCall(Wanted)(**{**BASE, **arguments}))
+CONFIG = """
+MODEL:
+  DIFFUSION: {UNET: tiny, BLOCKS: [24]}
+  PIXEL_MEAN: [127.5, 127.5, 127.5]
+  PIXEL_STD: [127.5, 127.5, 127.5]
+INPUT: {FORMAT: RGB}
+VERSION: 2
+"""
 
 
-def by_yaml(folder: Path, content: str | bytes | dict, builder: str = "backbone") -> None:
-    import yaml
+def by_yaml(folder: Path, content: str | bytes) -> None:
     from detectron2.layers import ShapeSpec
 
-    from diffbackbone import detectron2 as adapter
+    from diffbackbone.detectron2 import build_diffusion_backbone, load_yaml
 
     path = folder / "config.yaml"
-    text = yaml.dump(content, allow_unicode=True) if isinstance(content, dict) else content
-    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-    build = getattr(adapter, f"build_diffusion_{builder}")
-    build(adapter.load_yaml(str(path), []), ShapeSpec(channels=3))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    build_diffusion_backbone(load_yaml(str(path)), ShapeSpec(channels=3))
 
 
-def yaml_config(node: dict[str, Any], **model: Any) -> dict[str, Any]:
-    node = {"UNET": "tiny", "BLOCKS": [24], **node}
-    pixels = {"PIXEL_MEAN": [127.5] * 3, "PIXEL_STD": [127.5] * 3}
-    return {
-        "VERSION": 2, "MODEL": {"DIFFUSION": node, **pixels, **model}, "INPUT": {"FORMAT": "RGB"},
-    }  # fmt: skip
-
-
-def arguments(build: Callable[..., None], *more: str) -> Iterator[Attempt]:
-    names = [*ARGUMENTS, *more]
-    for name in [*names, "timestp"]:
+def arguments(_: Path) -> Iterator[Attempt]:
+    for name in [*ARGUMENTS, "timestp"]:
         for value in JUNK:
-            yield functools.partial(build, **{name: value})
+            yield functools.partial(by_hand, **{name: value})
     for field in (*(f.name for f in dataclasses.fields(UNetConfig)), "", "model_chanels", 3, None):
         for value in JUNK:
-            yield functools.partial(build, unet={**UNET, field: value})
+            yield functools.partial(by_hand, unet={**UNET, field: value})
     rng = random.Random(3)
     for _ in range(200):
-        chosen = {name: rng.choice(JUNK) for name in rng.sample(names, 3)}
-        yield functools.partial(build, **chosen)
-
-
-def yaml_values(folder: Path) -> Iterator[Attempt]:
-    from detectron2.config import get_cfg
-
-    from diffbackbone.detectron2 import add_diffusion_config
-
-    cfg = get_cfg()
-    add_diffusion_config(cfg)
-    for value in JUNK:
-        for key in (*cfg.MODEL.DIFFUSION, "TIMESTP"):
-            yield functools.partial(by_yaml, folder, yaml_config({key: value}))
-        for key in cfg.MODEL.DIFFUSION.UNET_OPTIONS:
-            config = yaml_config({"UNET_OPTIONS": {key: value}})
-            yield functools.partial(by_yaml, folder, config)
-        for builder, blocks in (("sfp_backbone", [24]), ("fpn_backbone", [30, 27, 24])):
-            for node, model in (
-                *(({}, {"FPN": {key: value}}) for key in ("NORM", "OUT_CHANNELS", "FUSE_TYPE")),
-                *(({key: value}, {}) for key in ("SCALE_FACTORS", "TOP_BLOCK")),
-            ):
-                config = yaml_config({"BLOCKS": blocks, **node}, **model)
-                yield functools.partial(by_yaml, folder, config, builder)
+        chosen = {name: rng.choice(JUNK) for name in rng.sample(ARGUMENTS, 3)}
+        yield functools.partial(by_hand, **chosen)
 
 
 TEXTS = (
@@ -175,22 +130,12 @@ def texts(folder: Path) -> Iterator[Attempt]:
         yield functools.partial(load_lazy, str(path), ["train.max_iter=3"])
 
 
-# how attempts are made, and which part of them is tried
-KINDS: dict[str, tuple[Callable[[Path], Iterator[Attempt]], int]] = {
-    "constructor": (lambda _: arguments(by_hand), 1)
-}
-if HAS_MMSEG:
-    KINDS["OpenMMLab"] = (lambda _: arguments(by_mmengine, "init_cfg", "pretrained"), 5)
-if HAS_DETECTRON2:
-    KINDS["LazyConfig"] = (lambda _: arguments(by_lazy_config, "padding"), 5)
-    KINDS["YAML values"] = (yaml_values, 5)
-    KINDS["texts"] = (texts, 1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_broken_configs_neither_hang_nor_run_code(kind, tmp_path):
-    make, step = KINDS[kind]
-    refused, attempts = 0, list(itertools.islice(make(tmp_path), 0, None, step))
+@pytest.mark.parametrize("make", [arguments, texts], ids=["constructor", "files"])
+def test_broken_configs_neither_hang_nor_run_code(make, tmp_path):
+    if make is texts:
+        pytest.importorskip("detectron2", reason="detectron2 is not installed")
+        by_yaml(tmp_path, CONFIG)  # else the others would prove nothing
+    refused, attempts = 0, list(make(tmp_path))
     for attempt in attempts:
         try:
             with watched(), warnings.catch_warnings():
@@ -204,13 +149,6 @@ def test_broken_configs_neither_hang_nor_run_code(kind, tmp_path):
     assert refused > 0.8 * len(attempts)
 
 
-def test_a_config_of_these_parts_is_fine(tmp_path):
-    """Else the others would prove nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        by_hand()
-        if HAS_MMSEG:
-            by_mmengine()
-        if HAS_DETECTRON2:
-            by_lazy_config()
-            by_yaml(tmp_path, yaml_config({}))
+@pytest.mark.filterwarnings("ignore:.*RANDOM")
+def test_a_config_of_these_parts_is_fine():
+    by_hand()

@@ -104,16 +104,3 @@ def test_mask_rcnn_trains_and_predicts(cfg, feedback):
         assert found.masks.shape == (len(found), height, width)
         assert found.bboxes.isfinite().all()
         assert set(found.labels.tolist()) <= {0, 1, 2}
-
-
-def test_the_config_is_the_detectron2_twin():
-    from mmengine.config import Config
-
-    cfg = Config.fromfile(str(CONFIG))
-    backbone = cfg.model.backbone
-    assert (backbone.unet, backbone.timestep, backbone.blocks) == ("gd256_uncond", 75, [24] * 4)
-    strides = cfg.model.roi_head.bbox_roi_extractor.featmap_strides
-    assert backbone.out_strides == strides == cfg.model.rpn_head.anchor_generator.strides[:4]
-    assert (cfg.optim_wrapper.optimizer.lr, cfg.train_cfg.max_epochs) == (2.5e-5, 10)
-    assert cfg.train_dataloader.dataset.pipeline == cfg.train_pipeline
-    assert cfg.test_dataloader.dataset.pipeline == cfg.test_pipeline

@@ -18,6 +18,7 @@ import diffbackbone.mmpretrain  # noqa: F401  registers
 # isort: split
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
@@ -26,12 +27,7 @@ from diffbackbone import heads
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "mmpretrain" / "attention_gd_t150_b24_in1k.py"
 BACKBONE = {"type": "DiffusionTaps", "unet": "tiny", "freeze": True}
-HEADS = {
-    "linear": {"pool": 2},
-    "mlp": {"hidden": (8,)},
-    "cnn": {"hidden": (8, 8)},
-    "attention": {"size": 4, "width": 32},
-}
+HEADS = {"mlp": {"hidden": (8,)}, "attention": {"size": 4, "width": 32}}
 
 
 @pytest.fixture(autouse=True)
@@ -101,15 +97,6 @@ def test_difformer_takes_all_timesteps_and_blocks():
         single(images)
 
 
-def test_single_numbers_and_repeated_blocks():
-    backbone = MODELS.build({**BACKBONE, "timesteps": 90, "blocks": 5})
-    assert (backbone.timesteps, backbone.timestep) == ((90,), 90)
-    backbone = MODELS.build({**BACKBONE, "blocks": (5, 5)})
-    assert len(backbone(torch.zeros(1, 3, 64, 64))) == len(backbone.channels) == 2
-    with pytest.raises(ValueError, match="timestep"):
-        MODELS.build({**BACKBONE, "timesteps": [10, 1000]})
-
-
 def test_the_config_has_the_papers_head():
     cfg = Config.fromfile(str(CONFIG))
     head = MODELS.build(cfg.model.head)
@@ -170,7 +157,7 @@ train_cfg = dict(max_epochs=2)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG.parent.glob("*.py")), ids=lambda path: path.stem)
-def test_configs_train_on_small_data(path, folder, tmp_path):
+def test_configs_train_on_small_data(path, folder, tmp_path, monkeypatch):
     """Each config for some iterations at a small size: its head, taps, feedback and pipelines."""
     cfg = Config.fromfile(str(path))
     MODELS.build(cfg.model.head)  # at full size
@@ -197,12 +184,12 @@ def test_configs_train_on_small_data(path, folder, tmp_path):
     cfg.val_evaluator.topk = (1,)
     cfg.update(test_dataloader=cfg.val_dataloader, test_evaluator=cfg.val_evaluator)
     cfg.train_cfg.max_epochs = 1
-    cfg.dump(str(tmp_path / "config.py"))
-    import mmpretrain
-
-    tool = Path(mmpretrain.__file__).parent / ".mim/tools/train.py"
-    command = [tool, tmp_path / "config.py", "--work-dir", tmp_path / "run"]
-    assert "accuracy/top1" in forked.run(*command, log=tmp_path / "log")
+    cfg.work_dir, cfg.default_hooks.checkpoint.interval = str(tmp_path / "run"), -1
+    monkeypatch.setattr("mmengine.runner.runner.collect_env", dict)  # takes seconds
+    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.message_hub.get_scalar("val/accuracy/top1").current() >= 0
 
 
 def test_cub_is_read_in_its_own_layout(tmp_path):

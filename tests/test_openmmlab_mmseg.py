@@ -171,11 +171,7 @@ def test_paper_settings(name):
     assert cfg.model.decode_head.channels == 1024
     assert cfg.model.test_cfg == dict(mode="slide", crop_size=(512, 512), stride=(341, 341))
     assert (cfg.optim_wrapper.optimizer.type, cfg.optim_wrapper.optimizer.lr) == ("AdamW", 2e-5)
-    assert cfg.train_dataloader.batch_size == 2
-    assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == 16_000
-    long = Config.fromfile(str(CONFIGS / f"{name}_160k.py"))
-    assert long.train_cfg.max_iters == long.param_scheduler[-1].end == 160_000
-    assert long.model == cfg.model
+    assert Config.fromfile(str(CONFIGS / f"{name}_160k.py")).model == cfg.model
 
 
 def optimizer_settings(model, **paramwise_cfg):

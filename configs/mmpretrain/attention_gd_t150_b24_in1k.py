@@ -31,33 +31,25 @@ model = dict(
     ),
 )
 
-dataset_type = "ImageNet"
-data_root = "data/imagenet"
-resize = dict(type="ResizeEdge", scale=256, edge="short", backend="pillow")
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    resize,
-    dict(type="CenterCrop", crop_size=256),
-    dict(type="RandomFlip", prob=0.5, direction="horizontal"),
-    dict(type="PackInputs"),
-]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    resize,
+    dict(type="ResizeEdge", scale=256, edge="short", backend="pillow"),
     dict(type="CenterCrop", crop_size=256),
     dict(type="PackInputs"),
 ]
+flip = dict(type="RandomFlip", prob=0.5, direction="horizontal")
+train_pipeline = [*test_pipeline[:3], flip, test_pipeline[3]]
+data = dict(type="ImageNet", data_root="data/imagenet")
+loader = dict(batch_size=16, num_workers=5)
 train_dataloader = dict(
-    batch_size=16,
-    num_workers=5,
-    dataset=dict(type=dataset_type, data_root=data_root, split="train", pipeline=train_pipeline),
+    dataset=dict(**data, split="train", pipeline=train_pipeline),
     sampler=dict(type="DefaultSampler", shuffle=True),
+    **loader,
 )
 val_dataloader = dict(
-    batch_size=16,
-    num_workers=5,
-    dataset=dict(type=dataset_type, data_root=data_root, split="val", pipeline=test_pipeline),
+    dataset=dict(**data, split="val", pipeline=test_pipeline),
     sampler=dict(type="DefaultSampler", shuffle=False),
+    **loader,
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type="Accuracy", topk=(1, 5))

@@ -2,7 +2,7 @@
 # Batch 2 as the paper trains everything (sections 4.4 and 7.3).
 _base_ = "./runtime.py"
 
-data_root = "data/ade/ADEChallengeData2016"
+data = dict(type="ADE20KDataset", data_root="data/ade/ADEChallengeData2016")
 load_images = dict(type="LoadImageFromFile")
 load_labels = dict(type="LoadAnnotations", reduce_zero_label=True)
 pack = dict(type="PackSegInputs")
@@ -37,10 +37,9 @@ train_dataloader = dict(
     batch_size=2,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
-        type="ADE20KDataset",
-        data_root=data_root,
         data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
         pipeline=train_pipeline,
+        **data,
     ),
     **loader,
 )
@@ -48,10 +47,9 @@ val_dataloader = dict(
     batch_size=1,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
-        type="ADE20KDataset",
-        data_root=data_root,
         data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
         pipeline=test_pipeline,
+        **data,
     ),
     **loader,
 )
