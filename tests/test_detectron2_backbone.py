@@ -145,7 +145,7 @@ def test_taps_are_the_core_backbones():
 @pytest.mark.parametrize("builder", [SFP, FPN])
 def test_what_shares_a_batch_changes_nothing(builder):
     backbone = make_backbone(builder, FEEDBACK="bottleneck").eval()
-    images = pictures((70, 90), (33, 120), (70, 90))
+    images = pictures((70, 90), (64, 33), (33, 120), (70, 90))
     with torch.no_grad():
         together = backbone(normalize(images))
         for i, image in enumerate(images):

@@ -219,6 +219,7 @@ def test_a_finished_run_is_validated_again(tmp_path):
     assert len(Score.scores) == 3
     make(tmp_path, resume=True).train()  # it may have been stopped before the last evaluation
     assert len(Score.scores) == 4
+    assert (tmp_path / "best_mIoU_iter_12.pth").exists()  # written again, and not removed
 
 
 def test_orders_that_cannot_be_found_again_are_refused(tmp_path):
