@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,17 @@ def test_backbone_defaults():
 
 
 def test_classification_recipes():
-    recipes = pytest.importorskip("diffbackbone.eval.recipes", reason="extra tools")
+    pytest.importorskip("accelerate", reason="extra tools")
+    from diffbackbone.eval.recipes import RECIPES, resolve
+
+    def filled(recipe, **options):
+        return resolve(replace(RECIPES[recipe], **options))
+
     for name, epochs in (("probe", 28), ("ablation", 15), ("fgvc", 28)):  # Section 4, Table 2
-        recipe = recipes.resolve(recipes.RECIPES[name])
-        assert (recipe.optimizer, recipe.epochs) == ("adam", epochs)
+        recipe = filled(name)
+        assert (recipe.optimizer, recipe.epochs, recipe.lr) == ("adam", epochs, (1e-3,))
         assert (recipe.step, recipe.gamma) == (7, 0.1)
-        assert recipe.augment == "flip"
+        assert (recipe.batch_size, recipe.augment, recipe.select_on) == (128, "flip", "none")
         assert (recipe.unet, recipe.image_size) == ("gd256_uncond", 256)
         assert (recipe.head, recipe.pool) == ("linear", 2)  # Section 4.1
         assert recipe.timesteps == (150,)
@@ -138,19 +144,22 @@ def test_classification_recipes():
         assert (recipe.width, recipe.feedback_layers) == (1024, ("conv", "batch", "relu"))
         assert not recipe.finetune
     for name, subset in (("semi-1", "1%"), ("semi-10", "10%")):  # Table 5
-        recipe = recipes.resolve(recipes.RECIPES[name])
+        recipe = filled(name)
         assert (recipe.subset, recipe.finetune) == (subset, True)
+        assert (recipe.optimizer, recipe.lr) == ("sgd", (1e-3,))
     for name in ("probe", "probe-sgd", "ablation", "fgvc"):  # Tables 2 and 4 have CUB, too
         for options in ({"head": "attention"}, {"feedback": "bottleneck"}):
-            recipe = recipes.resolve(recipes.replace(recipes.RECIPES[name], **options))
+            recipe = filled(name, **options)
             taps = recipe.timesteps, recipe.blocks, recipe.pool  # Sections 3.1, 4.1.1
             assert (recipe.head, taps) == ("attention", ((150,), (24,), 16))
-
-
-def test_difformer_taps():
-    recipes = pytest.importorskip("diffbackbone.eval.recipes", reason="extra tools")
-    recipe = recipes.resolve(recipes.replace(recipes.RECIPES["probe"], head="difformer"))
-    assert (recipe.timesteps, recipe.blocks) == ((90, 150, 300), (19, 24, 30))  # Table 3
+            assert recipe.batch_size == (16 if "feedback" in options else 128)
+        recipe = filled(name, head="difformer")  # Table 3
+        assert (recipe.timesteps, recipe.blocks) == ((90, 150, 300), (19, 24, 30))
+    assert filled("probe", head="attention").lr == (1e-4,)
+    sgd = filled("probe-sgd")  # the published scripts
+    assert (sgd.optimizer, sgd.lr, sgd.momentum, sgd.augment) == ("sgd", (1e-2,), 0, "crop-flip")
+    assert filled("probe-sgd", head="attention").lr == (5e-2,)
+    assert filled("probe-sgd", feedback="bottleneck").lr == (1e-2,)
 
 
 def test_mmpretrain_config():

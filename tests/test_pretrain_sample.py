@@ -17,7 +17,7 @@ pytest.importorskip("torchvision")
 
 import image_folders
 
-from diffbackbone import UNet, UNetConfig
+from diffbackbone import UNet, UNetConfig, utils
 from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.pretrain import sample
 from diffbackbone.pretrain.sampling import sample_ddpm
@@ -92,7 +92,7 @@ def test_ancestral_steps_follow_the_posterior(learned):
         seen.append((x_t, t))
         return torch.cat([0.1 * x_t, torch.full_like(x_t, 0.5)][: 1 + learned], dim=1)
 
-    found = sample_ddpm(predict, schedule, x, 2, lambda: torch.ones_like(x))
+    found = sample_ddpm(predict, schedule, iter([x, torch.ones_like(x)]), 2)
     assert [t for _, t in seen] == [999, 0]
     now, then = (float(schedule.alphas_cumprod[t]) for t in (999, 0))
     beta = 1 - now / then
@@ -109,10 +109,10 @@ def test_ancestral_steps_follow_the_posterior(learned):
 
 def test_fid_is_refused_before_sampling(weights, tmp_path, monkeypatch):
     options = dict(fid_reference=tmp_path, fid_weights=tmp_path / "none.pth")
-    monkeypatch.setattr(sample.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(utils.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="torch-fidelity"):
         generate(weights, tmp_path / "a", **options)
-    monkeypatch.setattr(sample.importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(utils.importlib.util, "find_spec", lambda name: "there")
     with pytest.raises(UserError, match=r"none\.pth does not exist"):
         generate(weights, tmp_path / "a", **options)
     assert not (tmp_path / "a").exists()
@@ -135,7 +135,7 @@ def test_fid_sees_all_images(kind, weights, tmp_path, monkeypatch):
         update=lambda batch, real: seen[real].append(batch), compute=lambda: torch.tensor(7.5)
     )
     monkeypatch.setattr(fid, "FrechetInceptionDistance", lambda **_: metric)
-    monkeypatch.setattr(sample.importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(utils.importlib.util, "find_spec", lambda name: "there")
     (tmp_path / "weights.pth").touch()
     options = dict(fid_reference=path, fid_weights=tmp_path / "weights.pth")
     found = generate(weights, tmp_path / "out", **options)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor
 
 from diffbackbone.checkpoint import CheckpointError
 from diffbackbone.checkpoint import read_checkpoint as read_weights
@@ -123,59 +122,43 @@ def _run(
         train.check()
         val.check()
     accelerator.wait_for_everyone()
-    trainer = Trainer(config, accelerator, model, train, val, caches)
+    trainer = Trainer(config, accelerator, model, train, val, caches, settings)
     if saved is None:
-        results, confusion = _train(trainer, resumed, settings)
-        results |= choice or {}
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) // len(config.lr)
+        accelerator.print(f"{trained:,} trained parameters")
+        trainer.prepare(resumed)
+        trainer.fit()
+        results = {"trained_parameters": trained, "selected_on": config.select_on}
+        results |= {name: value for name, value in trainer.best.items() if name != "index"}
+        confusion = results.pop("confusion").numpy()
+        results |= {"settings": settings, **(choice or {})}
     else:
-        results, confusion = _evaluate(trainer, saved, settings)
-    out, scores = config.out, results["val"]
+        _load_head(trainer, saved)
+        trainer.prepare()
+        scores = trainer.evaluate()[0]
+        results = {"evaluated": str(config.evaluate), "val": scores.compute()}
+        confusion = scores.confusion().numpy()
+    out, found = config.out, results["val"]
     if accelerator.is_main_process:
-        save_figure(draw_confusion(confusion.numpy(), train.classes), out / "confusion.png")
+        save_figure(draw_confusion(confusion, train.classes), out / "confusion.png")
         write_json(out / "results.json", {**results, "confusion": confusion.tolist()})
     accelerator.print(
-        f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} of {scores['images']} images\n"
+        f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {found['images']} images\n"
         f"{out}: results.json, confusion.png"
     )
     accelerator.wait_for_everyone()
     return results
 
 
-def _train(
-    trainer: Trainer, saved: Mapping[str, Any] | None, settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], Tensor]:
-    """Return the results of the selected head, and its confusion matrix."""
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    trained //= len(trainer.config.lr)
-    trainer.accelerator.print(f"{trained:,} trained parameters")
-    trainer.prepare(saved)
-    trainer.fit(settings)
-    names = ("lr", "epoch", "val", "heldout", "key")
-    best = {name: trainer.best[name] for name in names if name in trainer.best}
-    chosen = {"trained_parameters": trained, "selected_on": trainer.config.select_on}
-    return {**chosen, **best, "settings": dict(settings)}, trainer.best["confusion"]
-
-
-def _evaluate(
-    trainer: Trainer, saved: Mapping[str, Any], settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], Tensor]:
-    """Return the results of a saved head, and its confusion matrix."""
-    path, head = trainer.config.evaluate, trainer.model.heads[0]
-    if "model_head" in saved:
-        _load_published(trainer, saved)
-    else:
-        if saved["settings"]["classes"] != settings["classes"]:
-            raise UserError(f"{path} was trained on other classes than the data has")
-        head.load_state_dict(saved["head"])
-    trainer.prepare()
-    scores = trainer.evaluate()[0]
-    return {"evaluated": str(path), "val": scores.compute()}, scores.confusion()
-
-
-def _load_published(trainer: Trainer, saved: Mapping[str, Any]) -> None:
-    """Load head and feedback layers of the published code."""
+def _load_head(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Load a best head, or head and feedback layers of the published code."""
     path, published = trainer.config.evaluate, trainer.config.published
     head, feedback = trainer.model.heads[0], trainer.model.backbone.feedback
+    if "model_head" not in saved:
+        if saved["settings"]["classes"] != trainer.settings["classes"]:
+            raise UserError(f"{path} was trained on other classes than the data has")
+        head.load_state_dict(saved["head"])
+        return
     weights = saved.get("model_feedback") or {}
     if unknown := saved.keys() & {"model_update", "model_fpn"}:
         raise UserError(f"{path}: {', '.join(sorted(unknown))} can't be converted")
@@ -203,21 +186,21 @@ def build_model(config: ClassifierConfig, classes: int, spec: FeatureSpec) -> Cl
     infos = [backbone.unet.blocks[b] for b in backbone.unet.blocks.check(blocks)]
     channels: Any = [info.channels for info in infos]
     sizes = [math.ceil(config.image_size / info.stride) for info in infos]
-    options: dict[str, Any] = {"pool": config.pool}
-    if config.hidden:
-        options["hidden"] = config.hidden
+    names = ["pool", *(["hidden"] if config.hidden else [])]
+    options: dict[str, Any] = {}
     if config.head in ("attention", "difformer"):
-        names = ("width", "layers", "num_heads", "mlp_ratio", "norm", "readout")
-        options.update({name: getattr(config, name) for name in names})
+        names += ["width", "layers", "num_heads", "mlp_ratio", "norm", "readout"]
         if config.published is not None:
             options.update(published_options(config.published)["head_options"])
-    if config.head == "attention":
-        options.update(size=sizes[0], proj=config.proj)
     if config.head == "difformer":
-        names = ("blocks", "timesteps", "first_blocks")
-        options.update(sizes=sizes, **{name: getattr(config, name) for name in names})
+        names += ["blocks", "timesteps", "first_blocks"]
+        options["sizes"] = sizes
     else:
         (channels,) = channels
+    if config.head == "attention":
+        names.append("proj")
+        (options["size"],) = sizes
+    options = {name: getattr(config, name) for name in names} | options
     built = []
     for _ in config.lr:
         torch.manual_seed(config.seed + 1)

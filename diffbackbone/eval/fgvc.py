@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -100,15 +100,6 @@ class FgvcConfig:
     """Accept other numbers of images and classes than Table 7's."""
 
 
-def count(images: Iterable[Image]) -> dict[str, int]:
-    """Count the classes, the training and the test images."""
-    images = list(images)
-    splits = [split for split, _, _ in images]
-    classes = {name for _, name, _ in images}
-    found = {"classes": len(classes)}
-    return found | {"train": splits.count("train"), "val": splits.count("val")}
-
-
 def run(config: FgvcConfig) -> str:
     """Make the folder and return a sentence about it.
 
@@ -119,7 +110,12 @@ def run(config: FgvcConfig) -> str:
     source = config.source.expanduser()
     root = source / usual if (source / usual).is_dir() else source
     images = list(read(root))
-    found = count(images)
+    splits = [split for split, _, _ in images]
+    found = {
+        "classes": len({name for _, name, _ in images}),
+        "train": splits.count("train"),
+        "val": splits.count("val"),
+    }
     wrong = [
         f"{number:,} {name} (Table 7: {right:,})"
         for (name, number), right in zip(found.items(), expected)

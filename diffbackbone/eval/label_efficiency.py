@@ -18,8 +18,14 @@ from matplotlib.figure import Figure
 
 from diffbackbone import load_checkpoint
 from diffbackbone.cli import run_command
-from diffbackbone.eval.label_config import PRESETS, Cell, LabelEfficiencyConfig
-from diffbackbone.eval.label_tasks import TASKS, LabelEfficiencyRunner, config_file
+from diffbackbone.eval.label_tasks import (
+    PRESETS,
+    TASKS,
+    Cell,
+    LabelEfficiencyConfig,
+    LabelEfficiencyRunner,
+    config_file,
+)
 from diffbackbone.eval.options import BackboneOptions, DataOptions, check_settings
 from diffbackbone.models import build_network
 from diffbackbone.utils import (
@@ -169,19 +175,17 @@ def _shares(records: Iterable[Record]) -> list[float]:
 def draw_curves(task: str, records: Sequence[Record]) -> Figure:
     """Draw the score against the share of labels, a line with error bars for each weights."""
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    axes, all_shares = figure.subplots(), _shares(records)
     for weights, own in _group(records, "weights", COLORS).items():
         shares = _shares(own)
         spreads = [spread([r["score"] for r in own if r["labels"] == share]) for share in shares]
         axes.errorbar(
             shares, *zip(*spreads), color=COLORS[weights], marker="o", capsize=4, label=weights
         )
-    shares = _shares(records)
-    axes.set_xscale("log")
-    axes.set_xticks(shares, [f"{100 * share:g}%" for share in shares])
+    axes.set(xscale="log", xlabel="share of the labels", ylabel=f"{TASKS[task].score} in %")
+    axes.set_xticks(all_shares, [f"{100 * share:g}%" for share in all_shares])
     axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="share of the labels", ylabel=f"{TASKS[task].score} in %")
     axes.set_title(f"{TASKS[task].title}, frozen network")
     axes.grid(axis="y", alpha=0.4)
     axes.legend()

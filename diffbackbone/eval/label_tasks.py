@@ -1,4 +1,4 @@
-"""The measurement of a cell of the label-efficiency grid, for each task."""
+"""Options of the label-efficiency grid, and the measurement of a cell for each task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from diffbackbone.eval import classify
 from diffbackbone.eval.data import ImageFolder, choose_subset
 from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_caches
 from diffbackbone.eval.knn import KnnConfig
-from diffbackbone.eval.label_config import Cell, LabelEfficiencyConfig
 from diffbackbone.eval.options import DataOptions, build_backbone
 from diffbackbone.eval.probe import Labels, measure_tap
 from diffbackbone.eval.recipes import RECIPES
+from diffbackbone.sample_data.folder import write_folder
 from diffbackbone.saving import save_safetensors
 from diffbackbone.utils import RandomStream, UserError, atomic_write, write_json, write_text
 
@@ -41,6 +41,113 @@ NEIGHBORS, WIDTH = 5, 128
 """Neighbors of kNN, and width of the heads' tokens."""
 _FIRST_DIGIT_SCENE = 1_000_000  # scenes of several digits count from 0
 
+TaskName = Literal["knn", "linear", "attention", "difformer", "difffeed", "upernet", "maskrcnn"]
+WeightsName = Literal["pretrained", "random", "initial"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class LabelEfficiencyConfig:
+    """Compare pretrained and random features of a frozen network with few labels, over many tasks.
+
+    With --data the classification tasks are on your own images, and any network serves. --preset
+    heads compares kNN and all heads on plain handwritten digits. OUT gets results.jsonl (one line
+    per finished cell), summary.md (means, standard deviations and differences paired by seed) and a
+    picture for each task. Run the same command again to continue a run that was stopped.
+    """
+
+    out: Path = Path("work_dirs/label_efficiency")
+    """Folder of the grid."""
+    preset: Literal["grid", "heads"] = "grid"
+    """Sets the defaults of the other options."""
+    data: Path | None = None
+    """Folder with train/<class>/ and val/<class>/; default: made images of digits. UperNet and Mask
+    R-CNN are always on made scenes."""
+    checkpoint: str | None = None
+    """Pretrained weights; networks such as timm:resnet50 bring their own."""
+    unet: str | None = None
+    """Network; default: that of a .safetensors checkpoint, else tiny. DifFeed, UperNet, Mask R-CNN
+    and --weights initial need one of guided-diffusion."""
+    tasks: tuple[TaskName, ...] = (
+        "knn", "linear", "attention", "difformer", "difffeed", "upernet", "maskrcnn"
+    )  # fmt: skip
+    """The last two are on scenes of several digits, the others on images of one digit, or on DATA.
+    """
+    weights: tuple[WeightsName, ...] = ("pretrained", "random")
+    """random: drawn, also where guided-diffusion starts at zero; of timm, as before training.
+    initial: as before training."""
+    labels: tuple[float, ...] = (1.0, 0.1, 0.01)
+    """Shares of the labels; a smaller share is part of a larger one."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the labels, random weights, heads and the order of the images."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where classification tasks compute."""
+    images: Literal["scenes", "scans"] = "scenes"
+    """Images of one digit: on photographs, or scans on black."""
+    scenes: int = 4000
+    """Training scenes of several digits; there are a twentieth as many for validation."""
+    digits: int = 10_000
+    """Training scenes of one digit; there are a tenth as many for validation."""
+    image_size: int = 32
+    """Height and width of the images that are classified."""
+    tap: tuple[int, int] = (300, 33)
+    """Timestep and block of kNN, linear probe, attention and DifFeed; tools/sweep.py finds the
+    best. The timestep is that of the scenes too."""
+    random_tap: tuple[int, int] = (150, 30)
+    """The same for weights that are not pretrained."""
+    pool: int = 4
+    """Height and width that linear probe and kNN pool the map to."""
+    timesteps: tuple[int, ...] = (150, 300, 450)
+    """Timesteps of the DifFormer head."""
+    blocks: tuple[int, ...] = (12, 30, 33)
+    """Blocks of the DifFormer head."""
+    steps: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"attention": 400, "difformer": 300, "difffeed": 120}
+    )
+    """Least number of training steps of each head."""
+    upernet: str = "upernet_gd_probe_sample.py"
+    """Config of the UperNet."""
+    upernet_options: tuple[str, ...] = ()
+    """Changes in it: KEY=VALUE."""
+    maskrcnn: str = "mask_rcnn_gd_probe_sample.yaml"
+    """Config of the Mask R-CNN."""
+    maskrcnn_options: tuple[str, ...] = ()
+    """Changes in it: KEY VALUE."""
+
+
+PRESETS = {
+    "grid": LabelEfficiencyConfig(),
+    "heads": LabelEfficiencyConfig(
+        preset="heads",
+        out=Path("work_dirs/compare"),
+        tasks=("knn", "linear", "attention", "difformer", "difffeed"),
+        weights=("random",),
+        labels=(1.0,),
+        seeds=(0,),
+        images="scans",
+        image_size=64,
+        tap=(150, 24),
+        random_tap=(150, 24),
+        timesteps=(90, 150, 300),
+        blocks=(19, 24, 30),
+        steps={"attention": 440, "difformer": 430, "difffeed": 425},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One measurement: a task with some weights, a share of the labels and a seed."""
+
+    task: str
+    weights: str
+    labels: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the cell's folder."""
+        return f"{self.task}-{self.weights}-{self.labels:g}-{self.seed}"
+
 
 def config_file(config: LabelEfficiencyConfig, task: str) -> Path:
     """Return the config of the UperNet or Mask R-CNN."""
@@ -49,24 +156,24 @@ def config_file(config: LabelEfficiencyConfig, task: str) -> Path:
 
 
 def make_digit_scenes(out: Path, counts: Mapping[str, int], size: int) -> None:
-    """Write scenes of one digit, ``SPLIT/CLASS/*.png``, unless the folder exists.
+    """Write scenes of one digit, ``SPLIT/CLASS/*.png``, unless the folder has them.
 
     Training and validation share neither a scan nor a part of a photograph.
     """
-    if out.is_dir():
-        return
     look = sample_data.SceneConfig(size, size, min_digits=1, max_digits=1, digit_size=DIGIT_SIZE)
     pools = sample_data.load_pools(0)
-    partial = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split, count in counts.items():
-        for index in range(count):
-            scene = sample_data.make_scene(pools[split], look, 0, split, _FIRST_DIGIT_SCENE + index)
-            digit = scene.digits[0].digit
-            folder = partial / split / f"{digit}_{sample_data.DIGIT_NAMES[digit]}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(scene.image).save(folder / f"{index:06d}.png")
-    partial.replace(out)
+
+    def write(folder: Path) -> None:
+        for split, count in counts.items():
+            for index in range(count):
+                number = _FIRST_DIGIT_SCENE + index
+                scene = sample_data.make_scene(pools[split], look, 0, split, number)
+                digit = scene.digits[0].digit
+                path = folder / split / f"{digit}_{sample_data.DIGIT_NAMES[digit]}/{index:06d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(scene.image).save(path)
+
+    write_folder(out, "digits.json", {**counts, "size": size}, write)
 
 
 def write_weights(path: Path, kind: str, config: UNetConfig, source: str | None, seed: int) -> None:
@@ -113,18 +220,17 @@ class LabelEfficiencyRunner:
     def __init__(self, config: LabelEfficiencyConfig, unet: Any) -> None:
         self.config = config
         self.unet = unet
+        self.root = config.data or config.out / "digits"
         self.ours = type(unet) is UNetConfig
+        self.val_scenes = math.ceil(config.scenes / 20)
         needs = {"difffeed", "upernet", "maskrcnn"} & set(config.tasks)
         needs |= {"initial"} & set(config.weights)
+        if not hasattr(unet, "pretrained"):  # as networks of timm have
+            needs |= {"random"} & set(config.weights)
         if needs and not self.ours:
             raise UserError(
                 f"--unet {config.unet}: {', '.join(sorted(needs))} can only be had with a U-Net of "
-                "guided-diffusion"
-            )
-        if "random" in config.weights and not (self.ours or hasattr(unet, "pretrained")):
-            raise UserError(
-                f"--unet {config.unet}: --weights random can only be had with a U-Net of "
-                "guided-diffusion or a network of timm"
+                "guided-diffusion (random also with a network of timm)"
             )
         if self.ours and config.checkpoint is None and "pretrained" in config.weights:
             raise UserError(
@@ -136,7 +242,7 @@ class LabelEfficiencyRunner:
         folder = self.folder(cell)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         folder.mkdir(parents=True)
-        result = getattr(self, _METHODS.get(cell.task, cell.task))(cell)
+        result = getattr(self, TASKS[cell.task].method)(cell)
         for path in (*folder.rglob("*.pt"), *folder.rglob("*.pth")):
             path.unlink()
         return result
@@ -169,7 +275,7 @@ class LabelEfficiencyRunner:
         return {
             **found, "timesteps": timesteps, "blocks": blocks,
             "noise": "fixed" if getattr(self.unet, "timed", True) else "none",
-            "data": self.config.data or self.config.out / "digits",
+            "data": self.root,
             "image_size": self.config.image_size, "device": self.config.device,
         }  # fmt: skip
 
@@ -183,14 +289,14 @@ class LabelEfficiencyRunner:
     @functools.cached_property
     def images(self) -> dict[str, ImageFolder]:
         """The training and validation images that are classified."""
-        config, root = self.config, self.config.data or self.config.out / "digits"
+        config = self.config
         if config.data is None and config.images == "scans":
-            sample_data.make_digits(root, size=config.image_size)
+            sample_data.make_digits(self.root, size=config.image_size)
         elif config.data is None:
             counts = {"train": config.digits, "val": math.ceil(config.digits / 10)}
-            make_digit_scenes(root, counts, config.image_size)
-        options = DataOptions(data=root)
-        return dict(zip(("train", "val"), options.list_folders(self.unet.in_channels)))
+            make_digit_scenes(self.root, counts, config.image_size)
+        train, val = DataOptions(data=self.root).list_folders(self.unet.in_channels)
+        return {"train": train, "val": val}
 
     def labeled(self, cell: Cell) -> np.ndarray:
         """Return the training images that keep their labels, balanced over the classes."""
@@ -249,8 +355,10 @@ class LabelEfficiencyRunner:
 
     def scenes(self) -> Path:
         """Return the folder of the scenes of several digits."""
-        root, count = self.config.out / "scenes", self.config.scenes
-        sample_data.make_sample_data(root, train=count, val=math.ceil(count / 20), unlabelled=0)
+        root = self.config.out / "scenes"
+        sample_data.make_sample_data(
+            root, train=self.config.scenes, val=self.val_scenes, unlabelled=0
+        )
         return root.resolve()
 
     def upernet(self, cell: Cell) -> dict[str, Any]:
@@ -260,10 +368,9 @@ class LabelEfficiencyRunner:
         names = sorted(path.stem for path in (data / "images" / "training").glob("*.jpg"))
         chosen = [names[i] for i in choose_scenes(len(names), cell.labels, cell.seed)]
         write_text(folder / "labeled.txt", "".join(f"{name}\n" for name in chosen))
-        loader = {
-            "dataset": {"data_root": str(data)}, "num_workers": 0, "persistent_workers": False
-        }  # fmt: skip
-        labeled = {"ann_file": str(folder / "labeled.txt"), **loader["dataset"]}
+        dataset = {"data_root": str(data)}
+        loader = {"dataset": dataset, "num_workers": 0, "persistent_workers": False}
+        labeled = {"ann_file": str(folder / "labeled.txt"), **dataset}
         backbone = {
             "unet": {"_delete_": True, **dataclasses.asdict(self.unet)},
             "timestep": self.taps(cell)[0][0],
@@ -285,7 +392,7 @@ class LabelEfficiencyRunner:
         (path,) = (folder / "run").glob("*/vis_data/scalars.json")
         found = _last(path, "mIoU")
         metrics = {name: found[name] for name in ("mAcc", "aAcc") if name in found}
-        return _result(found["mIoU"] / 100, metrics, len(chosen), math.ceil(config.scenes / 20))
+        return _result(found["mIoU"] / 100, metrics, len(chosen), self.val_scenes)
 
     def maskrcnn(self, cell: Cell) -> dict[str, Any]:
         """Train a Mask R-CNN by ``tools/train_net.py``."""
@@ -306,12 +413,12 @@ class LabelEfficiencyRunner:
         data = {"DIFFBACKBONE_SAMPLE_DATA": str(folder / "data")}
         self._start(cell, "train-net", "--config", path, *words, **data)
         found = _last(folder / "run" / "metrics.json", "bbox/AP")
-        names = {"box AP": "bbox/AP", "box AP50": "bbox/AP50", "mask AP": "segm/AP"}
-        names["mask AP50"] = "segm/AP50"
-        metrics = {k: found[v] if math.isfinite(found[v]) else 0.0 for k, v in names.items()}
-        return _result(
-            metrics.pop("box AP") / 100, metrics, len(chosen), math.ceil(config.scenes / 20)
-        )
+        metrics = {}
+        for kind, name in (("box", "bbox"), ("mask", "segm")):
+            for metric in ("AP", "AP50"):
+                value = found[f"{name}/{metric}"]
+                metrics[f"{kind} {metric}"] = value if math.isfinite(value) else 0.0
+        return _result(metrics.pop("box AP") / 100, metrics, len(chosen), self.val_scenes)
 
     def _start(self, cell: Cell, command: str, *words: Any, **environment: str) -> None:
         """Run a ``diffbackbone`` command to its end; it ends when this process does."""
@@ -341,22 +448,20 @@ def _last(path: Path, key: str) -> dict[str, Any]:
 
 
 class Task(NamedTuple):
-    """How a task is reported: its title, the score, and further metrics."""
+    """What measures a task, and how it is reported: title, score and further metrics."""
 
+    method: str
     title: str
     score: str
     metrics: tuple[str, ...] = ()
 
 
 TASKS: dict[str, Task] = {
-    "knn": Task("kNN", "top-1"),
-    "linear": Task("linear probe", "top-1"),
-    "attention": Task("attention head", "top-1"),
-    "difformer": Task("DifFormer head", "top-1"),
-    "difffeed": Task("DifFeed, attention head", "top-1"),
-    "upernet": Task("UperNet", "mIoU", ("mAcc",)),
-    "maskrcnn": Task("Mask R-CNN", "box AP", ("box AP50", "mask AP", "mask AP50")),
+    "knn": Task("probe", "kNN", "top-1"),
+    "linear": Task("probe", "linear probe", "top-1"),
+    "attention": Task("head", "attention head", "top-1"),
+    "difformer": Task("head", "DifFormer head", "top-1"),
+    "difffeed": Task("head", "DifFeed, attention head", "top-1"),
+    "upernet": Task("upernet", "UperNet", "mIoU", ("mAcc",)),
+    "maskrcnn": Task("maskrcnn", "Mask R-CNN", "box AP", ("box AP50", "mask AP", "mask AP50")),
 }
-_METHODS = {
-    "knn": "probe", "linear": "probe", "attention": "head", "difformer": "head", "difffeed": "head"
-}  # fmt: skip

@@ -1,18 +1,7 @@
 """Options of the classifier, and the recipes that set them.
 
-* ``probe``: the protocol that the paper prints (Section 4): Adam, 28 epochs, learning rate times
-  0.1 every 7, center crops, mirrored at random. The batches of 128 (4 x 32), and of 16 (4 x 4) with
-  feedback, are those of the published scripts. Adam's learning rate is not printed: 1e-3 (linear,
-  mlp, cnn) and 1e-4 (transformers) are this project's own; give several with ``--lr`` to have one
-  selected.
-* ``probe-sgd``: the same with the published scripts' SGD without momentum, learning rate 1e-2
-  (linear), 5e-2 (attention, difformer), 1e-2 (feedback), random crops.
-* ``ablation``: ``probe`` with the 15 epochs of Table 2.
-* ``semi-1``, ``semi-10``: 1% and 10% of the labels, equally many per class, U-Net fine-tuned
-  (Table 5). The paper prints nothing more; SGD with 1e-3 is what a comment in the code advises.
-* ``fgvc``: ``probe``, for the fine-grained sets of Table 7; the linear head on block 19, the best
-  in Figure 4. The other heads' blocks are those of Tables 2 to 4, which have CUB, too.
-* ``digits``: small numbers for ``tools/make_sample_digits.py`` and the ``tiny`` U-Net.
+docs/classification.md says which values are the paper's, which the published code's. Momentum and
+weight decay are not printed; ``digits`` is for ``tools/make_sample_digits.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +23,7 @@ class ClassifierConfig(DataOptions, BackboneOptions, CacheOptions):
     """Train and evaluate a classification head on the features of a diffusion U-Net.
 
     Images are in one folder for each class: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg. The
-    recipe sets the defaults (see diffbackbone/eval/recipes.py). Nothing is selected by the
+    recipe sets the defaults (see docs/classification.md). Nothing is selected by the
     validation images unless --select-on val asks for it: with several learning rates, held-out
     training images select learning rate and number of epochs (OUT/search), and the head is then
     trained so on all training images; with one, the last epoch counts. The rates share one pass
@@ -154,9 +143,9 @@ def resolve(config: ClassifierConfig) -> ClassifierConfig:
     lr = 1e-4 if transformer else 1e-3
     if config.optimizer == "sgd":
         lr = 5e-2 if transformer and not feedback else 1e-2
-    out = Path("work_dirs/classifier")
-    if config.evaluate is not None:
-        out = config.evaluate.parent / "evaluation" / config.evaluate.stem
+    file = config.evaluate
+    out = file.parent / "evaluation" / file.stem if file else Path("work_dirs/classifier")
+    selecting = ("heldout",) if feedback or config.finetune else ("heldout", "val")
     wrong = None
     if len(timesteps) * len(blocks) > 1 and not difformer:
         wrong = f"--head {head} takes one block and timestep, got {blocks} and {timesteps}"
@@ -164,10 +153,8 @@ def resolve(config: ClassifierConfig) -> ClassifierConfig:
         wrong = "--published is for --evaluate latest.pth"
     elif config.first_blocks and not (feedback and difformer):
         wrong = "--first-blocks needs --feedback and --head difformer"
-    elif several and (feedback or config.finetune) and config.select_on not in (None, "heldout"):
-        wrong = "several learning rates with DifFeed or --finetune need --select-on heldout"
-    elif several and config.select_on == "none":
-        wrong = "several learning rates need --select-on heldout or val"
+    elif several and (config.select_on or "heldout") not in selecting:
+        wrong = f"several learning rates here need --select-on {' or '.join(selecting)}"
     elif config.cache is not None and config.augment == "crop-flip":
         wrong = "--cache: random crops change the features; use --augment flip or none"
     if wrong:

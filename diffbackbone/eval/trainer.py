@@ -88,8 +88,10 @@ class Scores:
         self.matrix = MulticlassConfusionMatrix(classes, validate_args=False).to(device)
 
     @torch.no_grad()
-    def update(self, x: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits (N, num_classes) and labels (N,)."""
+    def update(self, x: Tensor, labels: Tensor, count: int) -> None:
+        """Count a batch, unless ``count`` is 0: logits (N, num_classes) and labels (N,)."""
+        if not count:
+            return
         ranks = true_ranks(x, labels)
         loss = F.cross_entropy(x, labels, reduction="none")
         for mean, values in zip(self.means.values(), (ranks < 1, ranks < 5, loss)):
@@ -110,8 +112,9 @@ class Scores:
 class Trainer:
     """A model, its data and the state of its training.
 
-    ``caches`` are the features of training and validation images, if there are any; ``history`` has
-    a record of each epoch; ``best`` is the selected head: learning rate, epoch, scores, confusion.
+    ``caches`` are the features of training and validation images, if there are any; ``settings``
+    are those that its checkpoints hold; ``history`` has a record of each epoch; ``best`` is the
+    selected head: learning rate, epoch, scores, confusion.
     """
 
     config: ClassifierConfig
@@ -119,7 +122,8 @@ class Trainer:
     model: Classifier
     train: ImageFolder
     val: ImageFolder
-    caches: Sequence[FeatureCache] | None = None
+    caches: Sequence[FeatureCache] | None
+    settings: Mapping[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
 
@@ -143,10 +147,10 @@ class Trainer:
                 self.wrapped, self.optimizer.optimizer, saved["optimizer"], options=_WHOLE
             )
 
-    def fit(self, settings: Mapping[str, Any]) -> None:
+    def fit(self) -> None:
         """Train the remaining epochs; write checkpoints and metrics after each."""
         config = self.config
-        self._start_tracker(settings)
+        self._start_tracker()
         for epoch in range(len(self.history), config.epochs):
             start = time.perf_counter()
             record: dict[str, Any] = {"epoch": epoch + 1, "train": self._train_epoch(epoch)}
@@ -158,13 +162,14 @@ class Trainer:
             improved = False
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
                 if self.held_out is not None:
-                    record["heldout"] = _compute(self._evaluate(0, self.held_out))
+                    held_out = self._evaluate(0, self.held_out)
+                    record["heldout"] = [scores.compute() for scores in held_out]
                 val = self.evaluate()
-                record["val"] = _compute(val)
+                record["val"] = [scores.compute() for scores in val]
                 improved = self._select(record, val)
             record["seconds"] = time.perf_counter() - start
             self.history.append(record)
-            self._save(settings, improved)
+            self._save(improved)
             self._log(record)
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -179,7 +184,8 @@ class Trainer:
         self.wrapped.eval()
         batches = _cut(rows, self.model.spec.batch * self.accelerator.num_processes)
         for inputs, labels, count in self._batches(split, batches):
-            _update(scores, self.wrapped(inputs), labels, count)
+            for own, x in zip(scores, self.wrapped(inputs)):
+                own.update(x, labels, count)
         return scores
 
     def _new_scores(self) -> list[Scores]:
@@ -211,8 +217,9 @@ class Trainer:
             if last:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            _update(scores, logits, labels, count)
-        return _compute(scores)
+            for own, x in zip(scores, logits):
+                own.update(x, labels, count)
+        return [own.compute() for own in scores]
 
     def _batches(
         self, split: int, batches: Sequence[np.ndarray], epoch: int | None = None, parts: int = 1
@@ -267,7 +274,7 @@ class Trainer:
         finite = math.isfinite(scores["loss"]) and math.isfinite(record["train"][index]["loss"])
         return [scores["top1"], -scores["loss"]] if finite else [-1.0, 0.0]
 
-    def _save(self, settings: Mapping[str, Any], improved: bool) -> None:
+    def _save(self, improved: bool) -> None:
         state = self.accelerator.get_state_dict(self.wrapped)
         optimizer = sharded.get_optimizer_state_dict(
             self.wrapped, self.optimizer.optimizer, options=_WHOLE
@@ -275,7 +282,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             out = self.config.out
             heads = [_below(state, f"heads.{i}.") for i in range(len(self.model.heads))]
-            content = {"format": FORMAT, "settings": dict(settings), "best": self.best}
+            content = {"format": FORMAT, "settings": dict(self.settings), "best": self.best}
             content["backbone"] = _below(state, "backbone.")
             if improved:
                 best = {**content, "head": heads[self.best["index"]]}
@@ -285,14 +292,14 @@ class Trainer:
             write_json_lines(out / "metrics.jsonl", self.history)
         self.accelerator.wait_for_everyone()
 
-    def _start_tracker(self, settings: Mapping[str, Any]) -> None:
+    def _start_tracker(self) -> None:
         out = self.config.out.resolve()
         run_id = hashlib.sha256(str(out).encode()).hexdigest()[:12]
         options: dict[str, Any] = {
             "tensorboard": {"purge_step": len(self.history)},
             "wandb": {"dir": str(out), "id": run_id, "name": out.name, "resume": "allow"},
         }
-        logged = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
+        logged = {k: v for k, v in self.settings.items() if isinstance(v, (int, float, str))}
         self.accelerator.init_trackers("diffbackbone", logged, options)
 
     def _log(self, record: Mapping[str, Any]) -> None:
@@ -327,15 +334,6 @@ def build_optimizer(config: ClassifierConfig, model: Classifier) -> torch.optim.
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, weight_decay=config.weight_decay)
     return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def _update(scores: Sequence[Scores], logits: Sequence[Tensor], labels: Tensor, count: int) -> None:
-    for own, x in zip(scores, logits if count else ()):
-        own.update(x, labels)
-
-
-def _compute(scores: Sequence[Scores]) -> list[dict[str, float]]:
-    return [own.compute() for own in scores]
 
 
 def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:

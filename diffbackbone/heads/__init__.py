@@ -52,14 +52,12 @@ def build_head(name: str, *args: Any, **options: Any) -> nn.Module:
     """Build a head by its name in :data:`HEADS` from the arguments of its class.
 
     Raises:
-        ValueError: Unknown head, option or value.
+        ValueError: Unknown head or value.
+        TypeError: Unknown option.
     """
     if name not in HEADS:
         raise ValueError(f"unknown head {name!r}; choose from {', '.join(HEADS)}")
-    try:
-        return HEADS[name](*args, **options)
-    except TypeError as error:
-        raise ValueError(f"head {name!r}: {error}") from error
+    return HEADS[name](*args, **options)
 
 
 __all__ = [

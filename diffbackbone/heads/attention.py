@@ -29,7 +29,7 @@ class AttentionHead(nn.Module):
             ``dense`` of :class:`~diffbackbone.heads.transformer.Transformer`.
 
     Raises:
-        ValueError: The heads don't divide the width, or an unknown norm or readout.
+        ValueError: The heads don't divide the width, or an unknown readout.
     """
 
     def __init__(

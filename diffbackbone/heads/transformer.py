@@ -44,8 +44,6 @@ class Tokenizer(nn.Module):
             "batch": lambda: nn.BatchNorm2d(in_channels),
             "none": nn.Identity,
         }
-        if norm not in norms:
-            raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(norms)}")
         self.norm = norms[norm]()
         self.proj = nn.Conv2d(in_channels, width, 1) if proj else nn.Identity()
 

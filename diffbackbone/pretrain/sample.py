@@ -6,7 +6,8 @@ OUT gets ``samples.npz`` as guided-diffusion writes it (``arr_0``, uint8 (N, H, 
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from diffbackbone import checkpoint as reading
+from diffbackbone.checkpoint import load_checkpoint, stored_config
 from diffbackbone.cli import run_command
 from diffbackbone.diffusion import NoiseSchedule
 from diffbackbone.images import read_image, to_uint8
@@ -30,7 +31,7 @@ from diffbackbone.models.guided_diffusion import UNet
 from diffbackbone.pretrain.data import draw_noise, find_images
 from diffbackbone.pretrain.sampling import sample_ddim, sample_ddpm, save_grid
 from diffbackbone.sources import find_file
-from diffbackbone.utils import RandomStream, UserError, atomic_write, write_json
+from diffbackbone.utils import RandomStream, UserError, atomic_write, require, write_json
 
 SHOWN = 64
 """Images in the picture."""
@@ -66,27 +67,21 @@ class SampleConfig:
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU if there is one."""
     fid_reference: Path | None = None
-    """Compute the FID to these images: a folder, or an .npz of guided-diffusion's evaluations."""
+    """Compute the FID to these images: a folder, or a guided-diffusion .npz that has images."""
     fid_weights: Path | None = None
     """Weights of FID's network; default: where torch-fidelity keeps them."""
 
 
 def check_fid(config: SampleConfig) -> Path:
-    """Return the weights of FID's network.
-
-    Raises:
-        UserError: They or packages are missing, or there are no reference images.
-    """
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("--fid-reference needs torch-fidelity: pip install torch-fidelity")
+    """Return the weights of FID's network, before samples are made that can't be compared."""
+    require("--fid-reference", ["torch_fidelity"], "pip install torch-fidelity")
     weights = config.fid_weights or Path(torch.hub.get_dir()) / INCEPTION
-    if not weights.is_file():
-        raise UserError(
-            f"--fid-reference: {weights} does not exist; torch-fidelity's releases have it, and "
-            "--fid-weights names another place"
-        )
-    if not config.fid_reference.exists():
-        raise UserError(f"--fid-reference: {config.fid_reference} does not exist")
+    for path in (weights, config.fid_reference):
+        if not path.exists():
+            raise UserError(
+                f"--fid-reference: {path} does not exist; torch-fidelity's releases have the "
+                "weights, and --fid-weights names another place for them"
+            )
     return weights
 
 
@@ -94,8 +89,6 @@ def read_reference(path: Path) -> Iterator[Tensor]:
     """Yield batches of reference images, uint8 (N, 3, H, W)."""
     if path.is_file():
         with np.load(path, allow_pickle=False) as content:
-            if "arr_0" not in content:
-                raise UserError(f"{path} has statistics but no images (arr_0)")
             for part in np.array_split(content["arr_0"], math.ceil(len(content["arr_0"]) / 64)):
                 yield torch.from_numpy(part).permute(0, 3, 1, 2)
         return
@@ -116,15 +109,11 @@ def compute_fid(samples: np.ndarray, config: SampleConfig, weights: Path) -> flo
 
 
 def build_unet(config: SampleConfig) -> UNet:
-    """Build the U-Net with its weights.
-
-    Raises:
-        UserError: It is no diffusion U-Net of guided-diffusion's.
-    """
+    """Build the U-Net with its weights."""
     architecture: Any = UNetConfig.from_preset("gd256_uncond")
     if config.unet is not None:
         architecture = resolve_network(config.unet)
-    elif stored := reading.stored_config(find_file(config.checkpoint)):
+    elif stored := stored_config(find_file(config.checkpoint)):
         architecture = stored
     if type(architecture) is not UNetConfig:
         raise UserError(
@@ -132,7 +121,7 @@ def build_unet(config: SampleConfig) -> UNet:
             "pipelines sample those in diffusers' format"
         )
     unet = UNet(architecture)
-    print(reading.load_checkpoint(unet, config.checkpoint), flush=True)
+    print(load_checkpoint(unet, config.checkpoint), flush=True)
     return unet.eval()
 
 
@@ -142,43 +131,37 @@ def generate(config: SampleConfig, unet: UNet, state: PartialState) -> list[tupl
     size, channels = unet.config.image_size, unet.config.in_channels
     schedule, classes = NoiseSchedule(unet.config.noise_schedule), unet.config.num_classes
     steps = config.steps or {"ddim": 50, "ddpm": 250}[config.sampler]
+
+    def noise(numbers: Sequence[int], step: int) -> Tensor:
+        key = config.seed + (step << 32)
+        drawn = [draw_noise(RandomStream.SAMPLES, key, n, size, channels) for n in numbers]
+        return torch.stack(drawn).to(state.device)
+
     own = range(config.count)[state.process_index :: state.num_processes]
     found: list[tuple[np.ndarray, int]] = []
     bar = tqdm(total=len(own), unit="image", disable=None if state.is_main_process else True)
     for start in range(0, len(own), config.batch_size):
         numbers = own[start : start + config.batch_size]
-        x, drawn = _noise(config, numbers, 0, size, channels).to(state.device), [0]
         labels, y = [-1] * len(numbers), None
         if classes is not None:
-            random = (RandomStream.SAMPLES.generator(config.seed, n, 0, 0) for n in numbers)
-            labels = [int(r.integers(classes)) for r in random]
-            labels = labels if config.label is None else [config.label] * len(numbers)
+            labels = [
+                int(RandomStream.SAMPLES.generator(config.seed, n, 0, 0).integers(classes))
+                if config.label is None
+                else config.label
+                for n in numbers
+            ]
             y = torch.tensor(labels, device=state.device)
-
-        def predict(x_t: Tensor, t: int, y: Tensor | None = y) -> Tensor:
-            return unet(x_t, t, y)
-
-        def draw(numbers: Sequence[int] = numbers, drawn: list[int] = drawn) -> Tensor:
-            drawn[0] += 1
-            return _noise(config, numbers, drawn[0], size, channels).to(state.device)
-
+        predict = functools.partial(unet, y=y)
         if config.sampler == "ddim":
-            images = sample_ddim(predict, schedule, x, steps)
+            images = sample_ddim(predict, schedule, noise(numbers, 0), steps)
         else:
-            images = sample_ddpm(predict, schedule, x, steps, draw)
+            draws = (noise(numbers, step) for step in itertools.count())
+            images = sample_ddpm(predict, schedule, draws, steps)
         pixels = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
         found += zip(pixels.numpy(), labels)
         bar.update(len(numbers))
     bar.close()
     return found
-
-
-def _noise(
-    config: SampleConfig, numbers: Sequence[int], step: int, size: int, channels: int
-) -> Tensor:
-    """Noise (N, C, size, size) of images by their numbers, new for each step."""
-    key = config.seed + (step << 32)
-    return torch.stack([draw_noise(RandomStream.SAMPLES, key, n, size, channels) for n in numbers])
 
 
 def run(config: SampleConfig) -> np.ndarray:
@@ -188,14 +171,14 @@ def run(config: SampleConfig) -> np.ndarray:
     unet = build_unet(config).to(state.device)
     if config.label is not None and not 0 <= config.label < (unet.config.num_classes or 0):
         raise UserError(f"--label {config.label}: the U-Net has {unet.config.num_classes} classes")
-    if config.count < 1 or (config.steps is not None and config.steps < 2):
-        raise UserError(f"--count must be at least 1 and --steps 2, got {config}")
+    if config.count < 1 or (config.steps or 2) < 2:
+        raise UserError("--count must be at least 1 and --steps 2")
     parts = generate(config, unet, state)
     world = state.num_processes
     if world > 1:
         gathered = gather_object([parts])
         parts = [gathered[i % world][i // world] for i in range(config.count)]
-    samples, labels = np.stack([x for x, _ in parts]), np.array([label for _, label in parts])
+    samples, labels = (np.array(values) for values in zip(*parts))
     if not state.is_main_process:
         return samples
     arrays = {"arr_0": samples}
@@ -206,7 +189,6 @@ def run(config: SampleConfig) -> np.ndarray:
         with open(path, "wb") as file:
             np.savez(file, **arrays)
 
-    config.out.mkdir(parents=True, exist_ok=True)
     atomic_write(config.out / "samples.npz", save)
     shown = torch.from_numpy(samples[:SHOWN]).permute(0, 3, 1, 2)
     save_grid(shown / 127.5 - 1, config.out / "samples.png")

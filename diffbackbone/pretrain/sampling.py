@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -49,9 +49,8 @@ def sample_ddim(
 def sample_ddpm(
     predict: Callable[[Tensor, int], Tensor],
     schedule: NoiseSchedule,
-    noise: Tensor,
+    noises: Iterator[Tensor],
     steps: int,
-    draw: Callable[[], Tensor],
 ) -> Tensor:
     """Generate images from noise by ancestral sampling; x_0 is clipped in each step.
 
@@ -61,9 +60,8 @@ def sample_ddpm(
     Args:
         predict: See :func:`sample_ddim`.
         schedule: The schedule that it was trained with.
-        noise: Standard normal noise (N, C, H, W).
+        noises: New standard normal noise (N, C, H, W) for the start and each step but the last.
         steps: Number of steps, from 2, evenly spaced from the first to the last timestep.
-        draw: Called once in each step but the last; returns new noise (N, C, H, W).
 
     Returns:
         Images (N, C, H, W) in [-1, 1].
@@ -75,7 +73,8 @@ def sample_ddpm(
     small = [beta * (1 - then) / (1 - now) for beta, then, now in zip(betas, signals, signals[1:])]
     small[0] = small[1]  # it is 0, which has no logarithm
     large = [small[0], *betas[1:]]
-    x, channels = noise.float(), noise.shape[1]
+    x = next(noises).float()
+    channels = x.shape[1]
     for index in reversed(range(steps)):
         now, then, beta = signals[index + 1], signals[index], betas[index]
         output = predict(x, times[index]).float()
@@ -89,7 +88,7 @@ def sample_ddpm(
         if output.shape[1] == 2 * channels:
             share = (output[:, channels:] + 1) / 2
             log_variance = share * math.log(beta) + (1 - share) * math.log(small[index])
-        x = mean + torch.exp(torch.as_tensor(0.5 * log_variance)) * draw()
+        x = mean + torch.exp(torch.as_tensor(0.5 * log_variance)) * next(noises)
     return x
 
 
