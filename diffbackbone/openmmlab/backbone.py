@@ -78,9 +78,7 @@ class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       ``last`` is the last tapped block; feedback layers, projections and heads keep the base rate.
 
     Parameters of equal settings share one group, which keeps the optimizer's fused and foreach
-    kernels fast. Under FSDP modules have the names that they have without it, but all parameters
-    have one dimension: there, use ``norm_decay_mult`` and ``bias_decay_mult`` in place of
-    ``flat_decay_mult``.
+    kernels fast. Under FSDP modules have the names that they have without it.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
@@ -89,6 +87,12 @@ class DiffusionOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix=name, **kwargs)
         if prefix:
             return
+        flat = self.paramwise_cfg.get("flat_decay_mult")
+        if flat is not None and hasattr(module, "_fsdp_wrapped_module"):
+            raise ValueError(
+                "paramwise_cfg has flat_decay_mult, but all of FSDP's shards have one dimension: "
+                "use norm_decay_mult and bias_decay_mult"
+            )
         scales = layer_scales(module, self.paramwise_cfg.get("layer_decay_rate", 1.0))
         groups: dict[tuple, dict] = {}
         for group in params:

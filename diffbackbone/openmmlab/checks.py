@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -60,9 +61,14 @@ class CheckLossHook(Hook):
             return
         scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
         skips = scaler is not None and scaler.is_enabled()
-        streak = int(self._streak)
+        longest = self._streak.clone()
+        all_reduce(longest, "max")  # all processes stop, or none
+        streak = int(longest)
         if streak > (self.patience if skips else 0):
             values = {name: x.item() for name, x in outputs.items() if "loss" in name}
             raise FloatingPointError(
-                lost_loss(f"since iteration {runner.iter + 2 - streak} the loss is {values}")
+                lost_loss(
+                    f"since iteration {runner.iter + 2 - streak} the loss of a process is NaN or "
+                    f"infinite; of this one: {values}"
+                )
             )
