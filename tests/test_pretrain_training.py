@@ -356,7 +356,7 @@ def test_killed_command_can_be_resumed(data, tmp_path):
     (script,) = start(tmp_path, data, out, save_every=1, iterations=1000)
     deadline = time.monotonic() + 120
     while not (out / "unet.pt").exists() and time.monotonic() < deadline:
-        assert script.poll() is None, "it ended before it could be killed"
+        assert script.returncode is None, "it ended before it could be killed"
         time.sleep(0.001)
     script.kill()
     iterations = read(out)["iteration"] + 1
