@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 CHECK_WHOLE = 20_000
 """Up to this number of images :func:`check_images` decodes all; of more it reads the headers."""
-_ORIENTATION = 0x0112
 _SUBFILE_TYPE, _OVERVIEW_OR_MASK = 254, 1 | 4  # TIFF 6.0, section 8
 
 
@@ -59,8 +58,7 @@ def read_image(
         channels: 3 for RGB, 1 for grey; other numbers are those of a .npy file.
 
     Raises:
-        ImageError: It is broken, of no known format, of other channels, or has values outside of
-            the range.
+        ImageError: It is broken or has other channels, or values outside of the range.
     """
     with _named(path):
         if Path(path).suffix.lower() == ".npy":
@@ -89,23 +87,22 @@ def _read_picture(
     path: str | os.PathLike[str], value_range: Sequence[float] | None, mode: str
 ) -> np.ndarray:
     """Read an image file in mode RGB or L; deep color stays RGB."""
+    from PIL import ImageOps
+
     with _open(path) as image:
         maximum = _color_maximum(image)  # before Pillow decodes anything
-        try:
-            orientation = image.getexif().get(_ORIENTATION, 1)
-        except Exception:  # damaged metadata fails in any way, the image may be whole
-            orientation = 1
         if maximum is not None:
-            pixels = _scale(_read_color(path, image), value_range or (0, maximum))
-        elif image.mode.startswith(("I", "F")):
+            return _scale(_read_color(path, image), value_range or (0, maximum))
+        image.load()
+        with contextlib.suppress(Exception):  # metadata may be damaged where the image is whole
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):
             known = (0, 1) if image.mode == "F" else (0, 65535)
             values = _scale(np.asarray(image), value_range or known)
-            pixels = np.repeat(values[..., None], len(mode), axis=-1)
-        else:
-            palette = image.mode == "P" and "transparency" in image.info
-            shown = (image.convert("RGBA") if palette else image).convert(mode)
-            pixels = np.asarray(shown).reshape(image.height, image.width, len(mode))
-        return pixels if image.format == "TIFF" else _orient(pixels, orientation)  # by the decoders
+            return np.repeat(values[..., None], len(mode), axis=-1)
+        palette = image.mode == "P" and "transparency" in image.info
+        shown = (image.convert("RGBA") if palette else image).convert(mode)
+        return np.asarray(shown).reshape(image.height, image.width, len(mode))
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
@@ -172,16 +169,14 @@ def _color_maximum(image: Image.Image) -> int | None:
 
 
 def _read_color(path: str | os.PathLike[str], image: Image.Image) -> np.ndarray:
-    """Values (H, W, 3) of color of 16 bits a channel."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImageError("16 bits a channel need OpenCV: pip install opencv-python") from error
+    """Values (H, W, 3) of color of 16 bits a channel, upright."""
+    import cv2
 
-    values = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
-    if values is None or values.dtype != np.uint16 or values.ndim != 3:
+    content = np.fromfile(path, dtype=np.uint8)
+    values = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if values is None or values.dtype != np.uint16:
         raise ImageError(f"{image.mode} of 16 bits a channel that OpenCV can't read")
-    return values[..., 2::-1]
+    return values[..., ::-1]
 
 
 def _scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
@@ -195,17 +190,6 @@ def _scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
         )
     exact = values.astype(np.promote_types(values.dtype, np.float32))
     return ((exact - low) / (high - low)).astype(np.float32)
-
-
-def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn an image upright by its EXIF orientation, 1 to 8."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
