@@ -50,14 +50,14 @@ def test_the_wheel_has_all_that_commands_need(tmp_path):
             )
             assert copy.read_bytes() == path.read_bytes()
     (tmp_path / "empty").mkdir()
-    code = "from diffbackbone.cli import CONFIGS; print(CONFIGS)"
-    environment = {**os.environ, "PYTHONPATH": str(installed.parent)}
-    for words in (
-        ["-c", code],
-        ["-m", "diffbackbone", "inspect", "--unet", "tiny", "--size", "64"],
-    ):
-        run = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path / "empty", env=environment,
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert str(installed / "configs") in run.stdout or "| 37 |" in run.stdout
+    code = (
+        "from diffbackbone.cli import CONFIGS; from diffbackbone.__main__ import main\n"
+        "print(CONFIGS); main()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, "sample-digits", "--help"], cwd=tmp_path / "empty",
+        env={**os.environ, "PYTHONPATH": str(installed.parent)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert str(installed / "configs") in run.stdout
+    assert "usage: diffbackbone sample-digits" in run.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from diffbackbone.utils import UserError
 
 REAL = UNetConfig.from_preset("gd256_uncond")
 TINY = UNetConfig.from_preset("tiny")
+SHALLOW = TINY.replace(channel_mult=(1, 2, 2), num_res_blocks=1, attention_strides=(4,))
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +45,25 @@ def meta(last):
 
 
 def test_the_type_changes_bytes_only():
-    full, half = (block_costs(TINY, 64, 96, t, 9) for t in (torch.float32, torch.bfloat16))
+    full, half = (block_costs(TINY, 64, 96, t, 5) for t in (torch.float32, torch.bfloat16))
     assert [a.flops for a in full] == [b.flops for b in half]
     assert half[0].activation_bytes < 0.6 * full[0].activation_bytes  # norms are in float32 later
     assert [(a.height, a.width) for a in full] == [(64 // a.stride, 96 // a.stride) for a in full]
 
 
+@pytest.fixture(scope="module")
+def counted():
+    return block_costs(SHALLOW, 192, 192, last_block=8)[-1]
+
+
 @pytest.mark.parametrize("like_a_gpu", [True, False])
-def test_counted_without_running_against_a_run(like_a_gpu, monkeypatch):
+def test_counted_without_running_against_a_run(like_a_gpu, counted, monkeypatch):
     """The count is of a GPU's ways; a CPU's don't take more."""
     if like_a_gpu:
         monkeypatch.setattr("diffbackbone.models.ops._picks_kernels", lambda x: False)
-    unet = UNet(TINY, last_block=24).eval()
+    unet = UNet(SHALLOW, counted.index).eval()
     with torch.no_grad(), counting_flops() as counter, LiveTensors() as live:
-        unet.forward_features(torch.rand(1, 3, 192, 192), 5, (24,))
-    counted = block_costs(TINY, 192, 192, last_block=24)[-1]
+        unet.forward_features(torch.rand(1, 3, 192, 192), 5, (counted.index,))
     tolerance = 1e-6 if like_a_gpu else 0.05
     assert counter.get_total_flops() == pytest.approx(counted.flops, rel=tolerance)
     assert live.peak == pytest.approx(counted.activation_bytes, rel=0.05)
@@ -113,13 +119,13 @@ def test_architecture_of_preset_and_checkpoint(monkeypatch):
 
 def test_table_and_file(tmp_path, capsys):
     pytest.importorskip("tyro", reason="tyro is not installed")
-    out = tmp_path / "costs.json"
-    options = ["--unet", "tiny", "--size", "60", "100", "--memory", "0.02", "--json", str(out)]
+    out, unet = tmp_path / "costs.json", json.dumps(dataclasses.asdict(SHALLOW))
+    options = ["--unet", unet, "--size", "60", "98", "--memory", "0.003", "--json", str(out)]
     inspect_unet.main(options)
     text = capsys.readouterr().out
-    assert "64x128 px, float32, one image" in text
-    assert "| 24 | output_blocks.4 | 64 | 16 | 4x8 |" in text
+    assert "60x100 px, float32, one image" in text
+    assert "| 8 | output_blocks.0 | 64 | 4 | 15x25 |" in text
     rows = json.loads(out.read_text())
-    assert [row["index"] for row in rows] == list(range(1, 38))
-    fitting = [r["index"] for r in rows if 4 * r["total_parameters"] + r["activation_bytes"] <= 2e7]
-    assert f"blocks up to {fitting[-1]} fit into 0.02 GB" in text
+    assert [row["index"] for row in rows] == list(range(1, 14))
+    fitting = [r["index"] for r in rows if 4 * r["total_parameters"] + r["activation_bytes"] <= 3e6]
+    assert f"blocks up to {fitting[-1]} fit into 0.003 GB" in text

@@ -1,7 +1,4 @@
-"""Evaluate with MMSegmentation's own script and options, after checks with clear errors.
-
-For instance ``python tools/mmseg_test.py upernet_mae-b_ade20k.py iter_16000.pth``.
-"""
+"""Evaluate with MMSegmentation's own script and options."""
 
 from diffbackbone.openmmlab.commands import evaluate
 

@@ -1,7 +1,4 @@
-"""Train with MMSegmentation's own script and options, after checks with clear errors.
-
-For instance ``python tools/mmseg_train.py upernet_mae-b_ade20k.py``.
-"""
+"""Train with MMSegmentation's own script and options."""
 
 from diffbackbone.openmmlab.commands import train
 

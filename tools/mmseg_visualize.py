@@ -1,7 +1,4 @@
-"""Draw a segmentor's predictions: images, truth and prediction side by side in one picture.
-
-For instance ``python tools/mmseg_visualize.py upernet_difffeed_sample.py iter_400.pth``.
-"""
+"""Draw a segmenter's predictions: images, truth and prediction side by side."""
 
 from diffbackbone.openmmlab.visualize import main
 

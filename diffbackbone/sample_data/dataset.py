@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffbackbone.cli import run_command
 from diffbackbone.sample_data import scenes, writers
 from diffbackbone.sample_data.folder import write_folder
-from diffbackbone.utils import UserError, settings_of
+from diffbackbone.utils import settings_of
 
 
 @dataclass
@@ -53,8 +53,6 @@ def run(config: SampleDataConfig) -> str:
     """Write the data set, whole or not at all, and return a sentence about it."""
     look = scenes.SceneConfig(config.min_size, config.max_size, *config.digits)
     counts = {split: getattr(config, split) for split in scenes.SPLITS}
-    if min(config.seed, *counts.values()) < 0:
-        raise UserError(f"the seed and numbers of scenes must be at least 0, got {config}")
     parameters = {
         "tool": "diffbackbone make_sample_data",
         "version": writers.FORMAT_VERSION,

@@ -20,16 +20,13 @@ def write_folder(
     """Write a folder and its manifest; `out` appears whole or not at all.
 
     Args:
-        out: Folder to make.
+        out: Folder to make; a UserError if it holds something else, which is never replaced.
         manifest: File name of the manifest.
         parameters: All that the content depends on.
         write: Fills an empty folder.
 
     Returns:
         False if `out` already has these parameters.
-
-    Raises:
-        UserError: `out` holds something else, which is never replaced.
     """
     out = out.resolve()
     if (out / manifest).is_file():
