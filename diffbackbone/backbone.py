@@ -29,8 +29,6 @@ from diffbackbone.models.ops import as_type
 from diffbackbone.padding import crop_map, pad_to_multiple
 from diffbackbone.utils import weights_digest
 
-MAX_CHANNELS = 8192
-"""Largest number of channels of a map: rejects typos before they allocate huge tensors."""
 DTYPES = ("float32", "bfloat16", "float16")
 RANDOM_WEIGHTS = (
     "DiffusionBackbone: no checkpoint was given, so the U-Net's weights are RANDOM and its "
@@ -101,8 +99,7 @@ class DiffusionBackbone(nn.Module):
         size_divisibility: Multiple that images are padded to, inside.
 
     Raises:
-        ValueError: A block, timestep, stride or policy is out of range; the message says what is
-            allowed.
+        ValueError: A block, timestep, stride or policy is out of range.
         FileNotFoundError: No such checkpoint.
         CheckpointError: The checkpoint does not fit.
     """
@@ -140,25 +137,18 @@ class DiffusionBackbone(nn.Module):
                     f"{config.num_classes or 'no'} classes, numbered from 0"
                 )
             class_label = integer(class_label)
-        elif config.num_classes is not None and not getattr(config, "labels_optional", False):
-            if built:
-                raise ValueError(
-                    f"the U-Net has a label embedding ({config.num_classes} classes): give "
-                    "class_label, or build it from config.replace(num_classes=None)"
-                )
+        elif not (built or config.num_classes is None or getattr(config, "labels_optional", False)):
             config = config.replace(num_classes=None)
         self.class_label = class_label
         self.in_channels = config.in_channels
         self.blocks = config.blocks.check(as_tuple("blocks", blocks))
         self.schedule = schedule or NoiseSchedule(config.noise_schedule)
         timed = getattr(config, "timed", True)
-        noise = noise or ("fixed" if timed else "none")
-        self.noise = check_choice("noise", noise, NOISE_POLICIES)
+        default_noise, default_timestep = ("fixed", 90) if timed else ("none", 0)
+        self.noise = check_choice("noise", noise or default_noise, NOISE_POLICIES)
         self.combine = check_choice("combine", combine, ("concat", "mean"))
-        self.clean = noise == "none" and not timed
-        if timestep is None:
-            timestep = 90 if timed else 0
-        self.timesteps = self._check_timesteps(timestep)
+        self.clean = self.noise == "none" and not timed
+        self.timesteps = self._check_timesteps(default_timestep if timestep is None else timestep)
         self.timestep = self.timesteps[0] if len(self.timesteps) == 1 else self.timesteps
         self.seed = seed
         self.frozen = freeze
@@ -178,11 +168,6 @@ class DiffusionBackbone(nn.Module):
         self.resizes = out_strides is not None
         if self.resizes:
             self.strides = check_strides(out_strides, len(taps))
-        if out_channels is not None and integer(out_channels) not in range(1, MAX_CHANNELS + 1):
-            raise ValueError(
-                f"out_channels must be an integer from 1 to {MAX_CHANNELS} or None, got "
-                f"{out_channels!r:.200}"
-            )
         copies = len(self.timesteps) if combine == "concat" else 1
         self.channels = tuple(out_channels or copies * tap.channels for tap in taps)
 
@@ -196,8 +181,6 @@ class DiffusionBackbone(nn.Module):
         if budget is not None:
             budget /= len(self.timesteps)
         if built:
-            if unet.last_block < last:
-                raise ValueError(f"block {last} is needed, but the U-Net ends at {unet.last_block}")
             self.unet = unet
             unet.activation_checkpointing |= activation_checkpointing
             if budget is not None:
@@ -258,16 +241,11 @@ class DiffusionBackbone(nn.Module):
 
     def load(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> KeyReport:
         """Load weights into the network; see :func:`load_checkpoint`."""
-        if self._dtype is not None:
-            self.unet.cast(torch.float32)
-        report = load_checkpoint(self.unet, checkpoint, prefix)
-        if self._dtype is not None:
-            self.unet.cast(self._dtype)
-        return report
+        return load_checkpoint(self.unet, checkpoint, prefix)
 
     def _load_initial(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> None:
         """Load the weights of every backbone built alike, which state dicts may leave out."""
-        load_checkpoint(self.unet, checkpoint, prefix)
+        self.load(checkpoint, prefix)
         self._keep_digest()
 
     def _keep_digest(self) -> None:
@@ -372,7 +350,7 @@ class DiffusionBackbone(nn.Module):
             timesteps: 0-based timesteps, each once; None takes the backbone's.
             blocks: 1-based blocks, none after the last one built; None takes the backbone's.
             y: See :meth:`forward`.
-            first_blocks: Blocks to tap in DifFeed's first pass too (1-based).
+            first_blocks: Blocks to tap in DifFeed's first pass too (1-based), with feedback only.
 
         Returns:
             ``{(t, b): (N, C_b, ceil(H / stride_b), ceil(W / stride_b))}``. With feedback these are
@@ -384,13 +362,6 @@ class DiffusionBackbone(nn.Module):
         """
         check_images(images, self.in_channels)
         chosen = self.blocks if blocks is None else self.unet.blocks.check(blocks)
-        if first_blocks and self.feedback is None:
-            raise ValueError("first_blocks need feedback: there is one pass only")
-        if max(*chosen, *first_blocks, 0) > self.unet.last_block:
-            raise ValueError(
-                f"blocks {[*chosen, *first_blocks]}: this U-Net was built up to block "
-                f"{self.unet.last_block}"
-            )
         steps = self._check_timesteps(self.timesteps if timesteps is None else timesteps)
         height, width = images.shape[-2:]
         return {

@@ -35,9 +35,6 @@ def run_command(
         run: Called with the parsed options.
         argv: Arguments; None takes the process's.
         default: Options that the command line changes; None takes the dataclass's defaults.
-
-    Raises:
-        SystemExit: Wrong options, or a UserError or OSError from ``run``.
     """
     try:
         import tyro
@@ -63,13 +60,7 @@ def user_errors() -> Iterator[None]:
 
 
 def find_config(name: str, folder: Path, suffixes: Sequence[str]) -> str:
-    """Return the path of a config: ``name`` itself, or the config of that name in a folder.
-
-    Args:
-        name: Path of a config, or the name of one in ``folder``, with or without suffix.
-        folder: Folder of configs, such as ``CONFIGS / "detectron2"``.
-        suffixes: Suffixes of configs, such as ``(".py",)``.
-    """
+    """Return the path of a config: ``name``, or in ``folder``, there with or without suffix."""
     in_folder = [folder / f"{name}{suffix}" for suffix in ("", *suffixes)]
     for path in [Path(name), *(in_folder if os.path.basename(name) == name else [])]:
         if path.is_file():
@@ -96,8 +87,7 @@ def strip_worker_traceback(text: str) -> str:
 def end_with_parent() -> None:
     """End this process when its parent ends, however that ends (Linux only).
 
-    Torch sends SIGINT, which background jobs of a shell script ignore: orphans would train on and
-    write checkpoints beside those of the resumed run.
+    Torch sends SIGINT, which background jobs of a shell script ignore: orphans would train on.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

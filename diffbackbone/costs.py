@@ -41,10 +41,7 @@ class BlockCost:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Count the bytes of the tensors made under this mode: alive (`now`), and their `peak`.
-
-    Views share the bytes of their base. Tensors made before don't count.
-    """
+    """Count the bytes of the tensors made under this mode: alive (`now`), and their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()

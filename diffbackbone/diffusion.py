@@ -85,13 +85,10 @@ class NoiseSchedule:
             x_t, of the shape and type of ``x_start``.
 
         Raises:
-            ValueError: A timestep is out of range.
+            ValueError: The timestep is out of range; an IndexError for those of a tensor.
         """
         if isinstance(t, Tensor):
             t = t.reshape(-1).cpu()  # not every device has float64
-            if t.numel() == 0 or t.min() < 0 or t.max() >= self.num_timesteps:
-                last = self.num_timesteps - 1
-                raise ValueError(f"timesteps must be from 0 to {last}, got {t.tolist()}")
             alpha_bar = self.alphas_cumprod[t][:, None, None, None]
             signal = alpha_bar.sqrt().float().to(x_start.device)
             sigma = (1 - alpha_bar).sqrt().float().to(x_start.device)
@@ -113,19 +110,11 @@ def coordinate_noise(
 ) -> Tensor:
     """Standard normal noise whose value at a pixel depends on (seed, channel, y, x) alone.
 
-    A larger field holds a smaller one as its top left corner, so padding an image or putting it
-    into another batch changes nothing. A hash of the coordinates gives two uniform numbers, from
-    which Box and Muller's transform makes a normal one; no generator's state is read or changed.
-
-    Args:
-        channels: Channels.
-        height: Rows.
-        width: Columns.
-        seed: Another seed gives another field. Integers (N,) give a field each.
-        device: Where to compute.
+    Padding an image or putting it into another batch changes nothing. A hash of the coordinates
+    gives two uniform numbers, from which Box and Muller's transform makes a normal one.
 
     Returns:
-        Noise (channels, height, width), float32; (N, channels, height, width) for N seeds.
+        Noise (channels, height, width), float32; (N, channels, height, width) for seeds (N,).
     """
     if device is not None and torch.device(device).type in _WITHOUT_FLOAT64:
         seed = seed.cpu() if isinstance(seed, Tensor) else seed
@@ -172,10 +161,7 @@ class FixedNoise:
 
 
 def _is_exporting() -> bool:
-    """Whether ``torch.export`` runs, which turns noise that is kept into a constant.
-
-    Many runtimes lack the operations on integers that would compute it.
-    """
+    """Whether ``torch.export`` runs; kept noise becomes a constant, which any runtime can read."""
     return getattr(torch.compiler, "is_exporting", lambda: False)()  # since torch 2.7
 
 
@@ -191,7 +177,7 @@ def image_seeds(images: Tensor, seed: int = 0) -> Tensor:
         seed: Another seed gives other seeds.
 
     Returns:
-        (N,) integers from 0 to 2^32 - 1, int64. An image has the same seed in any batch.
+        (N,) integers from 0 to 2^32 - 1, int64.
     """
     pixels = ((images.detach().float() + 1) * 127.5).round().long()
     mixed = hash_integers(_hash_coordinates(*images.shape[1:], 0, images.device) ^ pixels)

@@ -126,8 +126,6 @@ def _build_layers(kinds: Sequence[str], channels: int, out_channels: int) -> nn.
                 raise ValueError(
                     f"unknown feedback layer {kind!r}; choose from {', '.join(LAYERS)}"
                 )
-    if channels != out_channels:
-        raise ValueError(f"feedback layers {list(kinds)} need 'conv' to change the channels")
     return layers
 
 
@@ -143,15 +141,14 @@ class Feedback(nn.ModuleDict):
         config: Architecture of the U-Net, or the network.
         strategy: See :func:`feedback_map`.
         first_pass_grad: Let gradients through the first pass too (the paper does not).
-        layers: What each source's features go through, of :data:`LAYERS`, in order. Group norm
-            needs channels in multiples of 32.
+        layers: What each source's features go through, of :data:`LAYERS`, in order. ``"conv"``
+            changes the channels to the target's; group norm needs multiples of 32.
 
     Attributes:
         mapping: Source block -> target block, 1-based.
 
     Raises:
-        ValueError: See :func:`feedback_map`; an unknown layer, or no ``"conv"`` where source and
-            target have different channels.
+        ValueError: See :func:`feedback_map`; an unknown layer.
     """
 
     def __init__(
@@ -195,10 +192,10 @@ class Feedback(nn.ModuleDict):
 
         Args:
             unet: The U-Net, run twice on the same input.
-            x_t: Noised images (N, C, H, W); H and W multiples of the deepest stride.
-            t: Timesteps (N,) or (1,), 0-based, or one number.
+            x_t: See :meth:`DiffusionModel.forward_features`, also for ``t`` and ``y``.
+            t: Timesteps.
             blocks: Block numbers (1-based).
-            y: Class labels (N,), for a class-conditional model.
+            y: Class labels.
             first_blocks: Blocks whose outputs in the first pass are returned too (1-based).
 
         Returns:

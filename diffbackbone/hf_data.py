@@ -23,20 +23,11 @@ ADE20K = "ADEChallengeData2016"
 def find_data(
     folder: Path, ignore_zero: bool = False
 ) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]], list[str], bool]:
-    """Find the images, masks and classes of a folder.
-
-    Args:
-        folder: Holds ``images`` and ``annotations`` (or ``masks``), either both with ``training``
-            and ``validation`` or both without; then every fifth image is kept for the evaluation.
-            ``classes.txt`` may name the classes, one a line. ADE20K is read as it comes.
-        ignore_zero: Label 0 is void, and label 1 the first class.
+    """Find the images, masks and classes of a folder; see ``SegmentationConfig.data``.
 
     Returns:
         Image and mask files to train on, those to evaluate on, names of the classes, and
         ``ignore_zero``, which is True for ADE20K.
-
-    Raises:
-        UserError: An image has no mask, or there are no images.
     """
     root = folder / ADE20K if (folder / ADE20K).is_dir() else folder
     masks = root / ("masks" if (root / "masks").is_dir() else "annotations")
@@ -70,8 +61,6 @@ def read_mask(path: Path, ignore_zero: bool) -> np.ndarray:
     """Read class numbers (H, W), int64."""
     with Image.open(path) as image:
         labels = np.array(image).astype(np.int64)
-    if labels.ndim != 2:
-        raise UserError(f"the mask {path} has {labels.shape[-1]} channels, not class numbers")
     return np.where(labels == 0, VOID, labels - (labels != VOID)) if ignore_zero else labels
 
 

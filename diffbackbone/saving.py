@@ -56,13 +56,7 @@ def save_safetensors(
     config: UNetConfig,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write weights as safetensors, with the architecture that shapes can't tell beside them.
-
-    Args:
-        path: The file.
-        weights: A U-Net's state dict.
-        config: Its architecture; ``read_unet_config`` finds it in the file.
-        dtype: What the weights are rounded to.
+    """Write a U-Net's weights, rounded to a type, and its architecture as metadata.
 
     Raises:
         UserError: A weight does not fit into the type.

@@ -76,9 +76,9 @@ _ABANDONED = 3600  # seconds since a temporary file was written to
 def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Write to a temporary file in the same folder, then rename it.
 
-    A process that is killed meanwhile leaves what was there, and a ``.partial-….writing``, which a
-    later call for the same folder removes once nobody has written to it for an hour. So does an
-    error, an OSError where the disk is full.
+    A process that is killed leaves what was there, and a ``.partial-….writing``, which a later call
+    removes once nobody has written to it for an hour. An error (on a full disk an OSError) also
+    leaves what was there.
 
     Args:
         path: Where to; folders are made. A link stays, its target is written.

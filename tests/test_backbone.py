@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import subprocess
-import sys
 import warnings
 
 import golden
@@ -35,13 +33,12 @@ def images(n=1, height=64, width=96) -> torch.Tensor:
     return torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear").clamp(-1, 1)
 
 
-SIZES = [(32, 32), (32, 201), (33, 47), (64, 96), (100, 75), (65, 128)]
+SIZES = [(32, 32), (32, 201), (33, 47), (64, 96)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("feedback", [None, "bottleneck"])
-def test_any_size_gives_the_promised_maps(size, feedback):
-    backbone = build(feedback=feedback)
+def test_any_size_gives_the_promised_maps(size):
+    backbone = build(feedback="bottleneck")
     with torch.no_grad():
         maps = backbone(images(2, *size))
     assert backbone.channels == (48,) * 4
@@ -67,13 +64,9 @@ def test_raw_taps_keep_channels_and_strides(size):
 
 
 def test_512_model_has_stride_64():
-    config = UNetConfig.from_preset("gd512").replace(model_channels=64, num_head_channels=32)
-    backbone = DiffusionBackbone(config, blocks=(25,), out_strides=None, out_channels=None)
-    assert backbone.size_divisibility == 64
-    stride = backbone.strides[0]
-    with torch.no_grad():
-        (x,) = backbone(images(1, 40, 70))
-    assert x.shape[-2:] == (math.ceil(40 / stride), math.ceil(70 / stride))
+    with torch.device("meta"):
+        backbone = DiffusionBackbone("gd512", blocks=(25,), out_strides=None)
+    assert (backbone.size_divisibility, backbone.strides) == (64, (32,))
 
 
 def test_padding_reflects_and_cropping_undoes_it():
@@ -95,13 +88,14 @@ def test_padding_reflects_and_cropping_undoes_it():
 
 def test_noise_policies():
     image = images()
-    fixed, fresh, none = build(), build(noise="random"), build(noise="none")
+    small = {"blocks": (5,), "out_strides": (8,)}
+    fixed, fresh, none = (build(noise=noise, **small) for noise in ("fixed", "random", "none"))
     with torch.no_grad():
         maps = fixed(image)
         torch.manual_seed(0)
         first = fresh(image)[0]
         assert not torch.allclose(fresh(image)[0], first)
-        alike = fresh.forward_taps(image.expand(2, -1, -1, -1), (90, 91), (33,))
+        alike = fresh.forward_taps(image.expand(2, -1, -1, -1), (90, 91), (5,))
         assert len({float(x[0, 0, 0]) for maps in alike.values() for x in maps}) == 4
         torch.manual_seed(0)
         assert torch.equal(fresh(image)[0], first)
@@ -147,15 +141,14 @@ def test_image_noise_depends_on_seed_and_image(monkeypatch):
     assert not torch.allclose(other, noise, atol=0.1)
 
 
-@pytest.mark.parametrize(("feedback", "noise"), [(None, "fixed"), ("bottleneck", "image")])
-def test_several_timesteps_become_one_map(feedback, noise):
-    options = {"feedback": feedback, "noise": noise, "out_strides": None, "blocks": (24, 30)}
-    batch = images(2)
+def test_several_timesteps_become_one_map():
+    options = {"feedback": "windowed", "noise": "image", "out_strides": None, "blocks": (24, 25)}
+    batch = images(2, 32, 32)
     joined = build(timestep=(90, 300), out_channels=None, **options)
     taps = joined.forward_taps(batch)
-    assert list(taps) == [(t, b) for t in (90, 300) for b in (24, 30)]
+    assert list(taps) == [(t, b) for t in (90, 300) for b in (24, 25)]
     mean = build(timestep=(90, 300), out_channels=None, combine="mean", **options)
-    for b, x, y, channels in zip((24, 30), joined(batch), mean(batch), joined.channels):
+    for b, x, y, channels in zip((24, 25), joined(batch), mean(batch), joined.channels):
         assert x.shape[1] == channels == 2 * joined.unet.blocks[b].channels
         assert torch.equal(x, torch.cat([taps[90, b], taps[300, b]], 1))
         assert torch.allclose(y, (taps[90, b] + taps[300, b]) / 2)
@@ -176,14 +169,6 @@ def test_images_of_any_number_of_channels(channels):
         backbone(images())
 
 
-def test_one_block_can_feed_every_map():
-    backbone = build(blocks=(24, 24, 24, 24))
-    assert backbone.unet.last_block == 24
-    with torch.no_grad():
-        maps = backbone(images())
-    assert [x.shape[-1] for x in maps] == [24, 12, 6, 3]
-
-
 def test_projection_and_resizing_commute():
     """The cheaper order is taken; it must equal projecting first, then resizing."""
     backbone = build(blocks=(33, 24), out_strides=(8, 4))
@@ -197,14 +182,11 @@ def test_projection_and_resizing_commute():
             assert torch.allclose(backbone(image)[i], expected, rtol=1e-4, atol=1e-5)
 
 
-FEEDBACKS = [None, "all", "bottleneck", "windowed", "multi-scale", {33: 4, 20: 16}]
-
-
-@pytest.mark.parametrize("feedback", FEEDBACKS)
-@pytest.mark.parametrize("blocks", [(24,), (30, 27, 24, 21), (19, 33)])
+@pytest.mark.parametrize("feedback", [None, "all", {33: 4, 20: 16}])
+@pytest.mark.parametrize("blocks", [(24,), (19, 33)])
 def test_fine_tuning_leaves_no_parameter_without_a_gradient(feedback, blocks):
     backbone = build(feedback=feedback, blocks=blocks, out_strides=None).train()
-    sum(x.square().mean() for x in backbone(images(2))).backward()
+    sum(x.square().mean() for x in backbone(images(2, 32, 32))).backward()
     unused = [n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused
     trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
@@ -262,14 +244,25 @@ def test_class_conditional_models_work_with_and_without_a_label():
         DiffusionBackbone(config, class_label=10, **kwargs)
     with pytest.raises(ValueError, match="class_label=1: the U-Net has no classes"):
         DiffusionBackbone(SMALL, class_label=1)
-    with pytest.raises(ValueError, match="has a label embedding"):
-        DiffusionBackbone(UNet(config), **kwargs)
+    built = golden.fill(DiffusionBackbone(fixed.unet, **kwargs))
+    with torch.no_grad():
+        assert torch.equal(built(image, torch.tensor([3, 3]))[0], third)
+    with pytest.raises(ValueError, match="labels y must be 2 integers from 0 to 9"):
+        built(image)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_models_are_noised_by_their_own_schedule(name):
-    config = golden.CONFIGS["classic64"].replace(noise_schedule=name)
-    assert DiffusionBackbone(config, blocks=18, out_strides=(4,)).schedule.name == name
+def test_models_are_noised_by_their_own_schedule():
+    config = golden.CONFIGS["classic64"].replace(noise_schedule="cosine")
+    assert DiffusionBackbone(config, blocks=18, out_strides=(4,)).schedule.name == "cosine"
+
+
+def test_activation_budget_reaches_the_u_net():
+    with torch.device("meta"):
+        several = DiffusionBackbone(SMALL, activation_budget=3.0, timestep=(90, 300))
+        assert several.unet.activation_budget == 1.5
+        built = DiffusionBackbone(UNet(SMALL), activation_budget=2)
+        assert built.unet.activation_budget == 2
+        assert DiffusionBackbone(built.unet).unet.activation_budget == 2
 
 
 def test_a_built_u_net_is_taken_as_it_is():
@@ -279,16 +272,17 @@ def test_a_built_u_net_is_taken_as_it_is():
     trained = {n.split(".")[0] for n, p in unet.named_parameters() if p.requires_grad}
     assert "out" not in trained
     assert not any(p.requires_grad for p in unet.module(34).parameters())
-    with pytest.raises(ValueError, match="block 33 is needed, but the U-Net ends at 24"):
-        DiffusionBackbone(UNet(SMALL, 24))
+    with pytest.raises(ValueError, match="block 33 is not built: this network ends at 24"):
+        DiffusionBackbone(UNet(SMALL, 24))(images())
 
 
 @pytest.mark.parametrize(
     ("dtype", "feedback", "out_channels"),
-    [("bfloat16", None, None), ("float16", "windowed", 48), (torch.bfloat16, "windowed", None)],
+    [("bfloat16", None, None), (torch.float16, "windowed", 48)],
 )
 def test_a_frozen_u_net_in_half_precision(dtype, feedback, out_channels):
     settings = {"freeze": True, "feedback": feedback, "out_channels": out_channels}
+    settings |= {"blocks": (24, 25), "out_strides": None}
     full, half = build(**settings).eval(), build(**settings, dtype=dtype).eval()
     chosen = getattr(torch, str(dtype).removeprefix("torch."))
     assert {p.dtype for p in half.unet.parameters()} == {chosen}
@@ -330,9 +324,7 @@ CHANGES = {
         torch.nn.Sequential(other).state_dict()
     ),
     "U-Net": lambda backbone, other: backbone.unet.load_state_dict(other.unet.state_dict()),
-    "first value": lambda backbone, other: add_to(backbone, 0),
-    "second value": lambda backbone, other: add_to(backbone, 1),
-    "scale": lambda backbone, other: [p.data.mul_(2) for p in backbone.unet.parameters()],
+    "a value": lambda backbone, other: add_to(backbone, 1),
     "half": lambda backbone, other: backbone.half(),
     "unfreeze": lambda backbone, other: add_to(backbone.requires_grad_(), 2),
 }
@@ -404,20 +396,11 @@ def test_fixed_noise_is_computed_once_for_the_largest_size(monkeypatch):
     assert not any("field" in key for key in backbone.state_dict())
 
 
-def test_activation_budget_reaches_the_u_net():
-    assert build(activation_budget=1.5).unet.activation_budget == 1.5
-    assert build(activation_budget=3.0, timestep=(90, 300)).unet.activation_budget == 1.5
-    unet = UNet(SMALL)
-    assert DiffusionBackbone(unet, activation_budget=2).unet.activation_budget == 2
-    assert DiffusionBackbone(unet).unet.activation_budget == 2
-
-
 @pytest.mark.parametrize(
     ("settings", "autocast"),
     [
-        ({"feedback": {5: 2}}, False),
+        ({"feedback": {5: 2}, "activation_budget": 0.001}, True),
         ({"freeze": True, "dtype": "bfloat16"}, False),
-        ({"activation_budget": 0.001}, True),
     ],
     ids=str,
 )
@@ -436,28 +419,17 @@ def test_compiles_as_one_graph(settings, autocast):
         ours.float().sum().backward()
 
 
-def test_random_weights_are_announced():
-    with pytest.warns(UserWarning, match="RANDOM"):
-        DiffusionBackbone(SMALL)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"blocks": (38,)}, r"1 to 37 .* got \[38\]"),
         ({"blocks": ()}, "block numbers from 1 to 37"),
-        ({"blocks": (24.0,)}, "block numbers"),
         ({"timestep": 1000}, "0 to 999"),
-        ({"timestep": -1}, "0 to 999"),
         ({"out_strides": (4, 8)}, r"one for each of 4 blocks, got \(4, 8\)"),
         ({"out_strides": (4, 8, 16, 30)}, "powers of two from"),
-        ({"out_channels": 0}, "integer from 1 to 8192 or None, got 0"),
         ({"noise": "frozen"}, "random, fixed, image, none, got 'frozen'"),
-        ({"feedback": "both"}, "choose from all, bottleneck"),
         ({"feedback": "windowed", "blocks": (3,), "out_strides": (4,)}, "can't reach the taps"),
-        ({"unet": "gd255"}, "unknown preset 'gd255'"),
         ({"unet": {"preset": "tiny", "width": 3}}, "choose from preset, model_channels"),
-        ({"unet": 3}, "preset"),
         ({"dtype": "int8", "freeze": True}, "float32, bfloat16, float16, got 'int8'"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16' needs freeze=True"),
         ({"activation_budget": -2}, "a number of GB from 0, or None for no limit, got -2"),
@@ -472,14 +444,12 @@ def test_bad_settings(kwargs, message):
     ("bad", "message"),
     [
         (torch.zeros(3, 64, 64), r"got torch.float32 \(3, 64, 64\)"),
-        (torch.zeros(1, 1, 64, 64), r"\(1, 1, 64, 64\)"),
         (torch.zeros(0, 3, 64, 64), r"\(0, 3, 64, 64\)"),
         (torch.zeros(1, 3, 31, 64), r"at least 32 x 32 px, got .* \(1, 3, 31, 64\)"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "got torch.uint8"),
         (torch.full((1, 3, 64, 64), 255.0), "reach from 255 to 255.*mean 127.5"),
         (torch.full((1, 3, 64, 64), -1.02), "reach from -1.02"),
         (torch.full((1, 3, 64, 64), torch.nan), "reach from nan to nan"),
-        (torch.full((1, 3, 64, 64), torch.inf), "reach from inf to inf"),
         ([[1]], "got list"),
     ],
 )

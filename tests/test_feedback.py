@@ -76,7 +76,7 @@ def two_full_passes(feedback, unet, x, t, taps):
     return unet.forward_features(x, t, taps, inject=maps)
 
 
-@pytest.mark.parametrize("mapping", [*STRATEGIES, {30: 4, 20: 12, 21: 12}, {19: 1}])
+@pytest.mark.parametrize("mapping", ["bottleneck", {30: 4, 20: 12, 21: 12}, {19: 1}])
 def test_shared_start_changes_neither_values_nor_gradients(mapping):
     taps, results = (2, 12, 24), []
     for run in (two_full_passes, lambda feedback, *args: feedback(*args)):
@@ -131,13 +131,7 @@ def test_first_pass_has_a_gradient_only_when_asked(small):
 
 @pytest.mark.parametrize(
     "kinds",
-    [
-        ("conv", "group", "silu"),
-        ("conv", "batch", "relu", "depthwise"),
-        ("conv", "depthwise", "batch", "relu"),
-        ("relu", "depthwise"),
-        ("relu",),
-    ],
+    [("conv", "group", "silu"), ("conv", "depthwise", "batch", "relu"), ("relu",)],
     ids="-".join,
 )
 def test_layers_are_applied_in_order(kinds, small):
@@ -181,19 +175,14 @@ def test_taps_of_both_passes(small):
     images = x.clamp(-1, 1)[:1]
     taps = backbone.eval().forward_taps(images, (90, 150), first_blocks=(19,))
     assert list(taps) == [(90, 24), (90, 19, "first"), (150, 24), (150, 19, "first")]
-    backbone = DiffusionBackbone(small, None, 90, (24,), None, None, None)
-    with pytest.raises(ValueError, match="need feedback"):
-        backbone.forward_taps(images, first_blocks=(19,))
 
 
 @pytest.mark.parametrize(
     ("strategy", "layers", "message"),
     [
         ({25: 13}, ("conv", "norm"), "unknown feedback layer 'norm'"),
-        ({25: 13}, ("batch",), "need 'conv'"),
         ("24:14,x:3", ("conv",), "feedback sources"),
         ("botleneck", ("conv",), "unknown feedback 'botleneck'; choose from all, bottleneck"),
-        ({40: 3}, ("conv",), r"feedback sources .* 1 to 37 .* got \[40\]"),
         ({24: 19}, ("conv",), r"24 -> 19: the target must be an encoder block \(1 to 18\)"),
         ({5: 9}, ("conv",), "5 -> 9"),
     ],
@@ -216,14 +205,12 @@ def test_training_on_an_image_with_one_position_at_the_deepest_stride():
     assert all(g is not None and torch.isfinite(g).all() for g in gradients)
 
 
-@pytest.mark.parametrize(
-    "memory", [{}, {"activation_checkpointing": True}, {"activation_budget": 5e-4}]
-)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("memory", [{}, {"activation_budget": 5e-4}])
+@pytest.mark.parametrize("strategy", ["bottleneck", "windowed"])
 def test_fine_tuning_under_autocast_reaches_every_parameter(strategy, memory):
     """Before torch 2.11, autocast caches the first pass's casts, which carry no gradient."""
     backbone = golden.fill(DiffusionBackbone(SMALL, feedback=strategy, **memory)).train()
     with torch.autocast("cpu", torch.bfloat16):
-        maps = backbone(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))
+        maps = backbone(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32))
     sum(x.float().square().mean() for x in maps).backward()
     assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)

@@ -79,12 +79,6 @@ class TestData:
         (tmp_path / "classes.txt").write_text("wall\nsky\nroad\n")
         assert find_data(tmp_path)[2] == ["wall", "sky", "road"]
 
-    def test_a_folder_with_splits(self, tmp_path):
-        write_folder(tmp_path, 2, "training")
-        write_folder(tmp_path, 1, "validation")
-        training, validation, _, _ = find_data(tmp_path)
-        assert (len(training), len(validation)) == (2, 1)
-
     def test_ade20k(self, sample):
         training, validation, classes, ignore_zero = find_data(sample)
         assert (len(training), len(validation), ignore_zero) == (6, 3, True)
@@ -129,9 +123,6 @@ class TestData:
         pairs = find_data(tmp_path)[0]
         with pytest.raises(UserError, match=r"masks/0.png has labels beyond the 2 classes"):
             Scenes(pairs, 2, False)[0]
-        Image.new("RGB", (48, 40)).save(tmp_path / "masks" / "0.png")
-        with pytest.raises(UserError, match="has 3 channels"):
-            Scenes(pairs, 3, False)[0]
         (tmp_path / "masks" / "2.png").unlink()
         with pytest.raises(UserError, match="1 images have no mask"):
             find_data(tmp_path)
@@ -191,18 +182,10 @@ def test_training_lowers_the_loss(tmp_path):
     write_folder(tmp_path / "data")
     out = tmp_path / "run"
     options = ["--freeze", "--feedback", "None", "--lr", "0.01", "--augment"]
-    run(tmp_path / "data", out, *options, steps=24, trainer=["logging_steps=6"])
+    trainer = ["logging_steps=6", "gradient_accumulation_steps=2"]
+    run(tmp_path / "data", out, *options, steps=24, trainer=trainer)
     state = json.loads((out / "checkpoint-24" / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert losses[-1] < 0.85 * losses[0]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["eval_iou_1"] > 50
-
-
-def test_accumulated_batches_are_averaged(finished, sample, tmp_path):
-    run(sample, tmp_path, steps=1, trainer=["gradient_accumulation_steps=3", "logging_steps=1"])
-    losses = []
-    for checkpoint in (finished / "checkpoint-4", tmp_path / "checkpoint-1"):
-        log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-        losses.append(next(entry["loss"] for entry in log if "loss" in entry))
-    assert losses[1] == pytest.approx(losses[0], rel=0.3)

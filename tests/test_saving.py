@@ -30,17 +30,9 @@ def test_flags_are_those_of_the_released_models():
     assert guided_diffusion_flags(UNetConfig.from_preset("gd128"))["num_head_channels"] == -1
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"channel_mult": (1, 1.5), "model_channels": 64},
-        {"out_channels": 4},
-        {"resblock_updown": False, "conv_resample": False},
-    ],
-)
-def test_architecture_without_flags_is_an_error(changes):
+def test_architecture_without_flags_is_an_error():
     with pytest.raises(ValueError, match="guided-diffusion"):
-        guided_diffusion_flags(CONFIG.replace(**changes))
+        guided_diffusion_flags(CONFIG.replace(channel_mult=(1, 1.5), model_channels=64))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import types
 import warnings
 
 import numpy as np
@@ -79,24 +78,9 @@ class TestConfig:
         assert config.stage_names == ["block24", "block12", "block33"]
         assert (config.out_features, config.out_indices) == (["block33"], [2])
 
-    @pytest.mark.parametrize(
-        "given", [{"out_features": ["block33", "block27"]}, {"out_indices": (0, 2)}]
-    )
-    def test_features_and_indices_follow_each_other(self, given):
-        config = DiffusionBackboneConfig(**given)
-        assert config.out_features == ["block33", "block27"]
-        assert config.out_indices == [0, 2]
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"blocks": [24, 24], "out_strides": None}, "must differ"),
-            ({"out_features": ["block1"]}, "subset of stage_names"),
-        ],
-    )
-    def test_errors(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            DiffusionBackboneConfig(**options)
+    def test_errors(self):
+        with pytest.raises(ValueError, match="must differ"):
+            DiffusionBackboneConfig(blocks=[24, 24], out_strides=None)
 
     def test_an_unknown_argument_warns(self):
         with pytest.warns(UserWarning, match="does not know timestpe"):
@@ -128,9 +112,8 @@ class TestConfig:
 
 
 class TestBackbone:
-    @pytest.mark.parametrize("feedback", [None, "bottleneck"])
-    def test_maps_are_those_of_the_backbone(self, feedback):
-        options = {"out_channels": None, "feedback": feedback, "freeze": True}
+    def test_maps_are_those_of_the_backbone(self):
+        options = {"out_channels": None, "feedback": "windowed", "freeze": True}
         torch.manual_seed(0)
         expected = DiffusionBackbone("tiny", WEIGHTS, **options).eval()
         torch.manual_seed(0)
@@ -186,11 +169,13 @@ class TestBackbone:
         assert all(torch.equal(x, expected[k]) for k, x in model.model.unet.state_dict().items())
 
 
-@pytest.mark.parametrize("make", [make_upernet, make_mask2former])
-@pytest.mark.parametrize("options", [{"freeze": True, "feedback": "windowed"}, {}])
 class TestWholeModels:
+    @pytest.mark.parametrize(
+        ("make", "options"),
+        [(make_upernet, {}), (make_mask2former, {"freeze": True, "feedback": "windowed"})],
+    )
     def test_trains_and_comes_back_to_the_bit(self, tmp_path, make, options):
-        images = make_images()
+        images = make_images(40, 50)
         model = make(make_config(**options)).train()
         before = copy.deepcopy(model.state_dict())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -238,31 +223,15 @@ class TestFiles:
         assert all(torch.equal(x, expected[name]) for name, x in weights.items())
 
     def test_half_precision(self, tmp_path):
-        model = make_upernet(make_config(feedback="bottleneck")).eval()
+        model = DiffusionBackboneModel(
+            make_config(blocks=(5, 24), out_strides=None, out_indices=[1])
+        ).eval()
         model.save_pretrained(tmp_path)
         half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-        expected = logits_of(model, make_images())
-        error = (logits_of(half, make_images().bfloat16()) - expected).abs().max()
-        assert error < 0.05 * expected.abs().max()
-
-    def test_push_to_hub(self, monkeypatch):
-        pushed = {}
-
-        def create_commit(self, repo_id, operations, **rest):
-            for operation in operations:
-                with open(operation.path_or_fileobj, "rb") as file:
-                    pushed[operation.path_in_repo] = file.read()
-
-        hub = transformers.utils.hub
-        repo = types.SimpleNamespace(repo_id="me/model")
-        card = types.SimpleNamespace(save=lambda path: None)
-        monkeypatch.setattr(hub.HfApi, "create_repo", lambda *args, **rest: repo)
-        monkeypatch.setattr(hub.HfApi, "create_commit", create_commit)
-        monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **rest: card)
-        make_upernet(make_config(freeze=True)).push_to_hub("me/model")
-        assert pushed.keys() == {"config.json", "model.safetensors"}
-        assert json.loads(pushed["config.json"])["backbone_config"]["model_type"] == "diffbackbone"
+        images = make_images(32, 32)
+        (expected,), (ours,) = model(images).feature_maps, half(images.bfloat16()).feature_maps
+        assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 class TestImageProcessor:
@@ -275,16 +244,6 @@ class TestImageProcessor:
         pixels = processor(image, return_tensors="pt")["pixel_values"]
         assert pixels.shape == (1, 3, 48, 64)
         assert (pixels.min(), pixels.max()) == (-1, 1)
-
-    def test_labels_and_predictions_have_the_images_size(self):
-        processor = DiffusionImageProcessor(do_resize=False, do_reduce_labels=True)
-        labels = np.array([[0, 1], [2, 3]], np.uint8).repeat(20, 0).repeat(20, 1)
-        batch = processor(np.zeros((40, 40, 3), np.uint8), labels, return_tensors="pt")
-        assert batch["labels"][0, ::20, ::20].tolist() == [[255, 0], [1, 2]]
-        output = types.SimpleNamespace(logits=torch.eye(3)[None, :, :, None].expand(1, 3, 3, 4))
-        (found,) = processor.post_process_semantic_segmentation(output, [(40, 40)])
-        assert found.shape == (40, 40)
-        assert found.unique().tolist() == [0, 1, 2]
 
 
 def test_documented_snippet(tmp_path, monkeypatch):
