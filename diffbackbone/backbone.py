@@ -245,6 +245,8 @@ class DiffusionBackbone(nn.Module):
 
     def _load_initial(self, checkpoint: str | os.PathLike[str], prefix: str | None = None) -> None:
         """Load the weights of every backbone built alike, which state dicts may leave out."""
+        if self._dtype is not None:
+            self.unet.cast(torch.float32)  # the digest's type
         self.load(checkpoint, prefix)
         self._keep_digest()
 

@@ -312,6 +312,9 @@ def test_half_precision_keeps_the_weights_of_a_file(tmp_path):
     assert torch.equal(half.unet.state_dict()[weight], expected)
     full.load_state_dict(half.state_dict())  # the same U-Net, in whatever type it is computed
     half.load_state_dict(full.state_dict())
+    late = DiffusionBackbone(SMALL, dtype="bfloat16", **{**settings, "checkpoint": None})
+    late._load_initial(path)  # as in MMEngine
+    full.load_state_dict({**full.state_dict(), **late.state_dict()})
 
 
 def add_to(backbone, index):
