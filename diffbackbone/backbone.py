@@ -29,6 +29,8 @@ from diffbackbone.models.ops import as_type
 from diffbackbone.padding import crop_map, pad_to_multiple
 from diffbackbone.utils import weights_digest
 
+MAX_CHANNELS = 8192
+"""Largest number of channels of a map: rejects typos before they allocate huge tensors."""
 DTYPES = ("float32", "bfloat16", "float16")
 RANDOM_WEIGHTS = (
     "DiffusionBackbone: no checkpoint was given, so the U-Net's weights are RANDOM and its "
@@ -169,6 +171,11 @@ class DiffusionBackbone(nn.Module):
         if self.resizes:
             self.strides = check_strides(out_strides, len(taps))
         copies = len(self.timesteps) if combine == "concat" else 1
+        if out_channels is not None and integer(out_channels) not in range(1, MAX_CHANNELS + 1):
+            raise ValueError(
+                f"out_channels must be an integer from 1 to {MAX_CHANNELS} or None, got "
+                f"{out_channels!r:.200}"
+            )
         self.channels = tuple(out_channels or copies * tap.channels for tap in taps)
 
         self.feedback = None

@@ -85,10 +85,13 @@ class NoiseSchedule:
             x_t, of the shape and type of ``x_start``.
 
         Raises:
-            ValueError: The timestep is out of range; an IndexError for those of a tensor.
+            ValueError: A timestep is out of range.
         """
         if isinstance(t, Tensor):
             t = t.reshape(-1).cpu()  # not every device has float64
+            if t.min() < 0 or t.max() >= self.num_timesteps:
+                last = self.num_timesteps - 1
+                raise ValueError(f"timesteps must be from 0 to {last}, got {t.tolist()}")
             alpha_bar = self.alphas_cumprod[t][:, None, None, None]
             signal = alpha_bar.sqrt().float().to(x_start.device)
             sigma = (1 - alpha_bar).sqrt().float().to(x_start.device)

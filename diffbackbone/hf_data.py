@@ -61,6 +61,8 @@ def read_mask(path: Path, ignore_zero: bool) -> np.ndarray:
     """Read class numbers (H, W), int64."""
     with Image.open(path) as image:
         labels = np.array(image).astype(np.int64)
+    if labels.ndim != 2:
+        raise UserError(f"the mask {path} has {labels.shape[-1]} channels, not class numbers")
     return np.where(labels == 0, VOID, labels - (labels != VOID)) if ignore_zero else labels
 
 

@@ -170,7 +170,10 @@ def _color_maximum(image: Image.Image) -> int | None:
 
 def _read_color(path: str | os.PathLike[str], image: Image.Image) -> np.ndarray:
     """Values (H, W, 3) of color of 16 bits a channel, upright."""
-    import cv2
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImageError("16 bits a channel need OpenCV: pip install opencv-python") from error
 
     content = np.fromfile(path, dtype=np.uint8)
     values = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)

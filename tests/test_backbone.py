@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 
 import golden
@@ -428,6 +430,7 @@ def test_compiles_as_one_graph(settings, autocast):
         ({"blocks": (38,)}, r"1 to 37 .* got \[38\]"),
         ({"blocks": ()}, "block numbers from 1 to 37"),
         ({"timestep": 1000}, "0 to 999"),
+        ({"out_channels": 0}, "from 1 to 8192 or None, got 0"),
         ({"out_strides": (4, 8)}, r"one for each of 4 blocks, got \(4, 8\)"),
         ({"out_strides": (4, 8, 16, 30)}, "powers of two from"),
         ({"noise": "frozen"}, "random, fixed, image, none, got 'frozen'"),
@@ -447,6 +450,7 @@ def test_bad_settings(kwargs, message):
     ("bad", "message"),
     [
         (torch.zeros(3, 64, 64), r"got torch.float32 \(3, 64, 64\)"),
+        (torch.zeros(1, 1, 64, 64), r"\(1, 1, 64, 64\)"),
         (torch.zeros(0, 3, 64, 64), r"\(0, 3, 64, 64\)"),
         (torch.zeros(1, 3, 31, 64), r"at least 32 x 32 px, got .* \(1, 3, 31, 64\)"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "got torch.uint8"),

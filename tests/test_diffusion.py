@@ -106,7 +106,7 @@ def test_fixed_noise_keeps_at_most_twice_the_largest_image():
         assert field.untyped_storage().nbytes() <= 2 * 3 * 4 * 1024 * 32
 
 
-@pytest.mark.parametrize("t", [-1, 1000, 90.0, True])
+@pytest.mark.parametrize("t", [-1, 1000, 90.0, True, torch.tensor([5, -1]), torch.tensor([1000])])
 def test_timestep_out_of_range(t):
     with pytest.raises(ValueError, match="from 0 to 999"):
         NoiseSchedule().add_noise(torch.zeros(1, 3, 4, 4), t, None)

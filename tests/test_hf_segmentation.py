@@ -123,6 +123,9 @@ class TestData:
         pairs = find_data(tmp_path)[0]
         with pytest.raises(UserError, match=r"masks/0.png has labels beyond the 2 classes"):
             Scenes(pairs, 2, False)[0]
+        Image.new("RGB", (48, 40)).save(tmp_path / "masks" / "0.png")
+        with pytest.raises(UserError, match="has 3 channels"):
+            Scenes(pairs, 3, False)[0]
         (tmp_path / "masks" / "2.png").unlink()
         with pytest.raises(UserError, match="1 images have no mask"):
             find_data(tmp_path)
