@@ -15,6 +15,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("timm", reason="timm is not installed")
 
+import accelerate
 import diffusers
 from safetensors.torch import save_file
 
@@ -125,7 +126,7 @@ def test_cka_with_another_network(root, tmp_path):
 def test_all_processes_share_the_work_of_another_network(root, tmp_path, monkeypatch):
     """Else those that only help would end, and the first one wait for them."""
     opened = []
-    monkeypatch.setattr(sweep.PartialState, "is_main_process", False)
+    monkeypatch.setattr(accelerate.PartialState, "is_main_process", False)
     monkeypatch.setattr(sweep, "open_caches", lambda config, *args: opened.append(args[0]) or [0])
     unet = json.dumps({"preset": "timm:resnet10t", "pretrained": False})
     options = dict(data=root / "data/val", cka_only=True, unet=unet, blocks=(3,), timesteps=(0,))

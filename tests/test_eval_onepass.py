@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import forked
 import image_folders
 from accelerate import PartialState
 
+from diffbackbone import UNetConfig
 from diffbackbone.costs import counting_flops
 from diffbackbone.eval import onepass, sweep
 from diffbackbone.eval.data import RowImages, list_folder
@@ -49,16 +49,17 @@ def data(tmp_path_factory):
 def make(weights, tmp_path):
     """Build a trainer."""
 
-    def build(blocks=(12, 24), timesteps=(30, 90), pools=(1, 2), lr=(1e-3, 1e-2), **options):
+    def build(
+        blocks=(12, 24), timesteps=(30, 90), pools=(1, 2), lr=(1e-3, 1e-2), folder=None, **options
+    ):
         config = sweep.SweepConfig(
             unet="tiny", checkpoint=weights, blocks=blocks, timesteps=timesteps, device="cpu"
         )
         state = PartialState(cpu=True)
         spec = FeatureSpec(timesteps, blocks, 32, batch=8)
-        settings = {"epochs": 2, "folder": tmp_path / "probes", "memory": 1e9, "flip": True}
-        settings |= {"standardize": True, "batch": 128, **options}
-        backbone = build_backbone(config).eval()
-        return onepass.OnePass(backbone, spec, pools, lr, workers=0, state=state, **settings)
+        settings = onepass.OnePassOptions(lr=lr, **{"epochs": 2, **options})
+        backbone, out = build_backbone(config).eval(), folder or tmp_path / "probes"
+        return onepass.OnePass(settings, backbone, spec, pools, out, 0, state)
 
     return build
 
@@ -144,11 +145,13 @@ def test_memory_is_bounded(make, data, capsys):
     whole = make(epochs=1)
     expected = by_cell(whole.run(few, few, 0))
     sizes = [onepass.BYTES * 8 * 3 * (n + 1) for p in whole.plan(3) for n in p.values()]
-    parts = make(memory=max(sizes) + 1, epochs=1, folder=whole.folder.parent / "parts")
+    parts = make(
+        probe_memory=(max(sizes) + 1) / 1e9, epochs=1, folder=whole.folder.parent / "parts"
+    )
     assert by_cell(parts.run(few, few, 0)) == expected
     assert "in 4 part(s)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--probe-memory"):
-        make(memory=max(sizes) - 1).run(few, few, 0)
+        make(probe_memory=(max(sizes) - 1) / 1e9).run(few, few, 0)
 
 
 def test_a_killed_run_continues(make, data):
@@ -185,20 +188,18 @@ def test_sweep_in_one_and_two_processes(data, weights, tmp_path):
     assert not (tmp_path / "one/cache").exists()
 
 
-def test_large_sets_take_one_pass(make, data, monkeypatch):
-    trainer, images = make(), dict(zip(("train", "val"), folders(data)))
-    config = sweep.SweepConfig()
-    size = onepass.cache_bytes(trainer.spec, trainer.backbone, sum(map(len, images.values())))
-    assert size == 54 * 2 * 2 * sum(
-        math.prod(trainer.spec.shape(trainer.backbone.unet.blocks[b])) for b in (12, 24)
-    )
-    for limit, expected in ((size, "cached"), (size - 1, "one-pass")):
+def test_large_sets_take_one_pass(weights, data, tmp_path, monkeypatch):
+    config = sweep.SweepConfig(
+        unet="tiny", checkpoint=weights, data=data, blocks=(12, 24), timesteps=(30, 90),
+        pools=(1,), image_size=32, device="cpu", out=tmp_path,
+    )  # fmt: skip
+    blocks = UNetConfig.from_preset("tiny").blocks
+    size = 54 * 2 * 2 * sum(blocks[b].channels for b in (12, 24))
+    for limit, expected in ((size, False), (size - 1, True)):
         monkeypatch.setattr(sweep, "LARGEST_CACHE", limit)
-        found = sweep._choose_probe(config, trainer.spec, trainer.backbone, images)
-        assert found == expected
-    for changes in ({"probe": "cached"}, {"measures": ("knn",)}):
-        other = dataclasses.replace(config, **changes)
-        assert sweep._choose_probe(other, trainer.spec, trainer.backbone, images) == "cached"
+        assert sweep.Sweep(config).one_pass == expected
+    for changes in ({"probe": "cached"}, {"measures": ("knn",)}, {"cka_only": True}):
+        assert not sweep.Sweep(dataclasses.replace(config, **changes)).one_pass
 
 
 def test_held_out_images_choose_the_rate_of_each_tap(make, data, monkeypatch):
@@ -249,7 +250,7 @@ def test_constant_features_keep_their_scale(make, data, monkeypatch):
 def test_probes_reach_the_accuracy_of_cached_ones(make, data):
     """Enough steps of Adam end near the minimum that scikit-learn finds."""
     train, val = folders(data)
-    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=12, flip=False, batch=8)
+    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=12, flip=False, probe_batch=8)
     (found,) = trainer.run(train, val, 0)
     taps = [features(trainer, part, range(len(part)), (90, 24)) for part in (train, val)]
     expected = linear_accuracy(taps[0], train.labels, taps[1], val.labels, [1e-3])

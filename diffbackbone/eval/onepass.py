@@ -41,6 +41,24 @@ Key = tuple[int, int]
 """Block and pool: the probes that share one shape."""
 
 
+@dataclass(kw_only=True)
+class OnePassOptions:
+    """How one-pass probes are trained."""
+
+    lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    """One-pass probes: learning rates; held-out training images choose one for each tap."""
+    epochs: int = 28
+    """One-pass probes: epochs."""
+    probe_batch: int = 128
+    """One-pass probes: images of a step; with few images a smaller number gives more steps."""
+    flip: bool = True
+    """One-pass probes: mirror images at random; --no-flip for text and digits."""
+    standardize: bool = True
+    """One-pass probes: standardize features, as cached probes do; the paper doesn't."""
+    probe_memory: float = 8.0
+    """One-pass probes: GB that they may take with gradients and moments."""
+
+
 class ProbeGrid(nn.Module):
     """Linear probes on blocks and pools, for each timestep, in several copies.
 
@@ -95,35 +113,25 @@ class ProbeGrid(nn.Module):
 
 @dataclass
 class OnePass:
-    """Trains the probes.
+    """Trains the probes; probes that exceed the memory are trained one part after the other.
 
     Attributes:
+        options: See :class:`OnePassOptions`.
         backbone: Frozen, on the device of ``state``.
         spec: Timesteps, blocks and the size of the images.
         pools: Heights and widths that maps are pooled to.
-        lr: Learning rates.
-        epochs: Epochs.
-        batch: Images of a step, 128 in the paper's scripts.
-        flip: Mirror half of the images, drawn anew in each epoch.
-        standardize: Standardize the features.
         folder: Keeps the state of a run, so that a killed one continues.
         workers: Processes that read images.
         state: The processes that share the work.
-        memory: Bytes for probes at most; more are trained one part after the other.
     """
 
+    options: OnePassOptions
     backbone: DiffusionBackbone
     spec: FeatureSpec
     pools: Sequence[int]
-    lr: Sequence[float]
-    epochs: int
-    batch: int
-    flip: bool
-    standardize: bool
     folder: Path
     workers: int
     state: PartialState
-    memory: float
 
     def plan(self, classes: int) -> list[dict[Key, int]]:
         """Divide the probes into parts that fit the memory; print what they take.
@@ -132,26 +140,26 @@ class OnePass:
             UserError: The probes of one block and pool alone take more.
         """
         parts: list[dict[Key, int]] = [{}]
-        used, most = 0, 0
+        used, most, memory = 0, 0, 1e9 * self.options.probe_memory
         for block in sorted(self.spec.blocks):
             for pool in self.pools:
                 channels, side, _ = self.spec.shape(self.backbone.unet.blocks[block])
                 features = channels * min(side, pool) ** 2
-                cells = len(self.spec.timesteps) * 2 * len(self.lr)
+                cells = len(self.spec.timesteps) * 2 * len(self.options.lr)
                 size = BYTES * cells * classes * (features + 1)
-                if size > self.memory:
+                if size > memory:
                     raise UserError(
                         f"the probes of block {block}, pool {pool} take {size / 1e9:.1f} GB: "
                         f"allow more by --probe-memory, or give fewer --lr or --timesteps"
                     )
-                if used + size > self.memory:
+                if used + size > memory:
                     parts.append({})
                     used = 0
                 parts[-1][block, pool] = features
                 used += size
                 most = max(most, used)
         if self.state.is_main_process:
-            count = sum(map(len, parts)) * len(self.spec.timesteps) * 2 * len(self.lr)
+            count = sum(map(len, parts)) * len(self.spec.timesteps) * 2 * len(self.options.lr)
             print(
                 f"{count:,} linear probes in {len(parts)} part(s); with gradients and Adam's "
                 f"moments they take at most {most / 1e9:.3g} GB",
@@ -175,8 +183,8 @@ class OnePass:
     def _run_part(
         self, train: ImageFolder, val: ImageFolder, seed: int, number: int, sizes: dict[Key, int]
     ) -> list[dict[str, Any]]:
-        classes, device = len(train.classes), self.state.device
-        timesteps, rates = self.spec.timesteps, 2 * tuple(self.lr)
+        o, classes, device = self.options, len(train.classes), self.state.device
+        timesteps, rates = self.spec.timesteps, 2 * o.lr
         grid = ProbeGrid(sizes, len(timesteps), len(rates), classes, seed).to(device)
         optimizer = torch.optim.Adam([{"params": grid.parameters_of(i)} for i in range(len(rates))])
         _, held = split_holdout(train.labels, HOLDOUT, seed)
@@ -184,7 +192,7 @@ class OnePass:
         learns[held] = 0  # for the first half of the probes
         labels = torch.from_numpy(train.labels).to(device)
         path = self.folder / f"probes-{seed}-{number}.pt"
-        given = self.lr, self.batch, self.flip, self.standardize, train.digest(), seed
+        given = o.lr, o.probe_batch, o.flip, o.standardize, train.digest(), seed
         settings = json.dumps([[*map(list, sizes)], timesteps, *given])
         first = 0
         if path.is_file():
@@ -193,14 +201,14 @@ class OnePass:
                 grid.load_state_dict(saved["grid"])
                 optimizer.load_state_dict(saved["optimizer"])
                 first = saved["epoch"]
-        if self.standardize and not first:
+        if o.standardize and not first:
             self._measure(grid, train, seed)
-        for epoch in range(first, self.epochs):
+        for epoch in range(first, o.epochs):
             for group, lr in zip(optimizer.param_groups, rates):
-                group["lr"] = lr * GAMMA ** (epoch // max(STEP, self.epochs // 4))
+                group["lr"] = lr * GAMMA ** (epoch // max(STEP, o.epochs // 4))
             rows = RandomStream.PERMUTATION.generator(seed, epoch).permutation(len(train))
             flips = RandomStream.FLIPS.generator(seed, epoch).random(len(train)) < 0.5
-            if self.flip:
+            if o.flip:
                 rows = rows + len(train) * flips[rows]
             for x, images, batch in self._batches(train, rows, grid.keys, f"epoch {epoch + 1}"):
                 optimizer.zero_grad()
@@ -209,7 +217,7 @@ class OnePass:
                 for _, copy, scores in grid(x) if len(images) else ():
                     truth = labels[images].expand(len(scores), -1)
                     losses = F.cross_entropy(scores.transpose(1, 2), truth, reduction="none")
-                    loss = loss + (losses * shares[copy // len(self.lr)]).sum()
+                    loss = loss + (losses * shares[copy // len(o.lr)]).sum()
                 loss.backward()
                 self._reduce(grid)
                 optimizer.step()
@@ -222,11 +230,11 @@ class OnePass:
         records = []
         for index, (block, pool) in enumerate(grid.keys):
             for place, t in enumerate(timesteps):
-                best = int(losses[index, : len(self.lr), place].argmin())
-                whole = best + len(self.lr)
+                best = int(losses[index, : len(o.lr), place].argmin())
+                whole = best + len(o.lr)
                 record = {"b": block, "t": t, "pool": pool, "seed": seed}
                 record |= {"features": sizes[block, pool], "train_images": len(train)}
-                record |= {"linear": accuracies[index, whole, place].item(), "lr": self.lr[best]}
+                record |= {"linear": accuracies[index, whole, place].item(), "lr": o.lr[best]}
                 records.append(record)
         return records
 
@@ -284,7 +292,10 @@ class OnePass:
     ) -> Iterator[tuple[dict[Key, Tensor], Tensor, Tensor]]:
         """Yield features (T, N, D) of this process's images, their numbers, and the batch's."""
         rank, world = self.state.process_index, self.state.num_processes
-        batches = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
+        batches = [
+            rows[i : i + self.options.probe_batch]
+            for i in range(0, len(rows), self.options.probe_batch)
+        ]
         pieces = [np.array_split(batch, world)[rank] for batch in batches]
         own = [piece if len(piece) else batch[:1] for piece, batch in zip(pieces, batches)]
         loaded = load_batches(RowImages(images, self.spec.image_size), own, self.workers)

@@ -15,6 +15,7 @@ Pools and seeds may be added later; other blocks or timesteps need another pass 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -34,7 +34,7 @@ from diffbackbone.costs import counting_flops
 from diffbackbone.eval import onepass
 from diffbackbone.eval.cka import compare_taps, draw_networks, draw_slices
 from diffbackbone.eval.data import ImageFolder, choose_subset, list_images
-from diffbackbone.eval.features import FeatureCache, FeatureSpec, Tap, open_caches
+from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_caches
 from diffbackbone.eval.options import (
     BackboneOptions,
     CacheOptions,
@@ -61,7 +61,7 @@ BLOCKS = (6, 9, 12, 15, 18, 19, 21, 24, 27, 30, 33, 36)
 
 
 @dataclass(kw_only=True)
-class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
+class SweepConfig(DataOptions, BackboneOptions, CacheOptions, onepass.OnePassOptions):
     """Find the block, timestep and pooling that suit a data set, by probes, kNN and CKA."""
 
     out: Path = Path("work_dirs/sweep")
@@ -84,18 +84,6 @@ class SweepConfig(DataOptions, BackboneOptions, CacheOptions):
     """cached: scikit-learn's logistic regression, and kNN, on cached features. one-pass: Adam on
     probes of all cells at once, by the paper's protocol, from one run of the network: no cache, no
     kNN, no CKA. auto: one-pass where the cache would take more than 100 GB."""
-    lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    """One-pass probes: learning rates; held-out training images choose one for each tap."""
-    epochs: int = 28
-    """One-pass probes: epochs."""
-    probe_batch: int = 128
-    """One-pass probes: images of a step; with few images a smaller number gives more steps."""
-    flip: bool = True
-    """One-pass probes: mirror images at random; --no-flip for text and digits."""
-    standardize: bool = True
-    """One-pass probes: standardize features, as cached probes do; the paper doesn't."""
-    probe_memory: float = 8.0
-    """One-pass probes: GB that they may take with gradients and moments."""
     cka: bool = True
     """Compute CKA."""
     cka_only: bool = False
@@ -137,183 +125,185 @@ def run(config: SweepConfig) -> dict[str, Any]:
     Returns:
         The content of ``results.json``; nothing in processes that only help with the features.
     """
-    config = replace(
-        config,
-        blocks=config.blocks or config.existing(BLOCKS),
-        seeds=config.seeds or (config.seed,),
-        image_size=config.image_size or config.network().image_size,
-    )
-    state = config.start()
-    settings: dict[str, Any] = {"format": FORMAT, "batch_size": config.batch_size}
-    draws: list[Labels] = []
-    if config.cka_only:
-        options = {"value_range": config.value_range, "channels": config.network().in_channels}
-        images = list_images(config.data.expanduser(), **options)
-        order = RandomStream.ORDER.generator(config.seed).permutation(len(images))
-        images = images.subset(np.sort(order[: config.cka_images]))
-        folders = {"images": images}
-    else:
-        train, images = config.list_folders(config.network().in_channels)
-        part, draws = draw_labels(config, train)
-        # one cache for each draw of the labels
-        folders = {f"train-{part.digest()[:8]}" if config.subset else "train": part, "val": images}
-        settings.update(subset=config.subset, k=config.k, measures=config.measures)
-        settings["train_sha256"] = train.digest()
-    if config.cka and min(len(images), config.cka_images) < 4:
-        raise UserError(f"CKA needs at least 4 images, {images.root} has {len(images)}")
-    # with the last block, so that the digest of the weights is the same for other blocks
-    last = max(config.network().blocks)
-    backbone = build_backbone(replace(config, blocks=(*config.blocks, last)))
-    sides = [math.ceil(config.image_size / backbone.unet.blocks[b].stride) for b in config.blocks]
-    spec = FeatureSpec.of(config, cache_pool(sides, config.pools), state)
-    settings.update(spec.settings(backbone, images))
-    del settings["timesteps"], settings["blocks"]
-    one_pass = _choose_probe(config, spec, backbone, folders) == "one-pass"
-    if one_pass:
-        config = replace(config, measures=("linear",), cka=False)
-        names = ("epochs", "probe_batch", "flip", "standardize")
-        settings.update({name: getattr(config, name) for name in names})
-        settings.update(probe="one-pass", lr=list(config.lr), measures=["linear"])
-    results: dict[str, Any] = {"settings": settings, "records": []}
-    other = None
-    if (config.out / "results.json").is_file() and not config.overwrite:
-        saved = json.loads((config.out / "results.json").read_text(encoding="utf-8"))
-        check_settings(config.out, saved["settings"], settings)
-        results["records"] = saved["records"]
-    if one_pass:
-        done = {_key(r): r for r in results["records"]}
-        _train_in_one_pass(config, spec, backbone, part, images, draws, state, done)
-        results["records"], caches = list(done.values()), []
-    else:
-        caches = open_caches(config, folders, backbone, spec, state)
-        if config.cka and config.cka_with:  # all processes share its work, too
-            other = _open_other(config, images, state)
-    if not state.is_main_process:
-        return {}
-    weights = Path(config.checkpoint).name if config.checkpoint else "no checkpoint"
-    name = f"{Path(config.unet).name} ({weights}), {config.image_size} px, noise {config.noise}"
-    sections = [f"# Features of {name}"]
-    taps = [(t, b) for b in config.blocks for t in config.timesteps]
-    if not config.cka_only:
-        done = {_key(r): r for r in results["records"]}
-        for t, b in tqdm(taps, "probes", unit="tap", leave=False, disable=None):
-            for pool, draw in ((pool, draw) for pool in config.pools for draw in draws):
-                if (b, t, pool, draw.seed) not in done:
-                    done[b, t, pool, draw.seed] = measure_tap(
-                        *caches, (t, b), pool, draw, config.measures, config.k, state.device
-                    )
-            write_json(config.out / "results.json", {**results, "records": list(done.values())})
-        results["records"] = list(done.values())
-        wanted = [done[b, t, p, draw.seed] for t, b in taps for p in config.pools for draw in draws]
-        flops = flops_to(backbone, config.blocks, config.image_size)
-        sections += report(config, results, wanted, flops, images)
-    if config.cka:
-        results["cka"], parts = _compare_maps(config, len(images), caches[-1], taps, name, other)
-        sections += parts
-    write_json(config.out / "results.json", results)
-    write_text(config.out / "summary.md", "\n\n".join(sections) + "\n")
-    print(results.get("recommendation", "").replace("**", ""))
-    print(f"{config.out}: summary.md and its figures, results.json")
-    return results
+    return Sweep(config).run()
 
 
-def _compare_maps(
-    config: SweepConfig,
-    count: int,
-    cache: FeatureCache,
-    taps: Sequence[Tap],
-    name: str,
-    other: FeatureCache | None,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compute and draw CKA between the taps of ``count`` images, and with another network's.
+class Sweep:
+    """The images, network and settings of a sweep, and the measurements that are done.
 
-    Returns:
-        What :func:`draw_slices` and :func:`draw_networks` return, and parts of ``summary.md``.
+    Raises:
+        UserError: Options or images don't fit, or OUT holds a sweep with other settings.
     """
-    count, pool = min(config.cka_images, count), max(config.pools)
-    caption = f"{count:,} images, maps pooled to {pool}x{pool}"
-    sets = [(cache, tap) for tap in taps]
-    if other is not None:
-        sets += [(other, tap) for tap in other.taps]
-    values = compare_taps(sets, pool, config.cka_images, config.seed)
-    title, own = f"{name}\n{caption}", len(taps)
-    found = draw_slices(config.out, taps, values[:own, :own], title)
-    if other is not None:
-        title += f"\nColumns: {config.cka_with}, {other.settings['image_size']} px"
-        blocks = [b for _, b in other.taps]
-        found += draw_networks(config.out, taps, blocks, values[:own, own:], title)
-    parts = [f"## Linear CKA\n\n{caption} and flattened, unbiased HSIC over minibatches."]
-    return found, parts + [f"![CKA]({part['file']})" for part in found]
 
+    def __init__(self, config: SweepConfig) -> None:
+        self.config = config = replace(
+            config,
+            blocks=config.blocks or config.existing(BLOCKS),
+            seeds=config.seeds or (config.seed,),
+            image_size=config.image_size or config.network().image_size,
+        )
+        self.state = config.start()
+        self.taps = [(t, b) for b in config.blocks for t in config.timesteps]
+        settings: dict[str, Any] = {"format": FORMAT, "batch_size": config.batch_size}
+        self.draws: list[Labels] = []
+        if config.cka_only:
+            options = {"value_range": config.value_range, "channels": config.network().in_channels}
+            images = list_images(config.data.expanduser(), **options)
+            order = RandomStream.ORDER.generator(config.seed).permutation(len(images))
+            self.images = images.subset(np.sort(order[: config.cka_images]))
+            self.folders = {"images": self.images}
+        else:
+            train, self.images = config.list_folders(config.network().in_channels)
+            part, self.draws = draw_labels(config, train)
+            # one cache for each draw of the labels
+            name = f"train-{part.digest()[:8]}" if config.subset else "train"
+            self.folders = {name: part, "val": self.images}
+            settings.update(subset=config.subset, k=config.k, measures=config.measures)
+            settings["train_sha256"] = train.digest()
+        count = min(len(self.images), config.cka_images)
+        if config.cka and count < 4:
+            raise UserError(f"CKA needs at least 4 images, got {count} of {self.images.root}")
+        # with the last block, so that the digest of the weights is the same for other blocks
+        last = max(config.network().blocks)
+        self.backbone = build_backbone(replace(config, blocks=(*config.blocks, last)))
+        strides = [self.backbone.unet.blocks[b].stride for b in config.blocks]
+        sides = [math.ceil(config.image_size / stride) for stride in strides]
+        self.spec = FeatureSpec.of(config, cache_pool(sides, config.pools), self.state)
+        settings.update(self.spec.settings(self.backbone, self.images))
+        del settings["timesteps"], settings["blocks"]
+        self.one_pass = self._takes_one_pass()
+        if self.one_pass:
+            self.config = replace(config, measures=("linear",), cka=False)
+            names = ("epochs", "probe_batch", "flip", "standardize")
+            settings.update({name: getattr(config, name) for name in names})
+            settings.update(probe="one-pass", lr=list(config.lr), measures=["linear"])
+        self.results: dict[str, Any] = {"settings": settings, "records": []}
+        path = config.out / "results.json"
+        if path.is_file() and not config.overwrite:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            check_settings(config.out, saved["settings"], settings)
+            self.results["records"] = saved["records"]
+        self.done = {_key(record): record for record in self.results["records"]}
 
-def _open_other(config: SweepConfig, images: ImageFolder, state: PartialState) -> FeatureCache:
-    """Compute or read all blocks of the network ``cka_with``, on images without noise."""
-    unet, checkpoint = split_model(config.cka_with)
-    network = BackboneOptions(unet=unet).network()
-    config = replace(
-        config,
-        unet=unet,
-        checkpoint=checkpoint,
-        blocks=tuple(range(1, len(network.blocks) + 1)),
-        timesteps=(0,),
-        noise="none",
-        image_size=network.image_size,
-    )
-    backbone, spec = build_backbone(config), FeatureSpec.of(config, max(config.pools), state)
-    return open_caches(config, {"other": images}, backbone, spec, state)[0]
+    def _takes_one_pass(self) -> bool:
+        """Decide between cached and one-pass probes, and say why."""
+        config = self.config
+        if config.cka_only or config.probe == "cached":
+            return False
+        if config.probe == "auto":
+            count = sum(map(len, self.folders.values()))
+            size = onepass.cache_bytes(self.spec, self.backbone, count)
+            if size <= LARGEST_CACHE or "linear" not in config.measures:
+                return False
+            print(f"one-pass probes: a cache of all taps would take {size / 1e9:,.0f} GB")
+        print("kNN and CKA need a cache and are left out", flush=True)
+        return True
+
+    def run(self) -> dict[str, Any]:
+        """Measure what is missing, and report; see :func:`run`."""
+        config, results, state = self.config, self.results, self.state
+        caches, other = [], None
+        if self.one_pass:
+            self._train_in_one_pass()
+        else:
+            caches = open_caches(config, self.folders, self.backbone, self.spec, state)
+            if config.cka and config.cka_with:  # all processes share its work, too
+                other = self._open_other()
+        if not state.is_main_process:
+            return {}
+        weights = Path(config.checkpoint).name if config.checkpoint else "no checkpoint"
+        name = f"{Path(config.unet).name} ({weights}), {config.image_size} px, noise {config.noise}"
+        sections = [f"# Features of {name}"]
+        if not config.cka_only:
+            self._measure(caches)
+            cells = itertools.product(self.taps, config.pools, self.draws)
+            wanted = [self.done[b, t, pool, draw.seed] for (t, b), pool, draw in cells]
+            flops = flops_to(self.backbone, config.blocks, config.image_size)
+            sections += report(config, results, wanted, flops, self.images)
+        if config.cka:
+            results["cka"], parts = self._compare_maps(caches[-1], other, name)
+            sections += parts
+        write_json(config.out / "results.json", results)
+        write_text(config.out / "summary.md", "\n\n".join(sections) + "\n")
+        print(results.get("recommendation", "").replace("**", ""))
+        print(f"{config.out}: summary.md and its figures, results.json")
+        return results
+
+    def _train_in_one_pass(self) -> None:
+        """Train the probes of the draws of labels that are not done yet."""
+        train, val = self.folders.values()
+        if self.state.is_main_process:
+            train.check()
+            val.check()
+        self.state.wait_for_everyone()
+        self.backbone.to(self.state.device).eval()
+        config = self.config
+        trainer = onepass.OnePass(
+            config, self.backbone, self.spec, config.pools, config.out / "probes",
+            config.workers, self.state,
+        )  # fmt: skip
+        for draw in self.draws:
+            cells = [(b, t, pool, draw.seed) for t, b in self.taps for pool in config.pools]
+            if not all(cell in self.done for cell in cells):
+                records = trainer.run(train.subset(draw.rows), val, draw.seed)
+                self.done.update({_key(record): record for record in records})
+
+    def _measure(self, caches: Sequence[FeatureCache]) -> None:
+        """Measure the missing cells on cached features; keep the results after each tap."""
+        config = self.config
+        for t, b in tqdm(self.taps, "probes", unit="tap", leave=False, disable=None):
+            for pool, draw in itertools.product(config.pools, self.draws):
+                if (b, t, pool, draw.seed) not in self.done:
+                    self.done[b, t, pool, draw.seed] = measure_tap(
+                        *caches, (t, b), pool, draw, config.measures, config.k, self.state.device
+                    )
+            self.results["records"] = list(self.done.values())
+            write_json(config.out / "results.json", self.results)
+
+    def _compare_maps(
+        self, cache: FeatureCache, other: FeatureCache | None, name: str
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Compute and draw CKA between the taps, and with another network's.
+
+        Returns:
+            What :func:`draw_slices` and :func:`draw_networks` return, and parts of ``summary.md``.
+        """
+        config, pool = self.config, max(self.config.pools)
+        count = min(config.cka_images, len(self.images))
+        caption = f"{count:,} images, maps pooled to {pool}x{pool}"
+        sets = [(cache, tap) for tap in self.taps]
+        if other is not None:
+            sets += [(other, tap) for tap in other.taps]
+        values = compare_taps(sets, pool, config.cka_images, config.seed)
+        title, own = f"{name}\n{caption}", len(self.taps)
+        found = draw_slices(config.out, self.taps, values[:own, :own], title)
+        if other is not None:
+            title += f"\nColumns: {config.cka_with}, {other.settings['image_size']} px"
+            blocks = [b for _, b in other.taps]
+            found += draw_networks(config.out, self.taps, blocks, values[:own, own:], title)
+        parts = [f"## Linear CKA\n\n{caption} and flattened, unbiased HSIC over minibatches."]
+        return found, parts + [f"![CKA]({part['file']})" for part in found]
+
+    def _open_other(self) -> FeatureCache:
+        """Compute or read all blocks of the network ``cka_with``, on images without noise."""
+        unet, checkpoint = split_model(self.config.cka_with)
+        network = BackboneOptions(unet=unet).network()
+        config = replace(
+            self.config,
+            unet=unet,
+            checkpoint=checkpoint,
+            blocks=tuple(network.blocks),
+            timesteps=(0,),
+            noise="none",
+            image_size=network.image_size,
+        )
+        spec = FeatureSpec.of(config, max(config.pools), self.state)
+        folders = {"other": self.images}
+        return open_caches(config, folders, build_backbone(config), spec, self.state)[0]
 
 
 def _key(record: Mapping[str, Any]) -> tuple[int, int, int, int]:
     return record["b"], record["t"], record["pool"], record["seed"]
-
-
-def _choose_probe(
-    config: SweepConfig,
-    spec: FeatureSpec,
-    backbone: DiffusionBackbone,
-    folders: Mapping[str, ImageFolder],
-) -> str:
-    """Return ``"cached"`` or ``"one-pass"``, and say why."""
-    if config.cka_only:
-        return "cached"
-    size = onepass.cache_bytes(spec, backbone, sum(map(len, folders.values())))
-    chosen = config.probe
-    if chosen == "auto":
-        large = size > LARGEST_CACHE and "linear" in config.measures
-        chosen = "one-pass" if large else "cached"
-        if chosen == "one-pass":
-            print(f"one-pass probes: a cache of all taps would take {size / 1e9:,.0f} GB")
-    if chosen == "one-pass":
-        print("kNN and CKA need a cache and are left out", flush=True)
-    return chosen
-
-
-def _train_in_one_pass(
-    config: SweepConfig,
-    spec: FeatureSpec,
-    backbone: DiffusionBackbone,
-    train: ImageFolder,
-    val: ImageFolder,
-    draws: Sequence[Labels],
-    state: PartialState,
-    done: dict[tuple[int, int, int, int], Mapping[str, Any]],
-) -> None:
-    """Add the records of the draws of labels that are not done yet."""
-    if state.is_main_process:
-        train.check()
-        val.check()
-    state.wait_for_everyone()
-    backbone.to(state.device).eval()
-    trainer = onepass.OnePass(
-        backbone, spec, config.pools, config.lr, config.epochs,
-        config.probe_batch, config.flip, config.standardize, config.out / "probes",
-        config.workers, state, 1e9 * config.probe_memory,
-    )  # fmt: skip
-    taps = [(b, t, pool) for b in config.blocks for t in config.timesteps for pool in config.pools]
-    for draw in draws:
-        if not all((*tap, draw.seed) in done for tap in taps):
-            records = trainer.run(train.subset(draw.rows), val, draw.seed)
-            done.update({_key(record): record for record in records})
 
 
 def report(
