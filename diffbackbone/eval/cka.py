@@ -80,43 +80,39 @@ def compare_taps(
     return cka.result().numpy()
 
 
-def draw_slices(
-    out: Path, taps: Sequence[Tap], values: np.ndarray, caption: str
+def draw_figures(
+    out: Path,
+    taps: Sequence[Tap],
+    values: np.ndarray,
+    caption: str,
+    other: tuple[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Draw Figures 5b, 5c: CKA between blocks by timestep, and between timesteps by block.
+    """Draw Figure 5: CKA between blocks by timestep, and between timesteps by block.
+
+    ``other`` is the name of another network, and the blocks to which the columns of ``values``
+    beyond the taps belong; these are drawn for each timestep.
 
     Returns:
-        For each figure ``between``, ``at`` (the timestep or block), ``labels``, ``cka``, ``file``.
+        For each figure ``between``, ``at`` (the timestep or block), ``labels``, ``columns`` (the
+        other network's blocks, where it is drawn), ``cka``, ``file``.
     """
+    kinds = [("blocks", 0, "block b"), ("timesteps", 1, "timestep t")]
+    if other is not None:
+        kinds.append(("networks", 0, "block b"))
     found = []
-    for between, fixed, name in (("blocks", 0, "block b"), ("timesteps", 1, "timestep t")):
+    for between, fixed, name in kinds:
         for at in dict.fromkeys(tap[fixed] for tap in taps):
             own = [i for i, tap in enumerate(taps) if tap[fixed] == at]
-            labels, part = [taps[i][1 - fixed] for i in own], values[np.ix_(own, own)]
+            labels = [taps[i][1 - fixed] for i in own]
+            record = {"between": between, "at": at, "labels": labels}
             title = f"linear CKA between {between} at {'tb'[fixed]} = {at}\n{caption}"
-            figure = draw_heatmap(part, labels, labels, title, name, name, limits=(0, 1))
+            columns, column_name, part = labels, name, values[np.ix_(own, own)]
+            if between == "networks":
+                columns, column_name, part = other[1], "other block", values[own, len(taps) :]
+                record["columns"] = list(columns)
+                title += f"\nColumns: {other[0]}"
+            figure = draw_heatmap(part, labels, columns, title, name, column_name, limits=(0, 1))
             file = f"cka/{between}_{'tb'[fixed]}{at}.png"
             save_figure(figure, out / file)
-            found.append({"between": between, "at": at, "labels": labels, "cka": part.tolist()})
-            found[-1]["file"] = file
-    return found
-
-
-def draw_networks(
-    out: Path, taps: Sequence[Tap], blocks: Sequence[int], values: np.ndarray, caption: str
-) -> list[dict[str, Any]]:
-    """Draw Figure 5a: CKA (len(taps), len(blocks)) with another network, for each timestep.
-
-    Returns:
-        For each figure as :func:`draw_slices`, and ``columns``, the other network's blocks.
-    """
-    found = []
-    for t in dict.fromkeys(t for t, _ in taps):
-        own = [i for i, tap in enumerate(taps) if tap[0] == t]
-        labels, part, file = [taps[i][1] for i in own], values[own], f"cka/networks_t{t}.png"
-        title = f"linear CKA at t = {t}\n{caption}"
-        figure = draw_heatmap(part, labels, blocks, title, "block b", "other block", limits=(0, 1))
-        save_figure(figure, out / file)
-        found.append({"between": "networks", "at": t, "labels": labels, "columns": list(blocks)})
-        found[-1] |= {"cka": part.tolist(), "file": file}
+            found.append({**record, "cka": part.tolist(), "file": file})
     return found

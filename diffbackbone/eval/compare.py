@@ -1,9 +1,7 @@
 """Which backbone suits my images? Sweeps of several networks, side by side.
 
-Each network is swept over a few blocks, and timesteps if it has them, by linear probes and kNN; see
-:mod:`diffbackbone.eval.sweep`. The table shows each network at its best tap, with what the features
-cost there. OUT gets ``summary.md``, ``compare.png`` and ``results.json``, and for each network a
-folder with its sweep. A comparison that was killed continues.
+OUT gets ``summary.md``, ``compare.png`` and ``results.json``, and for each network a folder with
+its sweep (:mod:`diffbackbone.eval.sweep`). A comparison that was killed continues.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from matplotlib.figure import Figure
 from diffbackbone.cli import run_command
 from diffbackbone.costs import FusedAttention, LiveTensors
 from diffbackbone.eval import sweep
+from diffbackbone.eval.features import autocast
 from diffbackbone.eval.options import BackboneOptions, DataOptions, build_backbone, split_model
 from diffbackbone.eval.probe import MEASURES
 from diffbackbone.utils import UserError, markdown_table, save_figure, write_json, write_text
@@ -63,20 +62,16 @@ def sweep_of(config: CompareConfig, model: str) -> sweep.SweepConfig:
     unet, checkpoint = split_model(model)
     network = BackboneOptions(unet=unet).network()
     count, timed = len(network.blocks), getattr(network, "timed", True)
-    shared = {field.name: getattr(config, field.name) for field in fields(DataOptions)}
+    shared = {field.name for field in fields(DataOptions)}
+    shared |= {"pools", "subset", "seeds", "device", "precision"}
     return sweep.SweepConfig(
-        **shared,
+        **{name: getattr(config, name) for name in shared},
         unet=unet,
         checkpoint=checkpoint,
         out=config.out / re.sub(r"\W+", "_", model).strip("_"),
         blocks=tuple(dict.fromkeys(math.ceil(share * count) for share in config.depths)),
         timesteps=config.timesteps if timed else (0,),
         noise="fixed" if timed else "none",
-        pools=config.pools,
-        subset=config.subset,
-        seeds=config.seeds,
-        device=config.device,
-        precision=config.precision,
         probe="cached",  # the same solver for all, and kNN
         cka=False,
     )
@@ -95,8 +90,7 @@ def measure_cost(config: sweep.SweepConfig, tap: dict[str, Any], size: int) -> d
     backbone = build_backbone(config).to(state.device).eval()
     shape = config.batch_size, backbone.in_channels, size, size
     images = torch.rand(shape, device=state.device) * 2 - 1
-    dtype = config.compute_dtype(state.device)
-    with torch.autocast(state.device.type, dtype, enabled=dtype is not None):
+    with autocast(state.device, config.compute_dtype(state.device)):
         backbone(images[:1])
         with LiveTensors() as live, FusedAttention(live):
             backbone(images[:1])
@@ -135,8 +129,7 @@ def run(config: CompareConfig) -> list[dict[str, Any]]:
         linear, knn = (advice["best"] for advice in found["advice"])
         size = own.image_size or own.network().image_size
         row = {"model": model, "image_size": size}
-        row |= {name: linear[name] for name in ("b", "t", "pool", "flops")}
-        row |= {name: linear[name] for name in ("linear", "linear_std")}
+        row |= {name: linear[name] for name in ("b", "t", "pool", "flops", "linear", "linear_std")}
         row |= {name: knn[name] for name in ("knn", "knn_std")}
         rows.append(row | measure_cost(own, linear, size))
     if rows:
@@ -153,12 +146,11 @@ def summarize(rows: Sequence[dict[str, Any]]) -> str:
     header += ["images/s", "GFLOPs per image", "parameters (M)", "memory (MB)"]
     table = []
     for row in sorted(rows, key=lambda row: -row["linear"]):
-        name = row["model"].replace("|", r"\|")
-        scores = [sweep.format_percent(row, measure) for measure in ("linear", "knn")]
-        cost = [f"{row['images_per_second']:,.1f}", f"{row['flops'] / 1e9:,.3g}"]
-        cost += [f"{row['parameters'] / 1e6:,.1f}", f"{row['memory'] / 1e6:,.1f}"]
-        table.append([f"`{name}`", *(row[k] for k in ("image_size", "b", "t", "pool")), *scores])
-        table[-1] += cost
+        cells = [f"`{row['model']}`", *(row[k] for k in ("image_size", "b", "t", "pool"))]
+        cells += [sweep.format_percent(row, measure) for measure in ("linear", "knn")]
+        cells += [f"{row['images_per_second']:,.1f}", f"{row['flops'] / 1e9:,.3g}"]
+        cells += [f"{row['parameters'] / 1e6:,.1f}", f"{row['memory'] / 1e6:,.1f}"]
+        table.append(cells)
     notes = (
         "Each network at the block, timestep and pooling that are best by linear probe; kNN at its "
         "own best. The accuracies are those of the best of several taps, so they are slightly "

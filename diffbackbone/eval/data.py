@@ -76,12 +76,11 @@ def list_folder(
     :class:`ImageFolder`.
 
     Raises:
-        UserError: There is one class only, one that ``classes`` lacks, or one of ``only`` lacks.
+        UserError: There is one class only, or one that ``classes`` lacks.
+        FileNotFoundError: A class has no images.
     """
     names = [name for name in find_classes(str(root))[0] if not name.startswith(".")]
     if only is not None:
-        if absent := sorted(set(only) - set(names)):
-            raise UserError(f"{root} has no class {', '.join(absent[:5])}")
         names = sorted(set(only))
     if classes is None and len(names) < 2:
         raise UserError(f"{root} must have a subfolder for each of at least two classes")

@@ -32,7 +32,7 @@ from diffbackbone.backbone import DiffusionBackbone
 from diffbackbone.cli import run_command
 from diffbackbone.costs import counting_flops
 from diffbackbone.eval import onepass
-from diffbackbone.eval.cka import compare_taps, draw_networks, draw_slices
+from diffbackbone.eval.cka import compare_taps, draw_figures
 from diffbackbone.eval.data import ImageFolder, choose_subset, list_images
 from diffbackbone.eval.features import FeatureCache, FeatureSpec, open_caches
 from diffbackbone.eval.options import (
@@ -266,21 +266,19 @@ class Sweep:
         """Compute and draw CKA between the taps, and with another network's.
 
         Returns:
-            What :func:`draw_slices` and :func:`draw_networks` return, and parts of ``summary.md``.
+            What :func:`draw_figures` returns, and parts of ``summary.md``.
         """
         config, pool = self.config, max(self.config.pools)
         count = min(config.cka_images, len(self.images))
         caption = f"{count:,} images, maps pooled to {pool}x{pool}"
-        sets = [(cache, tap) for tap in self.taps]
+        sets, others = [(cache, tap) for tap in self.taps], None
         if other is not None:
             sets += [(other, tap) for tap in other.taps]
+            px = other.settings["image_size"]
+            others = f"{config.cka_with}, {px} px", other.settings["blocks"]
         values = compare_taps(sets, pool, config.cka_images, config.seed)
-        title, own = f"{name}\n{caption}", len(self.taps)
-        found = draw_slices(config.out, self.taps, values[:own, :own], title)
-        if other is not None:
-            title += f"\nColumns: {config.cka_with}, {other.settings['image_size']} px"
-            blocks = [b for _, b in other.taps]
-            found += draw_networks(config.out, self.taps, blocks, values[:own, own:], title)
+        values = values[: len(self.taps)]
+        found = draw_figures(config.out, self.taps, values, f"{name}\n{caption}", others)
         parts = [f"## Linear CKA\n\n{caption} and flattened, unbiased HSIC over minibatches."]
         return found, parts + [f"![CKA]({part['file']})" for part in found]
 

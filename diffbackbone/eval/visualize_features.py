@@ -1,6 +1,5 @@
 """Show features: their first three principal components as red, green and blue.
 
-A figure has the image, and beside it the taps: a row for each block, a column for each timestep.
 The components of a tap are those of all images together, so equal colors mean alike features in
 all of them. Below a map are its size and the share of the variance that the colors show.
 """
@@ -97,15 +96,14 @@ def color_taps(
     backbone.to(device).eval()
     found: list[dict[Tap, tuple[np.ndarray, str]]] = [{} for _ in images]
     for t in tqdm(timesteps, "taps", unit="timestep", leave=False, disable=None):
-        features: dict[int, list[Tensor]] = {b: [] for b in blocks}
+        features = []
         for image in images:
             x = normalize(to_tensor(image))[None].to(device)
             with autocast(x.device, compute):
                 taps = backbone.forward_taps(x, [t], blocks)
-            for b in blocks:
-                features[b].append(taps[t, b][0].float().cpu())
+            features.append({b: taps[t, b][0].float().cpu() for b in blocks})
         for b in blocks:
-            pictures, share = colorize(features[b])
+            pictures, share = colorize([maps[b] for maps in features])
             for own, pixels in zip(found, pictures):
                 own[t, b] = pixels, f"{pixels.shape[0]}x{pixels.shape[1]}, {share:.0%}"
     return found
@@ -120,11 +118,10 @@ def build(config: VisualizeFeaturesConfig) -> tuple[VisualizeFeaturesConfig, Dif
     settings = saved["settings"]
     names = ("unet", "noise", "seed", "value_range")
     trained = replace(config, **{name: settings[name] for name in names})
-    feedback = None if settings["feedback"] == "none" else settings["feedback"]
     backbone = build_backbone(
         replace(trained, blocks=tuple(settings["blocks"])),
-        feedback,
-        not settings["finetune"],
+        None if settings["feedback"] == "none" else settings["feedback"],
+        freeze=not settings["finetune"],
         feedback_layers=settings["feedback_layers"],
     )
     backbone.load_state_dict(saved["backbone"])
@@ -146,15 +143,14 @@ def run(config: VisualizeFeaturesConfig) -> None:
         images = [resize_short_side(pixels, config.image_size) for pixels in images]
     compute = config.compute_dtype(state.device)
     taps = color_taps(backbone, images, config.timesteps, config.blocks, state.device, compute)
-    panels = [(path.name, _shown(pixels), own) for path, pixels, own in zip(paths, images, taps)]
+    shown = [0, 1, 2] if channels >= 3 else [0, 0, 0]
+    panels = [
+        (path.name, to_uint8(pixels[..., shown]), own)
+        for path, pixels, own in zip(paths, images, taps)
+    ]
     strides = {b: backbone.unet.blocks[b].stride for b in config.blocks}
     save_figure(draw_taps(panels, strides), config.out)
     print(f"{config.out}: {len(paths)} images, b = {config.blocks}, t = {config.timesteps}")
-
-
-def _shown(pixels: np.ndarray) -> np.ndarray:
-    """Return the first three channels, or the first one as grey, as uint8 RGB."""
-    return to_uint8(pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., [0, 0, 0]])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
