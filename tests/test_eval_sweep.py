@@ -101,8 +101,8 @@ class PlantedCache:
         return self.features[tap][rows]
 
 
-STRENGTH = {(t, b): 0.15 for t in (10, 90, 300) for b in (12, 19, 24)}
-STRENGTH.update({(90, 19): 2.5, (300, 24): 1.2})
+STRENGTH = dict.fromkeys(itertools.product((10, 90, 300), (12, 19, 24)), 0.15)
+STRENGTH |= {(90, 19): 2.5, (300, 24): 1.2}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_planted_cell_is_found_and_recommended(planted):
 
 
 def test_measures_of_a_cell_are_those_of_its_features(planted):
-    rows = np.sort(np.random.default_rng(0).permutation(120)[:30])
+    rows = np.arange(0, 120, 4)
     labels = planted[0].labels[rows]
     draw = Labels.draw(3, rows, labels)
     found = measure_tap(*planted, (300, 24), 1, draw, k=7)
@@ -144,7 +144,7 @@ def test_measures_of_a_cell_are_those_of_its_features(planted):
     near = knn.knn_accuracy(x, labels, queries, planted[1].labels, [7])
     assert found["knn"] == near[7]["top1"]
     assert (found["features"], found["train_images"], found["seed"]) == (6, 30, 3)
-    whole = measure_tap(*planted, (300, 24), 4, draw, ["knn"], k=99)  # larger than the map
+    whole = measure_tap(*planted, (300, 24), 4, draw, ["knn"], k=99)  # pool larger than the map
     assert whole["features"] == 24
     assert "linear" not in whole
 
@@ -275,15 +275,6 @@ def test_subsets_are_drawn_by_each_seed(data, tmp_path):
         expected = knn.knn_accuracy(x[rows], train.labels[rows], queries, val.labels, [9])
         (record,) = (r for r in results["records"] if (r["pool"], r["seed"]) == (1, seed))
         assert record["knn"] == expected[9]["top1"]
-
-
-def test_networks_of_other_families_are_swept(data, tmp_path):
-    pytest.importorskip("timm", reason="timm is not installed")
-    unet = '{"preset": "timm:test_resnet", "pretrained": false}'
-    results = run(data, tmp_path, "--unet", unet, "--blocks", 2, 3, "--timesteps", 0)
-    assert {cell["b"] for cell in results["cells"]} == {2, 3}
-    assert all(cell["flops"] > 0 for cell in results["cells"])
-    assert results["settings"]["network"] == "TimmModel"
 
 
 def test_grid_may_grow_but_not_mix(data, tmp_path, measured):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -21,9 +17,6 @@ from diffbackbone.eval import visualize_features as visualize
 from diffbackbone.eval.options import BackboneOptions, build_backbone
 from diffbackbone.images import normalize, read_image, to_tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = {"blocks": (19, 24), "timesteps": (10, 90), "unet": "tiny", "device": "cpu"}
-
 weights = image_folders.weights
 pytestmark = pytest.mark.filterwarnings("ignore:DiffusionBackbone. no checkpoint")
 
@@ -38,10 +31,6 @@ def images(tmp_path_factory):
         pixels[: size[0] // 2] //= 4
         Image.fromarray(pixels).save(folder / name)
     return folder
-
-
-def draw(*images, **options):
-    return visualize.run(visualize.VisualizeFeaturesConfig(images=images, **{**SMALL, **options}))
 
 
 def maps_of(seed, *sizes, channels=7):
@@ -101,14 +90,14 @@ def test_taps_are_those_of_the_backbone(images, weights):
     assert found[1][90, 30][0].shape == (17, 13, 3)
 
 
-def test_figure_of_all_images(images, weights, tmp_path, monkeypatch):
-    sheet = tmp_path / "all.png"
-    command = ["x.py", images, "--blocks", "19", "24", "--timesteps", "10", "90", "--unet", "tiny"]
-    command += ["--device", "cpu", "--checkpoint", weights, "--out", sheet]
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    runpy.run_path(str(ROOT / "tools/visualize_features.py"), run_name="__main__")
-    draw(images, checkpoint=weights, limit=1, image_size=90, out=tmp_path / "one.png")
-    assert np.prod(Image.open(tmp_path / "one.png").size) < np.prod(Image.open(sheet).size)
+def test_figure_of_all_images(images, weights, tmp_path):
+    command = ["--blocks", "19", "24", "--timesteps", "10", "90", "--unet", "tiny", "--device"]
+    command += ["cpu", "--checkpoint", weights, "--out"]
+    visualize.main([str(images), *command, str(tmp_path / "all.png")])
+    command = [*command, str(tmp_path / "one.png"), "--limit", "1", "--image-size", "90"]
+    visualize.main([str(images), *command])
+    whole, one = (Image.open(tmp_path / name).size for name in ("all.png", "one.png"))
+    assert np.prod(one) < np.prod(whole)
 
 
 def save_classifier(path, weights, feedback, finetune):
@@ -132,12 +121,11 @@ def save_classifier(path, weights, feedback, finetune):
 @pytest.mark.parametrize(("feedback", "finetune"), [(None, True), ("windowed", False)])
 def test_trained_layers_come_from_a_classifier(images, weights, tmp_path, feedback, finetune):
     saved = save_classifier(tmp_path / "best.pt", weights, feedback, finetune)
-    options = {"images": (images,), **SMALL, "unet": "gd256_uncond", "blocks": ()}
-    options.update(
-        classifier=tmp_path / "best.pt", checkpoint=None if finetune else weights,
-        out=tmp_path / "x.png",
+    given = visualize.VisualizeFeaturesConfig(
+        images=(images,), timesteps=(10, 90), device="cpu", classifier=tmp_path / "best.pt",
+        checkpoint=None if finetune else weights,
     )  # fmt: skip
-    config, backbone = visualize.build(visualize.VisualizeFeaturesConfig(**options))
+    config, backbone = visualize.build(given)
     assert (config.unet, config.noise, config.seed) == ("tiny", "none", 3)
     assert config.blocks == (12, 19, 24)
     assert (backbone.feedback is None) == (feedback is None)
@@ -145,13 +133,3 @@ def test_trained_layers_come_from_a_classifier(images, weights, tmp_path, feedba
     saved.noise, saved.seed = "none", 3
     taps = [b.eval().forward_taps(x, 90, (19, 24)) for b in (saved, backbone)]
     assert all(torch.equal(taps[0][tap], taps[1][tap]) for tap in taps[0])
-    visualize.run(visualize.VisualizeFeaturesConfig(**options))
-    assert (tmp_path / "x.png").is_file()
-
-
-def test_bad_options_are_errors(images, tmp_path):
-    with pytest.raises(ValueError, match="from 1 to 37"):
-        draw(images / "wide.png", out=tmp_path / "out.png", blocks=(38,))
-    with pytest.raises(ValueError, match="at least 32 x 32"):
-        draw(images / "wide.png", out=tmp_path / "out.png", image_size=20)
-    assert not (tmp_path / "out.png").exists()
