@@ -65,13 +65,13 @@ def options(root, request):
     if request.param == "sd":
         unet["condition"] = str(root / "prompt.safetensors")
     if request.param == "timm":
-        unet = {"preset": "timm:resnet10t", "pretrained": False}
+        unet = {"preset": "timm:test_resnet", "pretrained": False}
     timesteps = (0,) if request.param == "timm" else (90,)
     return dict(unet=json.dumps(unet), blocks=(3, 5), timesteps=timesteps, device="cpu")
 
 
 def test_evaluation(root, options, tmp_path):
-    data = dict(data=root / "data", image_size=64, workers=0, batch_size=4)
+    data = dict(data=root / "data", image_size=32, workers=0, batch_size=4)
     found = sweep.run(
         sweep.SweepConfig(**options, **data, pools=(1,), k=3, cka=True, out=tmp_path / "sweep")
     )
@@ -79,31 +79,17 @@ def test_evaluation(root, options, tmp_path):
     rows = knn.run(knn.KnnConfig(**options, **data, k=(3,), out=tmp_path / "knn"))
     swept = {(cell["b"], cell["t"]): cell["knn"] for cell in found["cells"]}
     assert swept == {(row["b"], row["t"]): row["top1"] for row in rows}
-    one = {**options, "blocks": options["blocks"][:1]}
-    classify.run(
-        dataclasses.replace(
-            RECIPES["probe"],
-            **one,
-            **data,
-            head="attention",
-            width=16,
-            num_heads=2,
-            layers=1,
-            epochs=1,
-            log_with="none",
-            out=tmp_path / "classifier",
-        )
-    )
+    one = {**options, **data, "blocks": options["blocks"][:1], "out": tmp_path / "classifier"}
+    head = dict(head="attention", width=16, num_heads=2, layers=1, epochs=1, log_with="none")
+    classify.run(dataclasses.replace(RECIPES["probe"], **one, **head))
     assert (tmp_path / "classifier/best.pt").is_file()
-    picture = tmp_path / "features.png"
-    visualize.run(
-        visualize.VisualizeFeaturesConfig(images=(root / "data/val",), **options, out=picture)
-    )
-    assert picture.stat().st_size > 1000
+    options |= dict(images=(root / "data/val",), out=tmp_path / "features.png")
+    visualize.run(visualize.VisualizeFeaturesConfig(**options))
+    assert options["out"].stat().st_size > 1000
 
 
 def test_cka_with_another_network(root, tmp_path):
-    unet = json.dumps({"preset": "timm:resnet10t", "pretrained": False})
+    unet = json.dumps({"preset": "timm:test_resnet", "pretrained": False})
     options = dict(data=root / "data/val", workers=0, batch_size=4, cka_only=True, cka_with=unet)
     same = dict(unet=unet, blocks=(3, 5), timesteps=(0,), noise="none", out=tmp_path / "same")
     *_, part = sweep.run(sweep.SweepConfig(**options, **same))["cka"]
@@ -112,9 +98,8 @@ def test_cka_with_another_network(root, tmp_path):
     assert part["cka"][0][2] == pytest.approx(1) == part["cka"][1][4]
     assert part["cka"][0][4] < 0.999
     noised = dict(unet=f"diffusers://{root / 'ddpm'}", timesteps=(20, 400), image_size=64)
-    found = sweep.run(
-        sweep.SweepConfig(**options, **noised, blocks=(3, 5, 7), out=tmp_path / "other")
-    )["cka"]
+    noised |= dict(blocks=(3, 5, 7), out=tmp_path / "other")
+    found = sweep.run(sweep.SweepConfig(**options, **noised))["cka"]
     parts = [part for part in found if part["between"] == "networks"]
     assert [part["at"] for part in parts] == [20, 400]
     for part in parts:
@@ -128,7 +113,7 @@ def test_all_processes_share_the_work_of_another_network(root, tmp_path, monkeyp
     opened = []
     monkeypatch.setattr(accelerate.PartialState, "is_main_process", False)
     monkeypatch.setattr(sweep, "open_caches", lambda config, *args: opened.append(args[0]) or [0])
-    unet = json.dumps({"preset": "timm:resnet10t", "pretrained": False})
+    unet = json.dumps({"preset": "timm:test_resnet", "pretrained": False})
     options = dict(data=root / "data/val", cka_only=True, unet=unet, blocks=(3,), timesteps=(0,))
     assert sweep.run(sweep.SweepConfig(**options, cka_with=unet, out=tmp_path)) == {}
     assert [list(folders) for folders in opened] == [["images"], ["other"]]

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,10 +23,7 @@ from diffbackbone.eval import onepass, sweep
 from diffbackbone.eval.data import RowImages, list_folder
 from diffbackbone.eval.features import FeatureSpec
 from diffbackbone.eval.options import build_backbone
-from diffbackbone.eval.probe import linear_accuracy
 from diffbackbone.utils import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 weights = image_folders.weights
 one_thread = image_folders.one_thread
@@ -99,36 +92,34 @@ def features(trainer, images, rows, tap):
     return F.adaptive_avg_pool2d(maps, 2).flatten(1)
 
 
-@pytest.mark.parametrize("copy", [0, 1])
 @pytest.mark.parametrize("standardize", [False, True])
-def test_a_step_is_adams_on_the_cross_entropy(make, data, copy, standardize):
+def test_a_step_is_adams_on_the_cross_entropy(make, data, standardize):
     """The first copy learns without the held-out images, the second from all."""
     train, val = folders(data)
     trainer = make((12,), (90,), (2,), (1e-2,), epochs=1, standardize=standardize)
     trainer.run(train, val, 0)
-    learn, held = onepass.split_holdout(train.labels, onepass.HOLDOUT, 0)
-    if copy == 1:
-        learn = np.concatenate([learn, held])
+    trained = grid_of(trainer)
+    plain = features(trainer, train, range(len(train)), (90, 12))
     flips = onepass.RandomStream.FLIPS.generator(0, 0).random(len(train)) < 0.5
-    rows = learn + len(train) * flips[learn]
-    x, plain = (features(trainer, train, r, (90, 12)) for r in (rows, range(len(train))))
+    rows = np.arange(len(train)) + len(train) * flips
+    x = features(trainer, train, rows, (90, 12))
     if standardize:
         x = (x - plain.mean(0)) / plain.std(0, correction=0)
-    linear = torch.nn.Linear(x.shape[1], 3)
-    start = onepass.ProbeGrid({(12, 2): x.shape[1]}, 1, 1, 3, 0)
-    linear.weight.data = next(iter(start.weights.values()))[0].detach().clone()
-    linear.bias.data.zero_()
-    optimizer = torch.optim.Adam(linear.parameters(), lr=1e-2)
-    F.cross_entropy(linear(x), torch.from_numpy(train.labels[learn])).backward()
-    optimizer.step()
-    torch.testing.assert_close(
-        grid_of(trainer)[f"weights.b12_p2_{copy}"][0], linear.weight.data, rtol=1e-3, atol=1e-5
-    )
+    labels = torch.from_numpy(train.labels)
+    learn, _ = onepass.split_holdout(train.labels, onepass.HOLDOUT, 0)
+    for copy, own in enumerate((learn, slice(None))):
+        start = onepass.ProbeGrid({(12, 2): x.shape[1]}, 1, 1, 3, 0)
+        weight = torch.nn.Parameter(start.weights["b12_p2_0"][0].detach().clone())
+        optimizer = torch.optim.Adam([weight], lr=1e-2)
+        F.cross_entropy(x[own] @ weight.T, labels[own]).backward()
+        optimizer.step()
+        found = trained[f"weights.b12_p2_{copy}"][0]
+        torch.testing.assert_close(found, weight.data, rtol=1e-3, atol=1e-5)
 
 
 def test_the_network_runs_once_for_many_probes(make, tmp_path):
-    blocks, timesteps, rates = (12, 15, 18, 21, 24, 27), (10, 50, 90, 150, 300), (1, 2, 3, 4, 5)
-    trainer = make(blocks, timesteps, (1,), tuple(10.0**-r for r in rates), epochs=1)
+    blocks, timesteps, rates = (12, 15, 18, 21, 24, 27), (10, 90), (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    trainer = make(blocks, timesteps, (1,), rates, epochs=1)
     image_folders.write_folder(tmp_path / "images", 2, 0)
     train = val = list_folder(tmp_path / "images")
     with counting_flops() as counter:
@@ -142,43 +133,45 @@ def test_the_network_runs_once_for_many_probes(make, tmp_path):
 
 def test_memory_is_bounded(make, data, capsys):
     few = folders(data)[1]
-    whole = make(epochs=1)
+    whole = make((12,), (90,), epochs=1)
     expected = by_cell(whole.run(few, few, 0))
-    sizes = [onepass.BYTES * 8 * 3 * (n + 1) for p in whole.plan(3) for n in p.values()]
-    parts = make(
-        probe_memory=(max(sizes) + 1) / 1e9, epochs=1, folder=whole.folder.parent / "parts"
-    )
+    size = max(onepass.BYTES * 4 * 3 * (n + 1) for n in whole.plan(3)[0].values())
+    folder = whole.folder.parent / "parts"
+    parts = make((12,), (90,), epochs=1, probe_memory=(size + 1) / 1e9, folder=folder)
     assert by_cell(parts.run(few, few, 0)) == expected
-    assert "in 4 part(s)" in capsys.readouterr().out
+    assert "in 2 part(s)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--probe-memory"):
-        make(probe_memory=(max(sizes) - 1) / 1e9).run(few, few, 0)
+        make((12,), (90,), probe_memory=(size - 1) / 1e9).run(few, few, 0)
 
 
 def test_a_killed_run_continues(make, data):
     train, val = folders(data)
-    whole = make((12,), epochs=2)
+    whole = make((12,), (90,), (2,), epochs=2)
     expected = by_cell(whole.run(train, val, 0))
     folder = whole.folder.parent / "killed"
-    make((12,), epochs=1, folder=folder).run(train, val, 0)
-    resumed = make((12,), epochs=2, folder=folder)
+    make((12,), (90,), (2,), epochs=1, folder=folder).run(train, val, 0)
+    resumed = make((12,), (90,), (2,), epochs=2, folder=folder)
     assert by_cell(resumed.run(train, val, 0)) == expected
     for name, value in grid_of(whole).items():
         assert value.equal(grid_of(resumed)[name])
 
 
-def command(data, weights, out):
-    return [
+def test_sweep_in_one_and_two_processes(data, weights, tmp_path):
+    command = [
         "tools/sweep.py", "--data", data, "--unet", "tiny", "--checkpoint", weights, "--image-size",
         32, "--blocks", 12, 24, "--timesteps", 30, 90, "--pools", 1, 2, "--device", "cpu",
-        "--workers", 0, "--batch-size", 8, "--probe", "one-pass", "--epochs", 1, "--out", out,
+        "--workers", 0, "--batch-size", 8, "--probe", "one-pass", "--epochs", 1, "--out",
     ]  # fmt: skip
-
-
-def test_sweep_in_one_and_two_processes(data, weights, tmp_path):
-    forked.run(*command(data, weights, tmp_path / "one"), log=tmp_path / "log")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += map(str, command(data, weights, tmp_path / "two"))
-    subprocess.run(launch, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    scripts = [
+        forked.Script([*command, tmp_path / out], tmp_path / f"{number}.log", env)
+        for number, (out, env) in enumerate((("one", {}), *(("two", e) for e in forked.ranks(2))))
+    ]
+    try:
+        for script in scripts:
+            script.finish(300)
+    finally:
+        for script in scripts:
+            script.kill()
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
     assert by_cell(one["records"]) == by_cell(two["records"])
     assert len(one["records"]) == 8
@@ -245,14 +238,3 @@ def test_constant_features_keep_their_scale(make, data, monkeypatch):
     assert scaled.mean(1).abs().max() < 1e-6
     deviations = scaled.std(1, correction=0).flatten()
     torch.testing.assert_close(deviations, torch.tensor([1.0, 0.0, 1.0]), rtol=1e-5, atol=1e-6)
-
-
-def test_probes_reach_the_accuracy_of_cached_ones(make, data):
-    """Enough steps of Adam end near the minimum that scikit-learn finds."""
-    train, val = folders(data)
-    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=12, flip=False, probe_batch=8)
-    (found,) = trainer.run(train, val, 0)
-    taps = [features(trainer, part, range(len(part)), (90, 24)) for part in (train, val)]
-    expected = linear_accuracy(taps[0], train.labels, taps[1], val.labels, [1e-3])
-    assert found["linear"] == pytest.approx(expected["top1"], abs=0.12)
-    assert found["linear"] > 0.6

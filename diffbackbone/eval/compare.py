@@ -81,9 +81,7 @@ def sweep_of(config: CompareConfig, model: str) -> sweep.SweepConfig:
 def measure_cost(config: sweep.SweepConfig, tap: dict[str, Any], size: int) -> dict[str, float]:
     """Measure a frozen network that ends at a tap.
 
-    Returns:
-        ``parameters``, ``memory`` (bytes of weights and of the activations alive at once, for one
-        image) and ``images_per_second`` in batches of ``batch_size``.
+    ``memory`` is bytes of the weights and of one image's activations that are alive at once.
     """
     state = config.start()
     config = replace(config, blocks=(tap["b"],), timesteps=(tap["t"],))

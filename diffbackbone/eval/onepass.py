@@ -60,17 +60,10 @@ class OnePassOptions:
 
 
 class ProbeGrid(nn.Module):
-    """Linear probes on blocks and pools, for each timestep, in several copies.
+    """Linear probes on blocks and pools, for each timestep, in several copies that start the same.
 
     ``weights`` of (b, pool, copy) are (T, classes, features), a probe for each timestep; ``means``
     and ``scales`` of (b, pool), (T, 1, features), standardize the features of all copies.
-
-    Args:
-        features: Number of features of each (block, pool).
-        timesteps: T.
-        copies: Number of copies, which learn in different ways.
-        classes: Number of classes.
-        seed: Seed of the weights; all copies start the same.
     """
 
     def __init__(
@@ -115,14 +108,8 @@ class ProbeGrid(nn.Module):
 class OnePass:
     """Trains the probes; probes that exceed the memory are trained one part after the other.
 
-    Attributes:
-        options: See :class:`OnePassOptions`.
-        backbone: Frozen, on the device of ``state``.
-        spec: Timesteps, blocks and the size of the images.
-        pools: Heights and widths that maps are pooled to.
-        folder: Keeps the state of a run, so that a killed one continues.
-        workers: Processes that read images.
-        state: The processes that share the work.
+    The frozen backbone is on the device of ``state``, whose processes share the work; ``folder``
+    keeps the state of a run, so that a killed one continues.
     """
 
     options: OnePassOptions
@@ -134,11 +121,7 @@ class OnePass:
     state: PartialState
 
     def plan(self, classes: int) -> list[dict[Key, int]]:
-        """Divide the probes into parts that fit the memory; print what they take.
-
-        Raises:
-            UserError: The probes of one block and pool alone take more.
-        """
+        """Divide the probes into parts that fit the memory; print what they take."""
         parts: list[dict[Key, int]] = [{}]
         used, most, memory = 0, 0, 1e9 * self.options.probe_memory
         for block in sorted(self.spec.blocks):
@@ -168,12 +151,10 @@ class OnePass:
         return parts
 
     def run(self, train: ImageFolder, val: ImageFolder, seed: int) -> list[dict[str, Any]]:
-        """Train on one draw of labels.
+        """Train on one draw of labels; return a record of each tap and pool.
 
-        Returns:
-            For each tap and pool ``b``, ``t``, ``pool``, ``seed``, ``features``, ``train_images``,
-            ``linear`` (accuracy on the validation images of the probe that learned from all
-            training images) and ``lr``, the chosen rate.
+        Its ``linear`` is the accuracy on the validation images of the probe that learned from all
+        training images, ``lr`` the chosen rate.
         """
         records = []
         for number, features in enumerate(self.plan(len(train.classes))):
@@ -183,8 +164,8 @@ class OnePass:
     def _run_part(
         self, train: ImageFolder, val: ImageFolder, seed: int, number: int, sizes: dict[Key, int]
     ) -> list[dict[str, Any]]:
-        o, classes, device = self.options, len(train.classes), self.state.device
-        timesteps, rates = self.spec.timesteps, 2 * o.lr
+        options, classes, device = self.options, len(train.classes), self.state.device
+        timesteps, rates = self.spec.timesteps, 2 * options.lr
         grid = ProbeGrid(sizes, len(timesteps), len(rates), classes, seed).to(device)
         optimizer = torch.optim.Adam([{"params": grid.parameters_of(i)} for i in range(len(rates))])
         _, held = split_holdout(train.labels, HOLDOUT, seed)
@@ -192,8 +173,9 @@ class OnePass:
         learns[held] = 0  # for the first half of the probes
         labels = torch.from_numpy(train.labels).to(device)
         path = self.folder / f"probes-{seed}-{number}.pt"
-        given = o.lr, o.probe_batch, o.flip, o.standardize, train.digest(), seed
-        settings = json.dumps([[*map(list, sizes)], timesteps, *given])
+        names = ("lr", "probe_batch", "flip", "standardize")
+        given = [getattr(options, name) for name in names]
+        settings = json.dumps([[*map(list, sizes)], timesteps, *given, train.digest(), seed])
         first = 0
         if path.is_file():
             saved = read_checkpoint(path)
@@ -201,14 +183,14 @@ class OnePass:
                 grid.load_state_dict(saved["grid"])
                 optimizer.load_state_dict(saved["optimizer"])
                 first = saved["epoch"]
-        if o.standardize and not first:
+        if options.standardize and not first:
             self._measure(grid, train, seed)
-        for epoch in range(first, o.epochs):
+        for epoch in range(first, options.epochs):
             for group, lr in zip(optimizer.param_groups, rates):
-                group["lr"] = lr * GAMMA ** (epoch // max(STEP, o.epochs // 4))
+                group["lr"] = lr * GAMMA ** (epoch // max(STEP, options.epochs // 4))
             rows = RandomStream.PERMUTATION.generator(seed, epoch).permutation(len(train))
             flips = RandomStream.FLIPS.generator(seed, epoch).random(len(train)) < 0.5
-            if o.flip:
+            if options.flip:
                 rows = rows + len(train) * flips[rows]
             for x, images, batch in self._batches(train, rows, grid.keys, f"epoch {epoch + 1}"):
                 optimizer.zero_grad()
@@ -217,7 +199,7 @@ class OnePass:
                 for _, copy, scores in grid(x) if len(images) else ():
                     truth = labels[images].expand(len(scores), -1)
                     losses = F.cross_entropy(scores.transpose(1, 2), truth, reduction="none")
-                    loss = loss + (losses * shares[copy // len(o.lr)]).sum()
+                    loss = loss + (losses * shares[copy // len(options.lr)]).sum()
                 loss.backward()
                 self._reduce(grid)
                 optimizer.step()
@@ -230,11 +212,11 @@ class OnePass:
         records = []
         for index, (block, pool) in enumerate(grid.keys):
             for place, t in enumerate(timesteps):
-                best = int(losses[index, : len(o.lr), place].argmin())
-                whole = best + len(o.lr)
+                best = int(losses[index, : len(options.lr), place].argmin())
+                whole = best + len(options.lr)
                 record = {"b": block, "t": t, "pool": pool, "seed": seed}
                 record |= {"features": sizes[block, pool], "train_images": len(train)}
-                record |= {"linear": accuracies[index, whole, place].item(), "lr": o.lr[best]}
+                record |= {"linear": accuracies[index, whole, place].item(), "lr": options.lr[best]}
                 records.append(record)
         return records
 
@@ -246,11 +228,10 @@ class OnePass:
 
     def _reduce(self, grid: ProbeGrid) -> None:
         """Add up the gradients of all processes; one without images has none."""
-        if self.state.num_processes > 1:
-            for parameter in (*grid.weights.values(), *grid.biases.values()):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
+        for parameter in (*grid.weights.values(), *grid.biases.values()):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self._sum(parameter.grad)
 
     @torch.no_grad()
     def _measure(self, grid: ProbeGrid, train: ImageFolder, seed: int) -> None:
@@ -292,10 +273,8 @@ class OnePass:
     ) -> Iterator[tuple[dict[Key, Tensor], Tensor, Tensor]]:
         """Yield features (T, N, D) of this process's images, their numbers, and the batch's."""
         rank, world = self.state.process_index, self.state.num_processes
-        batches = [
-            rows[i : i + self.options.probe_batch]
-            for i in range(0, len(rows), self.options.probe_batch)
-        ]
+        size = self.options.probe_batch
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         pieces = [np.array_split(batch, world)[rank] for batch in batches]
         own = [piece if len(piece) else batch[:1] for piece, batch in zip(pieces, batches)]
         loaded = load_batches(RowImages(images, self.spec.image_size), own, self.workers)

@@ -132,10 +132,7 @@ def build_backbone(
 ) -> DiffusionBackbone:
     """Build the backbone that the options describe; random weights follow from the seed.
 
-    Further arguments are those of :class:`DiffusionBackbone`.
-
-    Raises:
-        UserError: A block, timestep, feedback or the weights don't fit.
+    Further arguments are those of :class:`DiffusionBackbone`, whose errors become UserErrors.
     """
     torch.manual_seed(options.seed)
     try:

@@ -129,11 +129,7 @@ def run(config: SweepConfig) -> dict[str, Any]:
 
 
 class Sweep:
-    """The images, network and settings of a sweep, and the measurements that are done.
-
-    Raises:
-        UserError: Options or images don't fit, or OUT holds a sweep with other settings.
-    """
+    """The images, network and settings of a sweep, and the measurements that are done."""
 
     def __init__(self, config: SweepConfig) -> None:
         self.config = config = replace(
@@ -263,11 +259,7 @@ class Sweep:
     def _compare_maps(
         self, cache: FeatureCache, other: FeatureCache | None, name: str
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Compute and draw CKA between the taps, and with another network's.
-
-        Returns:
-            What :func:`draw_figures` returns, and parts of ``summary.md``.
-        """
+        """Return CKA as :func:`draw_figures` does, and the parts of ``summary.md`` about it."""
         config, pool = self.config, max(self.config.pools)
         count = min(config.cka_images, len(self.images))
         caption = f"{count:,} images, maps pooled to {pool}x{pool}"
@@ -346,12 +338,7 @@ def flops_to(backbone: DiffusionBackbone, blocks: Sequence[int], image_size: int
 def summarize(
     records: Sequence[Mapping[str, Any]], measures: Sequence[str], flops: Mapping[int, int]
 ) -> list[dict[str, Any]]:
-    """Average over the seeds.
-
-    Returns:
-        For each combination ``b``, ``t``, ``pool``, ``features``, ``flops``, and for each measure
-        its mean and ``<measure>_std`` (None for a single seed).
-    """
+    """Average each combination over the seeds; ``<measure>_std`` is None for a single seed."""
     groups: dict[tuple[int, int, int], list[Mapping[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["b"], record["t"], record["pool"]), []).append(record)
@@ -375,9 +362,7 @@ def recommend(
     The standard error is that of a share of the validation images and of the mean over the seeds.
     Ties go to the fewest operations, then the fewest features, then the smallest timestep.
 
-    Returns:
-        ``best`` and ``cheapest`` (the same cell where no cheaper block is within the error),
-        ``standard_error`` and ``within`` (how many cells are).
+    The cheapest is the best itself where no cheaper block is within the error.
     """
 
     def order(cell: Mapping[str, Any]) -> tuple[float, ...]:
@@ -433,10 +418,7 @@ def format_percent(cell: Mapping[str, Any], measure: str) -> str:
 def show_grid(
     cells: Sequence[Mapping[str, Any]], pool: int, advice: Mapping[str, Any], caption: str
 ) -> tuple[str, Figure]:
-    """Show one measure at one pool, blocks by timesteps, as a Markdown table and a heat map.
-
-    The best of all combinations is bold and framed, the cheapest one within its error italic.
-    """
+    """Show one measure at one pool, blocks by timesteps, as a Markdown table and a heat map."""
     measure = advice["measure"]
     own = {(cell["b"], cell["t"]): cell for cell in cells if cell["pool"] == pool}
     blocks, timesteps = (list(dict.fromkeys(key[i] for key in own)) for i in (0, 1))
