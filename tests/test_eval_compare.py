@@ -76,6 +76,7 @@ def test_costs(config, rows):
 def test_models(config):
     own = compare.sweep_of(config, "timm:resnet18=epoch=1.pth")
     assert (own.unet, own.checkpoint, own.noise) == ("timm:resnet18", "epoch=1.pth", "none")
+    assert (own.pools, own.seeds, own.device, own.workers) == ((1,), (0,), "cpu", 0)
     assert compare.sweep_of(config, f"{RESNET}=a.pth").checkpoint == "a.pth"
     own = compare.sweep_of(config, RESNET)
     assert (own.unet, own.checkpoint, own.blocks, own.timesteps) == (RESNET, None, (3, 5), (0,))
