@@ -23,6 +23,7 @@ from diffbackbone.eval import onepass, sweep
 from diffbackbone.eval.data import RowImages, list_folder
 from diffbackbone.eval.features import FeatureSpec
 from diffbackbone.eval.options import build_backbone
+from diffbackbone.eval.probe import linear_accuracy
 from diffbackbone.utils import UserError
 
 weights = image_folders.weights
@@ -238,3 +239,27 @@ def test_constant_features_keep_their_scale(make, data, monkeypatch):
     assert scaled.mean(1).abs().max() < 1e-6
     deviations = scaled.std(1, correction=0).flatten()
     torch.testing.assert_close(deviations, torch.tensor([1.0, 0.0, 1.0]), rtol=1e-5, atol=1e-6)
+
+
+def test_probes_reach_the_accuracy_of_cached_ones(make, data):
+    """Enough steps of Adam end near the minimum that scikit-learn finds."""
+    train, val = folders(data)
+    trainer = make((24,), (90,), (2,), (1e-3, 1e-2), epochs=12, flip=False, probe_batch=8)
+    (found,) = trainer.run(train, val, 0)
+    taps = [features(trainer, part, range(len(part)), (90, 24)) for part in (train, val)]
+    expected = linear_accuracy(taps[0], train.labels, taps[1], val.labels, [1e-3])
+    assert found["linear"] == pytest.approx(expected["top1"], abs=0.12)
+    assert found["linear"] > 0.6
+
+
+def test_the_rate_drops_every_seven_epochs(make, data, monkeypatch):
+    few, rates, step = folders(data)[1], [], torch.optim.Adam.step
+
+    def spy(optimizer):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    make((12,), (90,), (1,), epochs=8).run(few, few, 0)
+    assert rates[:7] == [[1e-3, 1e-2] * 2] * 7
+    assert rates[7:] == [pytest.approx([1e-4, 1e-3] * 2)]

@@ -60,7 +60,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 @needs_mmengine
-def test_mmengines_checkpoint_is_read_without_mmengine(trained, monkeypatch):
+def test_mmengines_checkpoint_is_read_without_mmengine(trained, monkeypatch, no_safe_globals):
     monkeypatch.delitem(sys.modules, "mmengine.logging.history_buffer")
     before = torch.serialization.get_safe_globals()
     hub = read_checkpoint(trained / "iter_2.pth")["message_hub"]

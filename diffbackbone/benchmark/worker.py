@@ -97,8 +97,7 @@ class Worker(contextlib.AbstractContextManager):
     def __init__(
         self, name: str, log: Path, timeout: float, factory: Callable[[], Any] = Runner
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["diffbackbone.benchmark.worker"])  # imports torch once
+        context = multiprocessing.get_context("spawn")
         self.connection, connection = context.Pipe()
         self.name, self.log, self.deadline = name, log, time.monotonic() + timeout
         self.process = context.Process(target=_serve, args=(connection, log, factory))

@@ -53,12 +53,18 @@ def apply_repairs() -> None:
 
     if importlib.util.find_spec("mmcv._ext") is None:
         replace_mmcv_ops()
-    # logged scalars in MMEngine's checkpoints, which weights_only=True rejects
-    torch.serialization.add_safe_globals(list(checkpoint_globals()))
+    allow_checkpoint_globals()
     read_weights_only()
     write_atomically()
     if get_device() == "cpu":
         distribute_on_cpu()
+
+
+def allow_checkpoint_globals() -> None:
+    """Let ``torch.load(weights_only=True)`` read the logged scalars in MMEngine's checkpoints."""
+    import mmengine.logging  # noqa: F401 - its own HistoryBuffer, not a stand-in for it
+
+    torch.serialization.add_safe_globals(list(checkpoint_globals()))
 
 
 def replace_mmcv_ops() -> None:
