@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("accelerate")
 
 from diffbackbone import hf_segmentation  # noqa: E402
-from diffbackbone.hf_data import VOID, Scenes, find_data, random_crop  # noqa: E402
+from diffbackbone.hf_data import VOID, Scenes, find_data, random_crop, read_mask  # noqa: E402
 from diffbackbone.sample_data.dataset import make_sample_data  # noqa: E402
 from diffbackbone.transformers import DiffusionImageProcessor  # noqa: E402
 from diffbackbone.utils import UserError  # noqa: E402
@@ -87,6 +87,11 @@ class TestData:
         with Image.open(validation[0][1]) as image:
             raw = torch.from_numpy(np.array(image)).long()
         assert torch.equal(labels, torch.where(raw == 0, VOID, raw - 1))
+
+    def test_void_stays_void(self, tmp_path):
+        Image.fromarray(np.array([[0, 1, 5, VOID]], np.uint8)).save(tmp_path / "mask.png")
+        for ignore_zero, expected in ((True, [VOID, 0, 4, VOID]), (False, [0, 1, 5, VOID])):
+            assert read_mask(tmp_path / "mask.png", ignore_zero).tolist() == [expected]
 
     def test_whole_images_are_as_the_image_processor_makes_them(self, tmp_path):
         write_folder(tmp_path)

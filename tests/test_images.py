@@ -64,6 +64,8 @@ def test_deep_color_keeps_its_levels(tmp_path, suffix, channels):
     values = np.dstack([COLOR, GREY])[..., :channels]
     found = read_image(save_color(tmp_path / f"image.{suffix}", values))
     np.testing.assert_allclose(found, COLOR / 65535, atol=1e-7)
+    with pytest.raises(ImageError, match="4095"):
+        read_image(tmp_path / f"image.{suffix}", (0, 4095))
 
 
 def test_color_of_a_maximum_of_its_own(tmp_path):

@@ -563,6 +563,24 @@ def test_openmmlab_configs_take_diffusers_models(folders, recwarn):
     assert backbone.unet.raw
 
 
+@pytest.mark.parametrize("shift", [{}, {"shift_factor": 0.3}])
+def test_latents_are_standardized_as_the_autoencoder_asks(folders, shift):
+    unet = build(folders / "sd15", blocks=1).unet
+    vae, images = unet.vae, torch.rand(1, 3, 64, 64, generator=torch.manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        plain = vae.encode(images).latent_dist.mean
+        mean, std = [0.1, -0.2, 0.3, 0.4], [1.5, 2.0, 0.5, 0.7]
+        options = shift or {"latents_mean": mean, "latents_std": std}
+        vae.register_to_config(scaling_factor=0.2, **options)
+        found = unet.encode(images)
+    if shift:
+        expected = (plain - 0.3) * 0.2
+    else:
+        mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
+        expected = (plain - mean) / std * 0.2
+    torch.testing.assert_close(found, expected)
+
+
 def cache(root, name, folder, files, absent=()):
     """Put files of a folder into the hub's cache as a repository, with files known to be absent."""
     place = root / "hub" / f"models--{name.replace('/', '--')}"
