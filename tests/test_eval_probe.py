@@ -79,9 +79,13 @@ def exact_probe(x, labels, l2, classes=4):
         return F.cross_entropy(x @ w, y) + l2 / 2 * w[:-1].square().sum()
 
     w = torch.zeros(size[0] * size[1]).double()
-    while (gradient := torch.func.grad(loss)(w)).abs().max() > 1e-9:
+    for _ in range(30):
+        gradient = torch.func.grad(loss)(w)
+        if float(gradient.abs().max()) < 1e-10:
+            break
         # a constant added to all biases changes nothing
         w = w - torch.linalg.pinv(torch.func.hessian(loss)(w)) @ gradient
+    assert float(gradient.abs().max()) < 1e-9
     return w.reshape(size)
 
 
